@@ -1,0 +1,25 @@
+"""Activations that are safe over the whole range and exact near zero."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x): e^-x overflows to infinity for very negative x, which gives the right 0."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """2 s(2x) - 1, and the Taylor series where that cancels (|x| < 1/8).
+
+    The series is cut where its next term is below the type's precision at 1/8: x^9 for float32, x^15 for float64.
+    """
+    y = x * x
+    if x.dtype == tl.float64:
+        tail = -1382.0 / 155925.0 + y * (21844.0 / 6081075.0 + y * (-929569.0 / 638512875.0))
+        series = 1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0 + y * tail))))
+    else:
+        series = 1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0)))
+    return tl.where(y < 1.0 / 64.0, x * series, 2.0 * sigmoid(2.0 * x) - 1.0)

@@ -1,0 +1,228 @@
+"""The elementwise cell update, forward and backward: one kernel each, every variant a flag.
+
+Shapes: B batch rows, H hidden units, P hidden size after projection (else H), G gate blocks in the order i, f, g, o
+(coupled: f, g, o), Q peephole blocks i, f, o (coupled: f, o), T time steps. Buffers of one step are read at the index
+the launcher passes: `t` in gates, d_gates and grad_output, `hidden_t` in hidden, `previous` and `current` in cells.
+
+A full peephole on c_t needs a matmul between c_t and o, so each kernel has two halves that may run in one launch or in
+two: forward first the cell (UPDATE_CELL), then the hidden state (UPDATE_HIDDEN); backward the other way round.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lstm_triton_kernels.activations import sigmoid, tanh
+from lstm_triton_kernels.plan import ceil_div, elementwise_plan
+
+
+@triton.jit
+def load_peephole(w_ch_ptr, block: tl.constexpr, unit, H):
+    """Block `block` of a diagonal w_ch (Q·H,) as a row (1, BLOCK_U) in its own type."""
+    return tl.load(w_ch_ptr + block * H + unit, mask=unit < H, other=0.0)[None, :]
+
+
+@triton.jit(do_not_specialize=["B", "t", "hidden_t", "previous", "current"])
+def cell_forward_kernel(
+    preact_ptr, cells_ptr, hidden_ptr, gates_ptr, w_ch_ptr,
+    B, H, t, hidden_t, previous, current, stride_ht, stride_hb,
+    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, SAVE_GATES: tl.constexpr,
+    UPDATE_CELL: tl.constexpr, UPDATE_HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """preact (B, G·H), cells (slots, B, H)[previous] -> cells[current], hidden (., B, H)[hidden_t], gates (T, B, G·H)[t].
+
+    The gates are saved activated. Program: (unit block, row block).
+    """
+    F: tl.constexpr = 0 if COUPLED else 1
+    unit = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
+    row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    inside = (row[:, None] < B) & (unit[None, :] < H)
+    state = row[:, None] * H + unit[None, :]
+    gate = row[:, None] * (F + 3) * H + unit[None, :]
+    saved_ptr = gates_ptr + t.to(tl.int64) * B * (F + 3) * H
+    c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=inside, other=0.0)
+
+    if UPDATE_CELL:
+        a_f = tl.load(preact_ptr + gate + F * H, mask=inside, other=0.0)
+        a_g = tl.load(preact_ptr + gate + (F + 1) * H, mask=inside, other=0.0)
+        if DIAGONAL:
+            a_f += load_peephole(w_ch_ptr, F, unit, H) * c_previous
+        f = sigmoid(a_f)
+        g = tanh(a_g)
+        if COUPLED:
+            i = 1.0 - f
+        else:
+            a_i = tl.load(preact_ptr + gate, mask=inside, other=0.0)
+            if DIAGONAL:
+                a_i += load_peephole(w_ch_ptr, 0, unit, H) * c_previous
+            i = sigmoid(a_i)
+        c = f * c_previous + i * g
+        tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c, mask=inside)
+        if SAVE_GATES:
+            if not COUPLED:
+                tl.store(saved_ptr + gate, i.to(gates_ptr.dtype.element_ty), mask=inside)
+            tl.store(saved_ptr + gate + F * H, f.to(gates_ptr.dtype.element_ty), mask=inside)
+            tl.store(saved_ptr + gate + (F + 1) * H, g.to(gates_ptr.dtype.element_ty), mask=inside)
+    else:
+        c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=inside, other=0.0)
+
+    if UPDATE_HIDDEN:
+        a_o = tl.load(preact_ptr + gate + (F + 2) * H, mask=inside, other=0.0)
+        if DIAGONAL:
+            a_o += load_peephole(w_ch_ptr, F + 1, unit, H) * (c if OUTPUT_CURRENT else c_previous)
+        o = sigmoid(a_o)
+        h = o * tanh(c)
+        h_out = hidden_ptr + hidden_t.to(tl.int64) * stride_ht + row[:, None] * stride_hb + unit[None, :]
+        tl.store(h_out, h.to(hidden_ptr.dtype.element_ty), mask=inside)
+        if SAVE_GATES:
+            tl.store(saved_ptr + gate + (F + 2) * H, o.to(gates_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["B", "t", "previous", "current"])
+def cell_backward_kernel(
+    grad_output_ptr, dh_ptr, dc_ptr, gates_ptr, cells_ptr, d_gates_ptr, w_ch_ptr,
+    B, H, t, previous, current, stride_gt, stride_gb,
+    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr,
+    GRAD_HIDDEN: tl.constexpr, GRAD_CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the pre-activations, d_gates (T, B, G·H)[t], and of c_{t-1}, in place of that of c_t in dc (B, H).
+
+    The gradient of h_t is dh (B, H) plus, with HAS_GRAD_OUTPUT, grad_output (T, B, H)[t]; gates (T, B, G·H)[t] are the
+    saved activations, cells (slots, B, H) the saved cell states. Program: (unit block, row block).
+    """
+    F: tl.constexpr = 0 if COUPLED else 1
+    unit = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
+    row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    inside = (row[:, None] < B) & (unit[None, :] < H)
+    state = row[:, None] * H + unit[None, :]
+    gate = row[:, None] * (F + 3) * H + unit[None, :]
+    step = t.to(tl.int64) * B * (F + 3) * H
+    saved_ptr = gates_ptr + step
+    d_ptr = d_gates_ptr + step
+
+    dc = tl.load(dc_ptr + state, mask=inside, other=0.0)
+    dh = tl.load(dh_ptr + state, mask=inside, other=0.0).to(dc.dtype)
+    if HAS_GRAD_OUTPUT:
+        g_in = grad_output_ptr + t.to(tl.int64) * stride_gt + row[:, None] * stride_gb + unit[None, :]
+        dh += tl.load(g_in, mask=inside, other=0.0).to(dc.dtype)
+    o = tl.load(saved_ptr + gate + (F + 2) * H, mask=inside, other=0.0).to(dc.dtype)
+    c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=inside, other=0.0)
+    tanh_c = tanh(c)
+
+    d_o = dh * tanh_c * o * (1.0 - o)
+    if DIAGONAL:
+        v_o = load_peephole(w_ch_ptr, F + 1, unit, H)
+    if GRAD_HIDDEN:
+        tl.store(d_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=inside)
+
+    if GRAD_CELL:
+        dc += dh * o * (1.0 - tanh_c * tanh_c)
+        if DIAGONAL and OUTPUT_CURRENT:
+            dc += v_o * d_o
+        c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=inside, other=0.0)
+        f = tl.load(saved_ptr + gate + F * H, mask=inside, other=0.0).to(dc.dtype)
+        g = tl.load(saved_ptr + gate + (F + 1) * H, mask=inside, other=0.0).to(dc.dtype)
+        if COUPLED:
+            i = 1.0 - f
+            d_f = dc * (c_previous - g) * f * (1.0 - f)
+        else:
+            i = tl.load(saved_ptr + gate, mask=inside, other=0.0).to(dc.dtype)
+            d_i = dc * g * i * (1.0 - i)
+            d_f = dc * c_previous * f * (1.0 - f)
+            tl.store(d_ptr + gate, d_i.to(d_gates_ptr.dtype.element_ty), mask=inside)
+        d_g = dc * i * (1.0 - g * g)
+        tl.store(d_ptr + gate + F * H, d_f.to(d_gates_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_ptr + gate + (F + 1) * H, d_g.to(d_gates_ptr.dtype.element_ty), mask=inside)
+
+        dc_previous = dc * f
+        if DIAGONAL:
+            dc_previous += load_peephole(w_ch_ptr, F, unit, H) * d_f
+            if not COUPLED:
+                dc_previous += load_peephole(w_ch_ptr, 0, unit, H) * d_i
+            if not OUTPUT_CURRENT:
+                dc_previous += v_o * d_o
+        tl.store(dc_ptr + state, dc_previous, mask=inside)
+
+
+def launch_shape(B: int, H: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and compile-time blocks of the elementwise kernels."""
+    plan = elementwise_plan(B, H)
+    grid = (ceil_div(H, plan.block_u), ceil_div(B, plan.block_b))
+    return grid, dict(BLOCK_B=plan.block_b, BLOCK_U=plan.block_u, num_warps=plan.num_warps)
+
+
+def variant_constants(spec: Any) -> dict[str, bool]:
+    """The compile-time flags that say which variant this is."""
+    return dict(COUPLED=spec.coupled, DIAGONAL=spec.diagonal, OUTPUT_CURRENT=spec.diagonal and spec.output_current)
+
+
+def cell_forward(
+    preact: Tensor, cells: Tensor, hidden: Tensor, gates: Tensor | None, weight_ch: Tensor | None, spec: Any,
+    t: int, hidden_index: int, previous: int, current: int, *, update_cell: bool = True, update_hidden: bool = True,
+) -> None:  # fmt: skip
+    """Launch `cell_forward_kernel` for one step.
+
+    preact (B, G·H), cells (slots, B, H) accumulator type; hidden (., B, H) with contiguous columns; gates (T, B, G·H) or
+    None; weight_ch diagonal (Q·H,) or None.
+    """
+    B, H = cells.shape[-2:]
+    grid, blocks = launch_shape(B, H)
+    cell_forward_kernel[grid](
+        preact_ptr=preact,
+        cells_ptr=cells,
+        hidden_ptr=hidden,
+        gates_ptr=gates,
+        w_ch_ptr=weight_ch if spec.diagonal else None,
+        B=B,
+        H=H,
+        t=t,
+        hidden_t=hidden_index,
+        previous=previous,
+        current=current,
+        stride_ht=hidden.stride(0),
+        stride_hb=hidden.stride(1),
+        SAVE_GATES=gates is not None,
+        UPDATE_CELL=update_cell,
+        UPDATE_HIDDEN=update_hidden,
+        **variant_constants(spec),
+        **blocks,
+    )
+
+
+def cell_backward(
+    grad_output: Tensor | None, dh: Tensor, dc: Tensor, gates: Tensor, cells: Tensor, d_gates: Tensor,
+    weight_ch: Tensor | None, spec: Any, t: int, previous: int, current: int,
+    *, grad_hidden: bool = True, grad_cell: bool = True,
+) -> None:  # fmt: skip
+    """Launch `cell_backward_kernel` for one step.
+
+    grad_output (T, B, H) with contiguous columns, or None; dh (B, H); dc (B, H) accumulator type, updated in place;
+    gates, d_gates (T, B, G·H); cells (T + 1, B, H).
+    """
+    B, H = cells.shape[-2:]
+    grid, blocks = launch_shape(B, H)
+    cell_backward_kernel[grid](
+        grad_output_ptr=grad_output,
+        dh_ptr=dh,
+        dc_ptr=dc,
+        gates_ptr=gates,
+        cells_ptr=cells,
+        d_gates_ptr=d_gates,
+        w_ch_ptr=weight_ch if spec.diagonal else None,
+        B=B,
+        H=H,
+        t=t,
+        previous=previous,
+        current=current,
+        stride_gt=grad_output.stride(0) if grad_output is not None else 0,
+        stride_gb=grad_output.stride(1) if grad_output is not None else 0,
+        HAS_GRAD_OUTPUT=grad_output is not None,
+        GRAD_HIDDEN=grad_hidden,
+        GRAD_CELL=grad_cell,
+        **variant_constants(spec),
+        **blocks,
+    )

@@ -1,0 +1,194 @@
+"""The fused gate matmul: all gate pre-activations of one step in one launch.
+
+Shapes: B batch rows, I input features, H hidden units, P hidden size after projection (else H), G gate blocks in the
+order i, f, g, o (coupled: f, g, o), Q peephole blocks i, f, o (coupled: f, o), T time steps. The candidate g is the
+last block but one, o is the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from lstm_triton_kernels.plan import MatmulPlan, accumulator_dtype, ceil_div, matmul_plan
+
+
+@triton.jit
+def add_product(
+    acc, a_ptr, w_ptr, row, unit, B, H, K, stride_ab, stride_w, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """acc (BLOCK_B, BLOCK_U) + a w^T for a (B, K) with rows stride_ab apart and w (H, K) with rows stride_w apart."""
+    k = tl.arange(0, BLOCK_K)
+    a_row = a_ptr + row[:, None] * stride_ab
+    w_row = w_ptr + unit[None, :] * stride_w
+    for start in range(0, K, BLOCK_K):
+        column = start + k
+        a = tl.load(a_row + column[None, :], mask=(row[:, None] < B) & (column[None, :] < K), other=0.0)
+        w = tl.load(w_row + column[:, None], mask=(unit[None, :] < H) & (column[:, None] < K), other=0.0)
+        acc = tl.dot(a.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit(do_not_specialize=["B", "t", "h_t", "c_slot"])
+def gate_preactivations_kernel(
+    preact_ptr, x_ptr, w_ih_ptr, bias_ih_ptr, bias_hh_ptr, gate_input_ptr, h_ptr, w_hh_ptr, cells_ptr, w_ch_ptr,
+    B, I, H, P, t, h_t, c_slot, stride_xb, stride_ht, stride_hb,
+    GATES: tl.constexpr, HAS_X: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """preact (B, G·H) = input side + W_hh h_{t-1} (+ V c_{t-1} for the gates that read it).
+
+    Input side: with HAS_X, W_ih x + b_ih + b_hh for x (B, I); else row t of gate_input (T, B, G·H).
+    h (., B, P) is read at index h_t, cells (slots, B, H) at c_slot; w_ih (G·H, I), w_hh (G·H, P), w_ch (Q·H, H).
+    Program: (unit block, gate block, row block).
+    """
+    gate = tl.program_id(1)
+    unit = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
+    row = (tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    block = gate.to(tl.int64) * H
+    tile = row[:, None] * GATES * H + block + unit[None, :]
+    inside = (row[:, None] < B) & (unit[None, :] < H)
+
+    if HAS_X:
+        acc = tl.zeros((BLOCK_B, BLOCK_U), ACC)
+        acc = add_product(acc, x_ptr, w_ih_ptr + block * I, row, unit, B, H, I, stride_xb, I, BLOCK_K, DOT, PRECISION)
+        if HAS_BIAS:
+            acc += tl.load(bias_ih_ptr + block + unit, mask=unit < H, other=0.0).to(ACC)[None, :]
+            acc += tl.load(bias_hh_ptr + block + unit, mask=unit < H, other=0.0).to(ACC)[None, :]
+    else:
+        acc = tl.load(gate_input_ptr + t.to(tl.int64) * B * GATES * H + tile, mask=inside, other=0.0).to(ACC)
+
+    h_base = h_ptr + h_t.to(tl.int64) * stride_ht
+    acc = add_product(acc, h_base, w_hh_ptr + block * P, row, unit, B, H, P, stride_hb, P, BLOCK_K, DOT, PRECISION)
+
+    if FULL:
+        reads = gate != GATES - 2
+        if OUTPUT_CURRENT:
+            reads = reads & (gate != GATES - 1)
+        v_block = tl.where(gate == GATES - 1, GATES - 2, gate).to(tl.int64) * H
+        c_base = cells_ptr + c_slot.to(tl.int64) * B * H
+        K = tl.where(reads, H, 0)  # no turn of the loop for a gate that does not read c_{t-1}
+        acc = add_product(acc, c_base, w_ch_ptr + v_block * H, row, unit, B, H, K, H, H, BLOCK_K, DOT, PRECISION)
+
+    tl.store(preact_ptr + tile, acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=["B", "c_slot"])
+def output_peephole_kernel(
+    preact_ptr, cells_ptr, w_ch_ptr, B, H, c_slot,
+    GATES: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """a_o += V_o c_t, in place in the last block of preact (B, G·H), for a full peephole read at the current step.
+
+    cells (slots, B, H) is read at c_slot; V_o is the last block of w_ch (Q·H, H). Program: (unit block, row block).
+    """
+    unit = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
+    row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    tile = row[:, None] * GATES * H + (GATES - 1) * H + unit[None, :]
+    inside = (row[:, None] < B) & (unit[None, :] < H)
+    v_o = w_ch_ptr + (GATES - 2) * tl.full((), 1, tl.int64) * H * H
+    acc = tl.load(preact_ptr + tile, mask=inside, other=0.0).to(ACC)
+    c_base = cells_ptr + c_slot.to(tl.int64) * B * H
+    acc = add_product(acc, c_base, v_o, row, unit, B, H, H, H, H, BLOCK_K, DOT, PRECISION)
+    tl.store(preact_ptr + tile, acc, mask=inside)
+
+
+INTERPRETED = isinstance(gate_preactivations_kernel, InterpretedFunction)
+"""Whether the kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
+
+TRITON_TYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def matmul_precision() -> str:
+    """How float32 operands are multiplied: "tf32" or "ieee", as PyTorch's own switch for CUDA matmuls says."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def dot_constants(dtype: torch.dtype, plan: MatmulPlan, precision: str) -> dict[str, Any]:
+    """The compile-time constants that every kernel with a matmul takes, for operands of the given type."""
+    # The interpreter multiplies bfloat16 wrongly (triton 3.8): there the operands are widened first.
+    operand = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+    return dict(
+        DOT=TRITON_TYPE[operand],
+        ACC=TRITON_TYPE[accumulator_dtype(dtype)],
+        PRECISION=precision if dtype == torch.float32 else "ieee",
+        BLOCK_B=plan.block_b,
+        BLOCK_U=plan.block_u,
+        BLOCK_K=plan.block_k,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )
+
+
+def gate_preactivations(
+    preact: Tensor, x: Tensor | None, gate_input: Tensor | None, h: Tensor, cells: Tensor, weights: Any, spec: Any,
+    t: int, h_index: int, c_slot: int,
+) -> None:  # fmt: skip
+    """Launch `gate_preactivations_kernel` for one step; exactly one of x (B, I) and gate_input (T, B, G·H) is given.
+
+    preact (B, G·H) accumulator type, out; h (., B, P); cells (slots, B, H) accumulator type. Rows of x and h may be
+    strided, their columns and all else contiguous.
+    """
+    B, H = cells.shape[-2:]
+    P = h.shape[-1]
+    I = x.shape[-1] if x is not None else 0  # noqa: E741
+    gates = len(spec.gates)
+    plan = matmul_plan(B, h.dtype)
+    grid = (ceil_div(H, plan.block_u), gates, ceil_div(B, plan.block_b))
+    gate_preactivations_kernel[grid](
+        preact_ptr=preact,
+        x_ptr=x,
+        w_ih_ptr=weights.weight_ih if x is not None else None,
+        bias_ih_ptr=weights.bias_ih if x is not None else None,
+        bias_hh_ptr=weights.bias_hh if x is not None else None,
+        gate_input_ptr=gate_input,
+        h_ptr=h,
+        w_hh_ptr=weights.weight_hh,
+        cells_ptr=cells if spec.full else None,
+        w_ch_ptr=weights.weight_ch if spec.full else None,
+        B=B,
+        I=I,
+        H=H,
+        P=P,
+        t=t,
+        h_t=h_index,
+        c_slot=c_slot,
+        stride_xb=x.stride(0) if x is not None else 0,
+        stride_ht=h.stride(0),
+        stride_hb=h.stride(1),
+        GATES=gates,
+        HAS_X=x is not None,
+        HAS_BIAS=x is not None and weights.bias_ih is not None,
+        FULL=spec.full,
+        OUTPUT_CURRENT=spec.full and spec.output_current,
+        **dot_constants(h.dtype, plan, matmul_precision()),
+    )
+
+
+def add_output_peephole(preact: Tensor, cells: Tensor, weights: Any, spec: Any, c_slot: int) -> None:
+    """Launch `output_peephole_kernel`: the last block of preact (B, G·H) += V_o c_t, c_t = cells[c_slot]."""
+    B, H = cells.shape[-2:]
+    dtype = weights.weight_ch.dtype
+    plan = matmul_plan(B, dtype)
+    output_peephole_kernel[(ceil_div(H, plan.block_u), ceil_div(B, plan.block_b))](
+        preact_ptr=preact,
+        cells_ptr=cells,
+        w_ch_ptr=weights.weight_ch,
+        B=B,
+        H=H,
+        c_slot=c_slot,
+        GATES=len(spec.gates),
+        **dot_constants(dtype, plan, matmul_precision()),
+    )

@@ -1,0 +1,64 @@
+"""What to launch: pure functions from shapes and types to block sizes. Nothing here imports triton or asks a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the cell state and of every accumulator: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n (n >= 1)."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class MatmulPlan:
+    """Blocks of the gate matmul: a program computes (block_b rows, block_u units) of one gate, block_k at a time."""
+
+    block_b: int
+    block_u: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ElementwisePlan:
+    """Blocks of the elementwise kernels: a program updates (block_b rows, block_u units)."""
+
+    block_b: int
+    block_u: int
+    num_warps: int
+
+
+def matmul_plan(B: int, dtype: torch.dtype) -> MatmulPlan:
+    """Blocks for B rows of the given type; they do not depend on H or I, so that no new size compiles a new kernel.
+
+    Few rows take narrow unit blocks: a step is latency, and more programs share the reading of the weights.
+    """
+    block_b = min(64, max(16, next_power_of_2(max(B, 1))))
+    block_u = 32 if block_b < 64 else 64
+    if dtype == torch.float64:
+        return MatmulPlan(min(block_b, 32), 32, 16, num_warps=4, num_stages=2)
+    block_k = 32 if dtype == torch.float32 else 64
+    return MatmulPlan(block_b, block_u, block_k, num_warps=4, num_stages=3)
+
+
+def elementwise_plan(B: int, H: int) -> ElementwisePlan:
+    """Blocks of at most 512 elements: 4 a thread, one 16-byte access of float32."""
+    block_u = min(128, next_power_of_2(H))
+    block_b = min(512 // block_u, next_power_of_2(max(B, 1)))
+    return ElementwisePlan(block_b, block_u, num_warps=4)

@@ -1,0 +1,89 @@
+"""A whole sequence, step by step: per step the recurrent matmul, then the elementwise kernel.
+
+The general strategy: any H, any variant. Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden
+size after projection (else H), G gate blocks, Q peephole blocks. One direction of one layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lstm_triton_kernels.cell import cell_backward, cell_forward
+from lstm_triton_kernels.gates import add_output_peephole, gate_preactivations
+from lstm_triton_kernels.order import steps
+
+
+def fuses_input(T: int) -> bool:
+    """Whether the input side of the gates is computed in the step's own matmul, not by one GEMM for all T."""
+    return T == 1
+
+
+def forward(
+    x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: Any, spec: Any, reverse: bool,
+    output: Tensor, gates: Tensor | None, cells: Tensor,
+) -> None:  # fmt: skip
+    """All steps forward, into output, gates and cells.
+
+    - x: (T, B, I), read where gate_input (T, B, G·H) is None
+    - h_0: (B, P); c_0 stands in its slot of `cells` (see order.py)
+    - output: (T, B, P), columns contiguous, out
+    - gates: (T, B, G·H) activated gates, out; None to save none
+    - cells: (T + 1, B, H) or (1, B, H), accumulator type, out
+    """
+    T, B, _ = output.shape
+    H = cells.shape[-1]
+    preact = torch.empty(B, len(spec.gates) * H, dtype=cells.dtype, device=cells.device)
+    projected = weights.weight_hr is not None
+    hidden = torch.empty(1, B, H, dtype=output.dtype, device=output.device) if projected else output
+    for step in steps(T, reverse, saved=cells.shape[0] > 1):
+        h, h_index = (h_0.unsqueeze(0), 0) if step.h_index is None else (output, step.h_index)
+        x_t = x[step.t] if gate_input is None else None
+        gate_preactivations(preact, x_t, gate_input, h, cells, weights, spec, step.t, h_index, step.previous)
+        buffers = (preact, cells, hidden, gates, weights.weight_ch, spec)
+        indices = (step.t, 0 if projected else step.t, step.previous, step.current)
+        if spec.full and spec.output_current:
+            cell_forward(*buffers, *indices, update_hidden=False)
+            add_output_peephole(preact, cells, weights, spec, step.current)
+            cell_forward(*buffers, *indices, update_cell=False)
+        else:
+            cell_forward(*buffers, *indices)
+        if projected:
+            torch.mm(hidden[0], weights.weight_hr.t(), out=output[step.t])
+
+
+def backward(
+    grad_output: Tensor | None, dh: Tensor, dc: Tensor, weights: Any, spec: Any, reverse: bool,
+    gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
+) -> None:  # fmt: skip
+    """All steps backward, into d_gates; dh and dc become the gradients of h_0 and c_0.
+
+    - grad_output: (T, B, P), columns contiguous, or None where the output has no gradient
+    - dh: (B, P), gradient of h_n, in place; dc: (B, H) accumulator type, gradient of c_n, in place
+    - gates (T, B, G·H), cells (T + 1, B, H): saved by `forward`
+    - d_gates: (T, B, G·H) gradients of the pre-activations, out
+    - d_hidden: (T, B, P) gradients of h_t, out; with a projection only, else None
+    """
+    T = d_gates.shape[0]
+    H = cells.shape[-1]
+    projected = d_hidden is not None
+    dr = torch.empty(dh.shape[0], H, dtype=dh.dtype, device=dh.device) if projected else dh
+    v_previous = spec.previous_peephole(weights.weight_ch) if spec.full else None
+    for step in reversed(list(steps(T, reverse, saved=True))):
+        d_step = d_gates[step.t]
+        if d_hidden is not None:
+            d_hidden[step.t] = dh if grad_output is None else dh + grad_output[step.t]
+            torch.mm(d_hidden[step.t], weights.weight_hr, out=dr)
+        buffers = (None if projected else grad_output, dr, dc, gates, cells, d_gates, weights.weight_ch, spec)
+        indices = (step.t, step.previous, step.current)
+        if spec.full and spec.output_current:
+            cell_backward(*buffers, *indices, grad_cell=False)
+            dc += spec.split_gates(d_step)["o"] @ spec.split_peephole(weights.weight_ch)["o"]
+            cell_backward(*buffers, *indices, grad_hidden=False)
+        else:
+            cell_backward(*buffers, *indices)
+        if v_previous is not None:
+            dc += d_step @ v_previous
+        torch.mm(d_step, weights.weight_hh, out=dh)

@@ -1,0 +1,14 @@
+"""An LSTM for PyTorch whose recurrence runs in Triton kernels: standard, coupled and peephole variants.
+
+`LSTM` and `LSTMCell` are used like `torch.nn.LSTM` and `torch.nn.LSTMCell`; `functional` has the same on explicit
+tensors; `backend` chooses the implementation.
+"""
+
+from lstm_triton import functional
+from lstm_triton.backends import backend
+from lstm_triton.modules import LSTM, CoupledLSTM, LSTMCell, PeepholeLSTM
+from lstm_triton.spec import VARIANTS, LSTMSpec
+
+__version__ = "0.1.0"
+
+__all__ = ["LSTM", "VARIANTS", "CoupledLSTM", "LSTMCell", "LSTMSpec", "PeepholeLSTM", "backend", "functional"]

@@ -1,0 +1,75 @@
+"""PyTorch's own LSTM for the standard variant, made differentiable more than once.
+
+`torch.nn.LSTM`'s operator has no double backward where oneDNN or cuDNN serves it. The Function here runs the operator on
+detached tensors, keeps the graph that it records, and differentiates the reference only under `create_graph=True`.
+
+Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), D
+directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lstm_triton.autograd import differentiable_gradients, gradients_where_needed
+from lstm_triton.spec import LSTMSpec, LSTMWeights
+
+
+def serves(x: Tensor, spec: LSTMSpec) -> bool:
+    """Whether PyTorch's own LSTM computes this call as this library would.
+
+    It has the standard variant only, and on the CPU it rounds the cell state of half types at every step. Under
+    torch.compile the opaque operator is used instead, which does not unroll the sequence.
+    """
+    if torch.compiler.is_compiling() or not spec.standard:
+        return False
+    return x.device.type == "cuda" or x.dtype in (torch.float32, torch.float64)
+
+
+def lstm_layer(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H)."""
+    bias, projection = weights[0].bias_ih is not None, weights[0].weight_hr is not None
+    flat = [w for direction in weights for w in direction.present().values()]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *flat)):
+        return ATenLayerFunction.apply(bias, projection, x, h_0, c_0, *flat)
+    return call(bias, x, h_0, c_0, *flat)
+
+
+def call(bias: bool, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator itself, for one layer."""
+    bidirectional = h_0.shape[0] == 2
+    # cuDNN has a backward pass only for a forward pass in training mode; without dropout that changes no result.
+    train = torch.is_grad_enabled()
+    return torch._VF.lstm(x, (h_0, c_0), list(weights), bias, 1, 0.0, train, bidirectional, False)
+
+
+class ATenLayerFunction(torch.autograd.Function):
+    """apply(bias, projection, x, h_0, c_0, *weights) -> output, h_n, c_n."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: bool, projection: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            inner = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+            results = call(bias, *inner)
+        ctx.parameters, ctx.inner, ctx.results = (LSTMSpec().name, bias, projection), inner, results
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        return tuple(result.detach() for result in results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[2:]
+        inputs = ctx.saved_tensors  # read on every path: a freed graph is PyTorch's usual error
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            return None, None, *differentiable_gradients(grads, inputs, needs, *ctx.parameters)
+        wanted = [t for t, needed in zip(ctx.inner, needs, strict=True) if needed]
+        # Whether the user will come back is known to the outer graph alone: keep the inner one.
+        return None, None, *gradients_where_needed(ctx.results, grads, wanted, needs, retain_graph=True)

@@ -1,0 +1,163 @@
+"""One layer as a differentiable function: torch.library custom operators with fakes, and the autograd.Function on them.
+
+The operators are opaque to torch.compile and know nothing of gradients; the Function joins forward to backward. Where
+a gradient is itself to be differentiated (`create_graph=True`) the backward pass differentiates the reference instead.
+
+Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), D
+directions, G gate blocks.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from lstm_triton import layer, reference
+from lstm_triton.spec import LSTMSpec, LSTMWeights
+
+STEPS = {"triton": "lstm_triton_kernels.sequence_stepwise", "torch": "lstm_triton.eager"}
+"""Backend to the module that computes its steps; imported when first used, so that triton may be missing."""
+
+
+def lstm_layer(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H).
+
+    `weights` has one entry a direction; the second runs backwards in time. All of one type and device.
+    """
+    first = weights[0]
+    parameters = (spec.name, first.bias_ih is not None, first.weight_hr is not None)
+    flat = [w for direction in weights for w in direction.present().values()]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *flat)):
+        return LSTMLayerFunction.apply(parameters, backend, x, h_0, c_0, *flat)[:3]
+    return layer_forward(x, h_0, c_0, flat, *parameters, backend, False)[:3]
+
+
+def group(flat: Sequence[Any], spec: LSTMSpec, bias: bool, projection: bool) -> list[LSTMWeights]:
+    """One LSTMWeights a direction from a flat list of D times what `spec.parameter_names(bias, projection)` lists."""
+    names = spec.parameter_names(bias, projection)
+    absent = dict.fromkeys(LSTMWeights._fields)
+    return [
+        LSTMWeights(**(absent | dict(zip(names, flat[n : n + len(names)], strict=True))))
+        for n in range(0, len(flat), len(names))
+    ]
+
+
+@torch.library.custom_op("lstm_triton::layer_forward", mutates_args=())
+def layer_forward(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor],
+    variant: str, bias: bool, projection: bool, backend: str, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fields of `layer.LayerResult`; `weights` is D times what `LSTMSpec.parameter_names(bias, projection)` lists."""
+    spec = LSTMSpec.parse(variant)
+    steps = importlib.import_module(STEPS[backend])
+    return tuple(layer.forward(x, h_0, c_0, group(weights, spec, bias, projection), spec, steps, save))
+
+
+@layer_forward.register_fake
+def _(x, h_0, c_0, weights, variant, bias, projection, backend, save):  # type: ignore[no-untyped-def]
+    spec = LSTMSpec.parse(variant)
+    shapes = layer.result_shapes(x, c_0, group(weights, spec, bias, projection), spec, save)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+
+
+@torch.library.custom_op("lstm_triton::layer_backward", mutates_args=())
+def layer_backward(
+    grad_output: Optional[Tensor], grad_h_n: Optional[Tensor], grad_c_n: Optional[Tensor],
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor],
+    output: Tensor, gates: Tensor, cells: Tensor,
+    variant: str, bias: bool, projection: bool, backend: str, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of x, h_0, c_0 and each weight, of those for which `needs` (in that order) is true."""
+    spec = LSTMSpec.parse(variant)
+    steps = importlib.import_module(STEPS[backend])
+    wanted = layer.Needs(*needs[:3], group(needs[3:], spec, bias, projection))
+    grouped = group(weights, spec, bias, projection)
+    gradients = layer.backward(
+        grad_output, grad_h_n, grad_c_n, x, h_0, c_0, grouped, output, gates, cells, spec, steps, wanted
+    )
+    flat = [gradients.x, gradients.h_0, gradients.c_0]
+    flat += [getattr(direction, name) for direction in gradients.weights for name in grouped[0].present()]
+    distinct: list[Tensor] = []
+    for gradient, needed in zip(flat, needs, strict=True):
+        if needed and gradient is not None:
+            # Both biases have the same gradient, and an operator's outputs may not be the same tensor.
+            distinct.append(gradient.clone() if any(gradient is other for other in distinct) else gradient)
+    return distinct
+
+
+@layer_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    grad_output, grad_h_n, grad_c_n, x, h_0, c_0, weights, output, gates, cells,
+    variant, bias, projection, backend, needs,
+):  # fmt: skip
+    return [t.new_empty(t.shape) for t, needed in zip((x, h_0, c_0, *weights), needs, strict=True) if needed]
+
+
+class LSTMLayerFunction(torch.autograd.Function):
+    """apply((variant, bias, projection), backend, x, h_0, c_0, *weights) -> the fields of `layer.LayerResult`."""
+
+    @staticmethod
+    def forward(
+        parameters: tuple[str, bool, bool], backend: str, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        return layer_forward(x, h_0, c_0, weights, *parameters, backend, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.parameters, ctx.backend, x, h_0, c_0, *weights = inputs
+        hidden, _, _, gates, cells = output
+        ctx.mark_non_differentiable(gates, cells)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, gates, cells, x, h_0, c_0, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+        hidden, gates, cells, x, h_0, c_0, *weights = ctx.saved_tensors
+        grads = grads[:3]
+        needs = list(ctx.needs_input_grad[2:])
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return None, None, *differentiable_gradients(grads, (x, h_0, c_0, *weights), needs, *ctx.parameters)
+        saved = (x, h_0, c_0, weights, hidden, gates, cells)
+        computed = iter(layer_backward(*grads, *saved, *ctx.parameters, ctx.backend, needs))
+        return None, None, *(next(computed) if needed else None for needed in needs)
+
+
+def differentiable_gradients(
+    grads: Sequence[Optional[Tensor]],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    variant: str,
+    bias: bool,
+    projection: bool,
+) -> list[Optional[Tensor]]:
+    """Gradients that can be differentiated again: those of the reference, recomputed.
+
+    - grads: of output, h_n, c_n, None where zero
+    - inputs: x, h_0, c_0 and the flat weights; `needs` says whose gradient is wanted
+    """
+    spec = LSTMSpec.parse(variant)
+    # Views: the graph from the gradients back to the inputs must start at tensors of this call alone.
+    inputs = [t.view_as(t) for t in inputs]
+    results = reference.layer(*inputs[:3], group(inputs[3:], spec, bias, projection), spec)
+    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
+    return gradients_where_needed(results, grads, wanted, needs, create_graph=True)
+
+
+def gradients_where_needed(
+    results: Sequence[Tensor],
+    grads: Sequence[Optional[Tensor]],
+    wanted: Sequence[Tensor],
+    needs: Sequence[bool],
+    **options: bool,
+) -> list[Optional[Tensor]]:
+    """`torch.autograd.grad` of results whose gradient is given, by `wanted`, spread over the places that `needs` marks."""
+    given = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+    outputs, grad_outputs = zip(*given, strict=True)
+    computed = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options))
+    return [next(computed) if needed else None for needed in needs]

@@ -1,0 +1,92 @@
+"""Which implementation computes a call: the Triton kernels or PyTorch's own operators."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from lstm_triton_kernels.plan import SUPPORTED_DTYPES
+
+BACKENDS = ("auto", "triton", "torch")
+ENVIRONMENT_VARIABLE = "LSTM_TRITON_BACKEND"
+MINIMUM_CAPABILITY = (8, 0)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+_requested: ContextVar[str | None] = ContextVar("lstm_triton_backend", default=None)
+
+
+class Choice(NamedTuple):
+    """The chosen backend, "triton" or "torch", and one sentence why."""
+
+    name: str
+    reason: str
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Compute every call inside the `with` block on the given backend.
+
+    - name: "triton" (the kernels; an error where they cannot run), "torch" (PyTorch's own operators), or "auto"
+      (the kernels for CUDA tensors of a supported type on compute capability 8.0 or newer, else PyTorch)
+
+    Overrides the environment variable LSTM_TRITON_BACKEND. Raises ValueError for another name.
+    """
+    token = _requested.set(check_name(name, "backend"))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def check_name(name: str, source: str) -> str:
+    """The name, if it is a backend's; else ValueError."""
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+def requested() -> str:
+    """What the user asked for: the innermost `with backend(...)`, else the environment variable, else "auto"."""
+    name = _requested.get()
+    return check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE) if name is None else name
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend for tensors of the given device and type.
+
+    Raises RuntimeError where `triton` was asked for and cannot run, ValueError for an unknown name.
+    """
+    name = requested()
+    if name == "torch":
+        return Choice("torch", "asked for")
+    if name == "auto" and device.type != "cuda":
+        return Choice("torch", f"the kernels run on CUDA devices, not on {device.type}")
+    obstacle = why_not_triton(device, dtype)
+    if obstacle is None:
+        return Choice("triton", "asked for" if name == "triton" else f"{device} can run the kernels")
+    if name == "triton":
+        raise RuntimeError(f"backend 'triton' cannot run here: {obstacle}")
+    return Choice("torch", obstacle)
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the kernels from running on such tensors; None if nothing does."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed (pip install triton)"
+    if dtype not in SUPPORTED_DTYPES:
+        return f"the kernels compute in {', '.join(map(str, SUPPORTED_DTYPES))}, got {dtype}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            return f"{device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+        return None
+    if device.type == "cpu":
+        from lstm_triton_kernels.gates import INTERPRETED
+
+        return None if INTERPRETED else "CPU tensors need TRITON_INTERPRET=1, set before the program starts"
+    return f"the kernels run on CUDA devices, not on {device.type}"

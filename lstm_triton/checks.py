@@ -1,0 +1,146 @@
+"""What is refused, and in which words: `torch.nn.LSTM`'s own type and message where it has one.
+
+Pure functions; all of them run before anything is computed.
+"""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def lstm_arguments(
+    input_size: Any, hidden_size: Any, num_layers: Any, bias: Any, batch_first: Any, dropout: Any, bidirectional: Any,
+    proj_size: Any,
+) -> None:  # fmt: skip
+    """The constructor arguments of LSTM.
+
+    Raises TypeError or ValueError as `torch.nn.LSTM` does, and warns as it does of a dropout that has no effect.
+    """
+    if not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
+        )
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(
+            "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects num_layers "
+            f"greater than 1, but got dropout={dropout} and num_layers={num_layers}",
+            stacklevel=3,
+        )
+    for name, value, kind in (
+        ("bias", bias, bool),
+        ("batch_first", batch_first, bool),
+        ("input_size", input_size, int),
+        ("hidden_size", hidden_size, int),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} should be of type {kind.__name__}, got: {type(value).__name__}")
+        if kind is int and value <= 0:
+            raise ValueError(f"{name} must be greater than zero")
+    if num_layers <= 0:
+        raise ValueError("num_layers must be greater than zero")
+    if proj_size < 0:
+        raise ValueError("proj_size should be a positive integer or zero to disable projections")
+    if proj_size >= hidden_size:
+        raise ValueError("proj_size has to be smaller than hidden_size")
+
+
+def same_kind(input: Tensor, others: Sequence[Tensor], what: str) -> None:
+    """All of one device and type. Raises RuntimeError in ATen's words ("Input and `what` tensors are not ...")."""
+    for tensor in others:
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"Input and {what} tensors are not at the same device, found input tensor at {input.device} "
+                f"and {what} tensor at {tensor.device}"
+            )
+        if tensor.dtype != input.dtype:
+            raise RuntimeError(
+                f"Input and {what} tensors are not the same dtype, found input tensor with {input.dtype} "
+                f"and {what} tensor with {tensor.dtype}"
+            )
+
+
+def weight_shapes(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Explicit parameters against what the variant asks for. Raises RuntimeError naming the first that is off."""
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != shape:
+            raise RuntimeError(f"Expected {name} size {shape}, got {list(weights[name].shape)}")
+
+
+def lstm_input_dimensions(input: Tensor) -> None:
+    """Raises ValueError unless the input is (T, B, I) or, unbatched, (T, I)."""
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+
+
+def lstm_state_dimensions(hx: tuple[Tensor, Tensor], batched: bool) -> None:
+    """Raises RuntimeError unless both states have the dimensions that go with the input's."""
+    dimensions = 3 if batched else 2
+    if hx[0].dim() != dimensions or hx[1].dim() != dimensions:
+        raise RuntimeError(
+            f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx and cx should also be {dimensions}-D "
+            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+        )
+
+
+def lstm_input(input: Tensor, input_size: int, weight_dtype: torch.dtype, autocast: bool) -> None:
+    """Raises ValueError for a type other than the weights', RuntimeError for a wrong number of features."""
+    if input.dtype != weight_dtype and not autocast:
+        raise ValueError(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_dtype}). "
+            f"Convert input: input.to({weight_dtype}), or convert model: model.to({input.dtype})"
+        )
+    if input.size(-1) != input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {input_size}, got {input.size(-1)}"
+        )
+
+
+def lstm_states(hx: tuple[Tensor, Tensor], expected: tuple[tuple[int, int, int], tuple[int, int, int]]) -> None:
+    """Raises RuntimeError unless (h_0, c_0) have the expected sizes (D·L, B, P) and (D·L, B, H)."""
+    for n, (state, size) in enumerate(zip(hx, expected, strict=True)):
+        if tuple(state.shape) != size:
+            raise RuntimeError(f"Expected hidden[{n}] size {size}, got {list(state.shape)}")
+
+
+def sequence_length(T: int) -> None:
+    """Raises RuntimeError for an empty sequence."""
+    if T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
+def cell_dimensions(input: Tensor, hx: tuple[Tensor, Tensor] | None) -> None:
+    """Raises ValueError unless the input is (B, I) or (I,) and each state 1-D or 2-D."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    for n, state in enumerate(hx or ()):
+        if state.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected hx[{n}] to be 1D or 2D, got {state.dim()}D instead")
+
+
+def cell_sizes(input: Tensor, hx: tuple[Tensor, Tensor], input_size: int, hidden_size: int) -> None:
+    """input (B, I) and states (B, H). Raises RuntimeError as `torch.nn.LSTMCell` does."""
+    if input.size(1) != input_size:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {input_size}")
+    for n, state in enumerate(hx):
+        if state.size(0) != input.size(0):
+            raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{n} batch size {state.size(0)}")
+        if state.dim() != 2:
+            raise RuntimeError(f"hidden{n} must be 2-D as the input is, got {state.dim()}-D")
+        if state.size(1) != hidden_size:
+            raise RuntimeError(
+                f"hidden{n} has inconsistent hidden_size: got {state.size(1)}, expected {hidden_size}"
+            )
+
+
+def cell_dtypes(input: Tensor, others: Sequence[Tensor]) -> None:
+    """Raises RuntimeError unless all are of the input's type."""
+    for tensor in others:
+        if tensor.dtype != input.dtype:
+            first, second = (t.type().split(".")[-1].removesuffix("Tensor") for t in (input, tensor))
+            raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {first} and {second}")

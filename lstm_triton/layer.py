@@ -1,0 +1,196 @@
+"""One layer, all its directions: the large GEMMs before and after the steps, the steps left to a backend.
+
+Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), D
+directions, G gate blocks, Q peephole blocks. Plain functions on tensors, called inside the custom operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from lstm_triton_kernels.order import final_slot, initial_slot
+from lstm_triton_kernels.plan import accumulator_dtype
+from torch import Tensor
+
+from lstm_triton.spec import LSTMSpec, LSTMWeights
+
+
+class LayerResult(NamedTuple):
+    """What the forward pass of a layer returns.
+
+    - output: (T, B, D·P); h_n: (D, B, P); c_n: (D, B, H), all in the input's type
+    - gates: (D, T, B, G·H) activated gates; empty unless saved for the backward pass
+    - cells: (D, T + 1, B, H) cell states in the accumulator type; empty unless saved
+    """
+
+    output: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    gates: Tensor
+    cells: Tensor
+
+
+def result_shapes(
+    x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, save: bool
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shape and type of every field of LayerResult, from the arguments of `forward`."""
+    T, B, _ = x.shape
+    D, _, H = c_0.shape
+    P = weights[0].weight_hh.shape[1]
+    return (
+        ((T, B, D * P), x.dtype),
+        ((D, B, P), x.dtype),
+        ((D, B, H), x.dtype),
+        ((D, T, B, len(spec.gates) * H) if save else (0,), x.dtype),
+        ((D, T + 1, B, H) if save else (0,), accumulator_dtype(x.dtype)),
+    )
+
+
+def forward(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, steps: ModuleType, save: bool
+) -> LayerResult:
+    """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H); `steps` is a module like `eager`; `save` for a backward pass."""
+    shapes = result_shapes(x, c_0, weights, spec, save)
+    result = LayerResult(*(torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in shapes))
+    T, B, _ = x.shape
+    P = result.h_n.shape[-1]
+    x = row_contiguous(x)
+    for direction, direction_weights in enumerate(weights):
+        w = direction_weights.map(Tensor.contiguous)
+        reverse = direction == 1
+        output = result.output[:, :, direction * P : (direction + 1) * P]
+        gates = result.gates[direction] if save else None
+        cells = result.cells[direction] if save else torch.empty(1, *c_0.shape[1:], dtype=shapes[4][1], device=x.device)
+        cells[initial_slot(T, reverse, save)] = c_0[direction]
+        gate_input = None if steps.fuses_input(T) else project_input(x, w)
+        steps.forward(x, gate_input, row_contiguous(h_0[direction]), w, spec, reverse, output, gates, cells)
+        result.h_n[direction] = output[0 if reverse else T - 1]
+        result.c_n[direction] = cells[final_slot(T, reverse, save)]
+    return result
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    x: bool
+    h_0: bool
+    c_0: bool
+    weights: Sequence[LSTMWeights]
+    """per direction, a bool in place of each tensor"""
+
+
+class LayerGradients(NamedTuple):
+    """The gradients of the arguments of `forward`, None where none was wanted."""
+
+    x: Tensor | None
+    h_0: Tensor | None
+    c_0: Tensor | None
+    weights: list[LSTMWeights]
+
+
+def backward(
+    grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None,
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights],
+    output: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, steps: ModuleType, needs: Needs,
+) -> LayerGradients:  # fmt: skip
+    """The gradients that `needs` names, from those of output, h_n and c_n (None: zero) and what `forward` saved."""
+    T, B, _ = x.shape
+    D, _, P = h_0.shape
+    grad_output = grad_output.contiguous() if grad_output is not None else None
+    grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs.x and D > 1 else None
+    grad_h_0, grad_c_0, grad_weights = [], [], []
+    for direction, direction_weights in enumerate(weights):
+        w = direction_weights.map(Tensor.contiguous)
+        wanted = needs.weights[direction]
+        reverse = direction == 1
+        columns = slice(direction * P, (direction + 1) * P)
+        dh = x.new_zeros(B, P) if grad_h_n is None else grad_h_n[direction].clone(memory_format=torch.contiguous_format)
+        dc = torch.zeros(cells.shape[2:], dtype=cells.dtype, device=x.device)
+        if grad_c_n is not None:
+            dc += grad_c_n[direction]
+        d_gates = torch.empty_like(gates[direction])
+        d_hidden = x.new_empty(T, B, P) if w.weight_hr is not None else None
+        grad_direction = grad_output[:, :, columns] if grad_output is not None else None
+        steps.backward(
+            grad_direction, dh, dc, w, spec, reverse, gates[direction], cells[direction], d_gates, d_hidden
+        )
+        grad_h_0.append(dh)
+        grad_c_0.append(dc)
+
+        d_rows = d_gates.flatten(0, 1)
+        if needs.x:
+            grad_rows = grad_x.view(T * B, -1) if grad_x is not None else None
+            grad_rows = d_rows @ w.weight_ih if grad_rows is None else grad_rows.addmm_(d_rows, w.weight_ih)
+            grad_x = grad_rows.view(x.shape)
+        weight_ih = d_rows.t() @ x.reshape(T * B, -1) if wanted.weight_ih else None
+        weight_hh = None
+        if wanted.weight_hh:
+            h_first, d_first = h_0[direction], d_gates[-1 if reverse else 0]
+            h_rest, d_rest = output[:, :, columns], d_gates
+            h_rest, d_rest = (h_rest[1:], d_rest[:-1]) if reverse else (h_rest[:-1], d_rest[1:])
+            weight_hh = torch.addmm(
+                d_first.t() @ h_first, d_rest.flatten(0, 1).t(), h_rest.reshape((T - 1) * B, P)
+            )
+        bias = d_rows.sum(0) if wanted.bias_ih or wanted.bias_hh else None
+        grad_weights.append(
+            LSTMWeights(
+                weight_ih=weight_ih,
+                weight_hh=weight_hh,
+                bias_ih=bias if wanted.bias_ih else None,
+                bias_hh=bias if wanted.bias_hh else None,
+                weight_hr=projection_gradient(d_hidden, gates[direction], cells[direction], spec, reverse)
+                if wanted.weight_hr
+                else None,
+                weight_ch=peephole_gradient(d_gates, cells[direction], spec, reverse) if wanted.weight_ch else None,
+            )
+        )
+    return LayerGradients(
+        grad_x,
+        torch.stack(grad_h_0) if needs.h_0 else None,
+        torch.stack(grad_c_0).to(x.dtype) if needs.c_0 else None,
+        grad_weights,
+    )
+
+
+def project_input(x: Tensor, w: LSTMWeights) -> Tensor:
+    """The input side of all gates of all steps in one GEMM: x (T, B, I) -> (T, B, G·H), both biases included."""
+    T, B, I = x.shape  # noqa: E741
+    rows = x.reshape(T * B, I)
+    if w.bias_ih is None or w.bias_hh is None:
+        projected = rows @ w.weight_ih.t()
+    else:
+        projected = torch.addmm(w.bias_ih + w.bias_hh, rows, w.weight_ih.t())
+    return projected.view(T, B, -1)
+
+
+def peephole_gradient(d_gates: Tensor, cells: Tensor, spec: LSTMSpec, reverse: bool) -> Tensor:
+    """The gradient of weight_ch from d_gates (T, B, G·H) and cells (T + 1, B, H): each block times the c it read."""
+    d = spec.split_gates(d_gates)
+    previous, current = (cells[1:], cells[:-1]) if reverse else (cells[:-1], cells[1:])
+    blocks = []
+    for gate in spec.peephole_gates:
+        read = previous if gate in spec.previous_gates else current
+        if spec.full:
+            d_rows = d[gate].flatten(0, 1)
+            blocks.append(d_rows.t() @ read.flatten(0, 1).to(d_rows.dtype))
+        else:
+            blocks.append((d[gate] * read).sum((0, 1)).to(d_gates.dtype))
+    return torch.cat(blocks)
+
+
+def projection_gradient(
+    d_hidden: Tensor | None, gates: Tensor, cells: Tensor, spec: LSTMSpec, reverse: bool
+) -> Tensor:
+    """The gradient of weight_hr (P, H) from that of h_t, d_hidden (T, B, P), and o tanh(c_t), computed again."""
+    assert d_hidden is not None
+    c = cells[:-1] if reverse else cells[1:]
+    unprojected = (spec.split_gates(gates)["o"] * c.tanh()).to(d_hidden.dtype)
+    return d_hidden.flatten(0, 1).t() @ unprojected.flatten(0, 1)
+
+
+def row_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is contiguous, else a copy: what the kernels read rows of."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -1,0 +1,235 @@
+"""The modules: `torch.nn.LSTM` and `torch.nn.LSTMCell` with coupled gates and peepholes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lstm_triton import checks, functional
+from lstm_triton.spec import LSTMSpec, OutputPeephole, Peephole, state_dict_name
+
+
+class VariantModule(nn.Module):
+    """What cell and layer share: the variant, and the initial values of the parameters."""
+
+    input_size: int
+    hidden_size: int
+    bias: bool
+    coupled: bool
+    peephole: Peephole | None
+    output_peephole: OutputPeephole
+
+    def _set_variant(self, spec: LSTMSpec) -> None:
+        self.coupled, self.peephole, self.output_peephole = spec.coupled, spec.peephole, spec.output_peephole
+
+    @property
+    def spec(self) -> LSTMSpec:
+        """The variant as one value."""
+        return LSTMSpec(self.coupled, self.peephole, self.output_peephole)
+
+    def reset_parameters(self, bound: float | None = None) -> None:
+        """Draw every parameter anew from U(-bound, bound); by default bound = 1 / sqrt(hidden_size), as `torch.nn.LSTM`."""
+        if bound is None:
+            bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def _variant_repr(self) -> str:
+        """The variant's options as they would be written, where they are not the defaults."""
+        text = ", coupled=True" if self.coupled else ""
+        text += f", peephole={self.peephole!r}" if self.peephole else ""
+        return text + (f", output_peephole={self.output_peephole!r}" if self.output_peephole != "previous" else "")
+
+
+class LSTMCell(VariantModule):
+    """One step of an LSTM: the interface of `torch.nn.LSTMCell`, with variants.
+
+        a = W_ih x + b_ih + W_hh h + b_hh
+        i = s(a_i + V_i c)          coupled: i = 1 - f
+        f = s(a_f + V_f c)
+        g = tanh(a_g)
+        c' = f c + i g
+        o = s(a_o + V_o c_*)        c_* = c, or c' with output_peephole="current"
+        h' = o tanh(c')
+
+    Arguments:
+
+    - input_size, hidden_size: I and H
+    - bias: whether there are bias_ih and bias_hh
+    - coupled: the input gate is 1 - f (CIFG, Greff et al. 2017)
+    - peephole: None, "diagonal" (V elementwise, Gers & Schmidhuber 2000) or "full" (V a matrix)
+    - output_peephole: the output gate reads the "previous" or the "current" cell state
+
+    Parameters, G gate blocks in the order i, f, g, o (coupled: f, g, o), Q peephole blocks i, f, o (coupled: f, o):
+
+    - weight_ih: (G·H, I); weight_hh: (G·H, H); bias_ih, bias_hh: (G·H,) or None
+    - weight_ch: diagonal (Q·H,), full (Q·H, H), or None
+
+    Raises ValueError for an unknown variant.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        coupled: bool = False,
+        peephole: Peephole | None = None,
+        output_peephole: OutputPeephole = "previous",
+    ) -> None:
+        super().__init__()
+        spec = LSTMSpec(coupled, peephole, output_peephole)
+        self._set_variant(spec)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.bias = bias
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch"):
+            shape = spec.parameter_shapes(input_size, hidden_size, bias).get(name)
+            parameter = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """input (B, I) or (I,), hx = (h, c) each (B, H) or (H,), zeros if None -> (h', c').
+
+        Raises ValueError or RuntimeError as `torch.nn.LSTMCell` does.
+        """
+        return functional.lstm_cell(
+            input,
+            hx,
+            self.weight_ih,
+            self.weight_hh,
+            self.bias_ih,
+            self.bias_hh,
+            self.weight_ch,
+            coupled=self.coupled,
+            peephole=self.peephole,
+            output_peephole=self.output_peephole,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that are not the defaults."""
+        bias = ", bias=False" if not self.bias else ""
+        return f"{self.input_size}, {self.hidden_size}{bias}{self._variant_repr()}"
+
+
+class LSTM(VariantModule):
+    """A stack of LSTM layers over a whole sequence: the interface and checkpoints of `torch.nn.LSTM`, with variants.
+
+    Each step computes what `LSTMCell` does; with a projection, h' = W_hr (o tanh(c')) (Sak et al. 2014).
+
+    Arguments: as `torch.nn.LSTM`, and
+
+    - coupled: the input gate is 1 - f (CIFG, Greff et al. 2017)
+    - peephole: None, "diagonal" (V elementwise, Gers & Schmidhuber 2000) or "full" (V a matrix)
+    - output_peephole: the output gate reads the "previous" or the "current" cell state
+
+    Parameters of layer k (suffix `_reverse` for the second direction), G gate blocks in the order i, f, g, o (coupled:
+    f, g, o), Q peephole blocks i, f, o (coupled: f, o), P = proj_size or else H, D directions:
+
+    - weight_ih_l{k}: (G·H, I), in layers above the first (G·H, D·P)
+    - weight_hh_l{k}: (G·H, P); bias_ih_l{k}, bias_hh_l{k}: (G·H,)
+    - weight_hr_l{k}: (P, H), with proj_size
+    - weight_ch_l{k}: diagonal (Q·H,), full (Q·H, H)
+
+    Raises TypeError and ValueError as `torch.nn.LSTM` does, ValueError for an unknown variant.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        coupled: bool = False,
+        peephole: Peephole | None = None,
+        output_peephole: OutputPeephole = "previous",
+    ) -> None:
+        super().__init__()
+        checks.lstm_arguments(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        )
+        spec = LSTMSpec(coupled, peephole, output_peephole)
+        self._set_variant(spec)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        directions = 2 if bidirectional else 1
+        for layer in range(num_layers):
+            size = input_size if layer == 0 else directions * (proj_size or hidden_size)
+            shapes = spec.parameter_shapes(size, hidden_size, bias, proj_size)
+            for direction in range(directions):
+                for name, shape in shapes.items():
+                    parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    self.register_parameter(state_dict_name(name, layer, direction), parameter)
+        self.reset_parameters()
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """output, (h_n, c_n).
+
+        - input: (T, B, I), (B, T, I) with batch_first, or (T, I) unbatched
+        - hx: (h_0, c_0), (D·L, B, P) and (D·L, B, H), without B for unbatched input; zeros if None
+        - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
+
+        Raises ValueError or RuntimeError as `torch.nn.LSTM` does.
+        """
+        names = functional.state_dict_names(
+            self.spec, self.num_layers, self.bidirectional, self.bias, self.proj_size
+        )
+        return functional.lstm(
+            input,
+            hx,
+            [getattr(self, name) for name in names],
+            num_layers=self.num_layers,
+            bias=self.bias,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            proj_size=self.proj_size,
+            coupled=self.coupled,
+            peephole=self.peephole,
+            output_peephole=self.output_peephole,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that are not the defaults."""
+        defaults = dict(proj_size=0, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False)
+        options = "".join(
+            f", {name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default
+        )
+        return f"{self.input_size}, {self.hidden_size}{options}{self._variant_repr()}"
+
+
+class CoupledLSTM(LSTM):
+    """`LSTM` with coupled forget and input gate: c_t = f c_{t-1} + (1 - f) g. Nothing but the default is changed."""
+
+    def __init__(self, *args: Any, coupled: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, coupled=coupled, **kwargs)
+
+
+class PeepholeLSTM(LSTM):
+    """`LSTM` with peephole connections, diagonal unless told otherwise. Nothing but the default is changed."""
+
+    def __init__(self, *args: Any, peephole: Peephole | None = "diagonal", **kwargs: Any) -> None:
+        super().__init__(*args, peephole=peephole, **kwargs)

@@ -1,0 +1,67 @@
+"""The LSTM, equation by equation: the oracle that everything else is tested against.
+
+Any dtype, any device, differentiable as often as PyTorch is. Shapes: B batch rows, I input features, H hidden units,
+P hidden size after projection (else H), T time steps, D directions.
+
+    a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+    i = s(a_i + V_i c_{t-1})          coupled: i = 1 - f
+    f = s(a_f + V_f c_{t-1})
+    g = tanh(a_g)
+    c_t = f c_{t-1} + i g
+    o = s(a_o + V_o c_*)              c_* = c_{t-1}, or c_t with output_peephole="current"
+    h_t = o tanh(c_t)                 with projection: h_t = W_hr (o tanh(c_t))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lstm_triton.spec import LSTMSpec, LSTMWeights
+
+
+def cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) -> tuple[Tensor, Tensor]:
+    """One step. x (B, I), h (B, P), c (B, H) -> h (B, P), c (B, H)."""
+    a = spec.split_gates(
+        F.linear(x, weights.weight_ih, weights.bias_ih) + F.linear(h, weights.weight_hh, weights.bias_hh)
+    )
+    v = spec.split_peephole(weights.weight_ch) if weights.weight_ch is not None else {}
+
+    def gate(name: str, c_read: Tensor) -> Tensor:
+        if not v:
+            return torch.sigmoid(a[name])
+        return torch.sigmoid(a[name] + (F.linear(c_read, v[name]) if spec.full else v[name] * c_read))
+
+    f = gate("f", c)
+    i = 1 - f if spec.coupled else gate("i", c)
+    g = torch.tanh(a["g"])
+    c_next = f * c + i * g
+    o = gate("o", c_next if spec.output_current else c)
+    h_next = o * torch.tanh(c_next)
+    if weights.weight_hr is not None:
+        h_next = F.linear(h_next, weights.weight_hr)
+    return h_next, c_next
+
+
+def layer(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer, all its directions (the second runs backwards in time).
+
+    x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H).
+    """
+    outputs, last_h, last_c = [], [], []
+    for direction, direction_weights in enumerate(weights):
+        h, c = h_0[direction], c_0[direction]
+        hidden = []
+        steps = x.unbind(0)
+        for x_t in reversed(steps) if direction else steps:
+            h, c = cell(x_t, h, c, direction_weights, spec)
+            hidden.append(h)
+        outputs.append(torch.stack(hidden[::-1] if direction else hidden))
+        last_h.append(h)
+        last_c.append(c)
+    return torch.cat(outputs, -1), torch.stack(last_h), torch.stack(last_c)

@@ -1,0 +1,173 @@
+"""What an LSTM variant is: its gate blocks, its parameters, their shapes and names.
+
+The only place that knows what a combination of `coupled`, `peephole` and `output_peephole` means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Peephole = Literal["diagonal", "full"]
+OutputPeephole = Literal["previous", "current"]
+
+PEEPHOLES: tuple[Peephole | None, ...] = (None, "diagonal", "full")
+OUTPUT_PEEPHOLES: tuple[OutputPeephole, ...] = ("previous", "current")
+
+
+class LSTMWeights(NamedTuple):
+    """The parameters of one direction of one layer; what the variant has none of is None.
+
+    - weight_ih: (G·H, I), input to gates
+    - weight_hh: (G·H, P), previous hidden state to gates
+    - bias_ih, bias_hh: (G·H,) each
+    - weight_hr: (P, H), projection of the hidden state
+    - weight_ch: peephole, cell state to gates; diagonal (Q·H,), full (Q·H, H)
+    """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None = None
+    bias_hh: Tensor | None = None
+    weight_hr: Tensor | None = None
+    weight_ch: Tensor | None = None
+
+    def present(self) -> dict[str, Tensor]:
+        """Name to tensor of the parameters there are, in the order of a state dict."""
+        return {name: weight for name, weight in self._asdict().items() if weight is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LSTMWeights:
+        """The same parameters, each as `function` makes it."""
+        return LSTMWeights(*(None if weight is None else function(weight) for weight in self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class LSTMSpec:
+    """One of the ten LSTM variants.
+
+    - coupled: the input gate is 1 - f (CIFG: Greff et al. 2017), three gate blocks instead of four
+    - peephole: None, "diagonal" (elementwise: Gers & Schmidhuber 2000) or "full" (a matrix)
+    - output_peephole: which cell state the output gate reads: "previous" (c_{t-1}) or "current" (c_t)
+
+    Raises ValueError for an unknown value, and for "current" without a peephole.
+    """
+
+    coupled: bool = False
+    peephole: Peephole | None = None
+    output_peephole: OutputPeephole = "previous"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.coupled, bool):
+            raise TypeError(f"coupled should be of type bool, got: {type(self.coupled).__name__}")
+        if self.peephole not in PEEPHOLES:
+            raise ValueError(f"peephole must be None, 'diagonal' or 'full', got {self.peephole!r}")
+        if self.output_peephole not in OUTPUT_PEEPHOLES:
+            raise ValueError(f"output_peephole must be 'previous' or 'current', got {self.output_peephole!r}")
+        if self.output_current and self.peephole is None:
+            raise ValueError(
+                "output_peephole='current' needs a peephole: choose peephole='diagonal' or 'full', got peephole=None"
+            )
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """Gate blocks in the order in which they are stacked in the weights."""
+        return ("f", "g", "o") if self.coupled else ("i", "f", "g", "o")
+
+    @property
+    def peephole_gates(self) -> tuple[str, ...]:
+        """The gate blocks that read the cell state, in the order of `weight_ch`."""
+        return tuple(gate for gate in self.gates if gate != "g") if self.peephole else ()
+
+    @property
+    def previous_gates(self) -> tuple[str, ...]:
+        """The gate blocks that read c_{t-1}."""
+        return tuple(gate for gate in self.peephole_gates if not (gate == "o" and self.output_current))
+
+    @property
+    def full(self) -> bool:
+        """Whether the peephole is a matrix."""
+        return self.peephole == "full"
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the peephole is elementwise."""
+        return self.peephole == "diagonal"
+
+    @property
+    def output_current(self) -> bool:
+        """Whether the output gate reads c_t."""
+        return self.output_peephole == "current"
+
+    @property
+    def standard(self) -> bool:
+        """Whether this is `torch.nn.LSTM`'s variant."""
+        return not self.coupled and self.peephole is None
+
+    @property
+    def name(self) -> str:
+        """A short name: "standard", "coupled", "diagonal", "coupled+full+current", ..."""
+        parts = ["coupled"] * self.coupled + [self.peephole or ""] + ["current"] * self.output_current
+        return "+".join(part for part in parts if part) or "standard"
+
+    @classmethod
+    def parse(cls, name: str) -> LSTMSpec:
+        """The variant of that `name`. Raises ValueError listing all names."""
+        for spec in VARIANTS:
+            if spec.name == name:
+                return spec
+        raise ValueError(f"variant must be one of {', '.join(spec.name for spec in VARIANTS)}, got {name!r}")
+
+    def parameter_names(self, bias: bool = True, projection: bool = False) -> tuple[str, ...]:
+        """The fields of LSTMWeights that the variant has, in `torch.nn.LSTM`'s order, the peephole last."""
+        names = ("weight_ih", "weight_hh")
+        names += ("bias_ih", "bias_hh") if bias else ()
+        names += ("weight_hr",) if projection else ()
+        return names + (("weight_ch",) if self.peephole else ())
+
+    def parameter_shapes(
+        self, input_size: int, hidden_size: int, bias: bool = True, proj_size: int = 0
+    ) -> dict[str, tuple[int, ...]]:
+        """Name to shape of the parameters of one direction of one layer, in the order of `parameter_names`."""
+        gate_rows = len(self.gates) * hidden_size
+        peephole_rows = len(self.peephole_gates) * hidden_size
+        shapes = {
+            "weight_ih": (gate_rows, input_size),
+            "weight_hh": (gate_rows, proj_size or hidden_size),
+            "bias_ih": (gate_rows,),
+            "bias_hh": (gate_rows,),
+            "weight_hr": (proj_size, hidden_size),
+            "weight_ch": (peephole_rows, hidden_size) if self.full else (peephole_rows,),
+        }
+        return {name: shapes[name] for name in self.parameter_names(bias, proj_size > 0)}
+
+    def split_gates(self, stacked: Tensor, dim: int = -1) -> dict[str, Tensor]:
+        """Views of the gate blocks of a tensor whose dimension `dim` holds G·H rows."""
+        return dict(zip(self.gates, stacked.chunk(len(self.gates), dim), strict=True))
+
+    def split_peephole(self, weight_ch: Tensor) -> dict[str, Tensor]:
+        """Views of the blocks of `weight_ch`."""
+        return dict(zip(self.peephole_gates, weight_ch.chunk(len(self.peephole_gates), 0), strict=True))
+
+    def previous_peephole(self, weight_ch: Tensor) -> Tensor:
+        """A full peephole on c_{t-1} as gate blocks, (G·H, H): zero for the gates that do not read c_{t-1}."""
+        blocks = self.split_peephole(weight_ch)
+        zero = torch.zeros_like(blocks["f"])
+        return torch.cat([blocks[gate] if gate in self.previous_gates else zero for gate in self.gates])
+
+
+VARIANTS: tuple[LSTMSpec, ...] = tuple(
+    LSTMSpec(coupled, peephole, output_peephole)
+    for coupled in (False, True)
+    for peephole in PEEPHOLES
+    for output_peephole in (OUTPUT_PEEPHOLES if peephole else ("previous",))
+)
+"""All ten variants."""
+
+
+def state_dict_name(name: str, layer: int, direction: int) -> str:
+    """The name in a state dict of one direction's parameter: `weight_ih_l0`, ..., `weight_ih_l1_reverse`."""
+    return f"{name}_l{layer}{'_reverse' if direction else ''}"
