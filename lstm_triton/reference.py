@@ -65,3 +65,19 @@ def layer(
         last_h.append(h)
         last_c.append(c)
     return torch.cat(outputs, -1), torch.stack(last_h), torch.stack(last_c)
+
+
+def lstm(
+    x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], spec: LSTMSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A stack of layers, without dropout.
+
+    x (T, B, I), h_0 (D·L, B, P), c_0 (D·L, B, H) -> output (T, B, D·P), h_n (D·L, B, P), c_n (D·L, B, H).
+    """
+    last_h, last_c = [], []
+    for n, weights in enumerate(layers):
+        states = slice(n * len(weights), (n + 1) * len(weights))
+        x, h_n, c_n = layer(x, h_0[states], c_0[states], weights, spec)
+        last_h.append(h_n)
+        last_c.append(c_n)
+    return x, torch.cat(last_h), torch.cat(last_c)

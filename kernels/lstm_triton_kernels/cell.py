@@ -43,7 +43,7 @@ def cell_forward_kernel(
     inside = (row[:, None] < B) & (unit[None, :] < H)
     state = row[:, None] * H + unit[None, :]
     gate = row[:, None] * (F + 3) * H + unit[None, :]
-    saved_ptr = gates_ptr + t.to(tl.int64) * B * (F + 3) * H
+    saved = t.to(tl.int64) * B * (F + 3) * H + gate
     c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=inside, other=0.0)
 
     if UPDATE_CELL:
@@ -64,9 +64,9 @@ def cell_forward_kernel(
         tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c, mask=inside)
         if SAVE_GATES:
             if not COUPLED:
-                tl.store(saved_ptr + gate, i.to(gates_ptr.dtype.element_ty), mask=inside)
-            tl.store(saved_ptr + gate + F * H, f.to(gates_ptr.dtype.element_ty), mask=inside)
-            tl.store(saved_ptr + gate + (F + 1) * H, g.to(gates_ptr.dtype.element_ty), mask=inside)
+                tl.store(gates_ptr + saved, i.to(gates_ptr.dtype.element_ty), mask=inside)
+            tl.store(gates_ptr + saved + F * H, f.to(gates_ptr.dtype.element_ty), mask=inside)
+            tl.store(gates_ptr + saved + (F + 1) * H, g.to(gates_ptr.dtype.element_ty), mask=inside)
     else:
         c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=inside, other=0.0)
 
@@ -79,7 +79,7 @@ def cell_forward_kernel(
         h_out = hidden_ptr + hidden_t.to(tl.int64) * stride_ht + row[:, None] * stride_hb + unit[None, :]
         tl.store(h_out, h.to(hidden_ptr.dtype.element_ty), mask=inside)
         if SAVE_GATES:
-            tl.store(saved_ptr + gate + (F + 2) * H, o.to(gates_ptr.dtype.element_ty), mask=inside)
+            tl.store(gates_ptr + saved + (F + 2) * H, o.to(gates_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["B", "t", "previous", "current"])
@@ -99,17 +99,14 @@ def cell_backward_kernel(
     row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     inside = (row[:, None] < B) & (unit[None, :] < H)
     state = row[:, None] * H + unit[None, :]
-    gate = row[:, None] * (F + 3) * H + unit[None, :]
-    step = t.to(tl.int64) * B * (F + 3) * H
-    saved_ptr = gates_ptr + step
-    d_ptr = d_gates_ptr + step
+    gate = t.to(tl.int64) * B * (F + 3) * H + row[:, None] * (F + 3) * H + unit[None, :]
 
     dc = tl.load(dc_ptr + state, mask=inside, other=0.0)
     dh = tl.load(dh_ptr + state, mask=inside, other=0.0).to(dc.dtype)
     if HAS_GRAD_OUTPUT:
         g_in = grad_output_ptr + t.to(tl.int64) * stride_gt + row[:, None] * stride_gb + unit[None, :]
         dh += tl.load(g_in, mask=inside, other=0.0).to(dc.dtype)
-    o = tl.load(saved_ptr + gate + (F + 2) * H, mask=inside, other=0.0).to(dc.dtype)
+    o = tl.load(gates_ptr + gate + (F + 2) * H, mask=inside, other=0.0).to(dc.dtype)
     c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=inside, other=0.0)
     tanh_c = tanh(c)
 
@@ -117,26 +114,26 @@ def cell_backward_kernel(
     if DIAGONAL:
         v_o = load_peephole(w_ch_ptr, F + 1, unit, H)
     if GRAD_HIDDEN:
-        tl.store(d_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_gates_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=inside)
 
     if GRAD_CELL:
         dc += dh * o * (1.0 - tanh_c * tanh_c)
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v_o * d_o
         c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=inside, other=0.0)
-        f = tl.load(saved_ptr + gate + F * H, mask=inside, other=0.0).to(dc.dtype)
-        g = tl.load(saved_ptr + gate + (F + 1) * H, mask=inside, other=0.0).to(dc.dtype)
+        f = tl.load(gates_ptr + gate + F * H, mask=inside, other=0.0).to(dc.dtype)
+        g = tl.load(gates_ptr + gate + (F + 1) * H, mask=inside, other=0.0).to(dc.dtype)
         if COUPLED:
             i = 1.0 - f
             d_f = dc * (c_previous - g) * f * (1.0 - f)
         else:
-            i = tl.load(saved_ptr + gate, mask=inside, other=0.0).to(dc.dtype)
+            i = tl.load(gates_ptr + gate, mask=inside, other=0.0).to(dc.dtype)
             d_i = dc * g * i * (1.0 - i)
             d_f = dc * c_previous * f * (1.0 - f)
-            tl.store(d_ptr + gate, d_i.to(d_gates_ptr.dtype.element_ty), mask=inside)
+            tl.store(d_gates_ptr + gate, d_i.to(d_gates_ptr.dtype.element_ty), mask=inside)
         d_g = dc * i * (1.0 - g * g)
-        tl.store(d_ptr + gate + F * H, d_f.to(d_gates_ptr.dtype.element_ty), mask=inside)
-        tl.store(d_ptr + gate + (F + 1) * H, d_g.to(d_gates_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_gates_ptr + gate + F * H, d_f.to(d_gates_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_gates_ptr + gate + (F + 1) * H, d_g.to(d_gates_ptr.dtype.element_ty), mask=inside)
 
         dc_previous = dc * f
         if DIAGONAL:
@@ -150,7 +147,7 @@ def cell_backward_kernel(
 
 def launch_shape(B: int, H: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and compile-time blocks of the elementwise kernels."""
-    plan = elementwise_plan(B, H)
+    plan = elementwise_plan(H)
     grid = (ceil_div(H, plan.block_u), ceil_div(B, plan.block_b))
     return grid, dict(BLOCK_B=plan.block_b, BLOCK_U=plan.block_u, num_warps=plan.num_warps)
 

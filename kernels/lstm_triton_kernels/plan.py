@@ -47,18 +47,18 @@ class ElementwisePlan:
 def matmul_plan(B: int, dtype: torch.dtype) -> MatmulPlan:
     """Blocks for B rows of the given type; they do not depend on H or I, so that no new size compiles a new kernel.
 
-    Few rows take narrow unit blocks: a step is latency, and more programs share the reading of the weights.
+    Few rows take narrow unit blocks: a step is latency, and more programs share the reading of the weights. So do the
+    32- and 64-bit types, whose blocks would not fit the registers (64 x 64 of float32 spills on sm_90).
     """
     block_b = min(64, max(16, next_power_of_2(max(B, 1))))
-    block_u = 32 if block_b < 64 else 64
     if dtype == torch.float64:
-        return MatmulPlan(min(block_b, 32), 32, 16, num_warps=4, num_stages=2)
-    block_k = 32 if dtype == torch.float32 else 64
-    return MatmulPlan(block_b, block_u, block_k, num_warps=4, num_stages=3)
+        return MatmulPlan(min(block_b, 32), block_u=32, block_k=16, num_warps=4, num_stages=2)
+    if dtype == torch.float32:
+        return MatmulPlan(block_b, block_u=32, block_k=32, num_warps=4, num_stages=3)
+    return MatmulPlan(block_b, block_u=64 if block_b == 64 else 32, block_k=64, num_warps=4, num_stages=3)
 
 
-def elementwise_plan(B: int, H: int) -> ElementwisePlan:
-    """Blocks of at most 512 elements: 4 a thread, one 16-byte access of float32."""
+def elementwise_plan(H: int) -> ElementwisePlan:
+    """Blocks of 512 elements, 4 a thread: one 16-byte access of float32. Few rows leave part of a block idle."""
     block_u = min(128, next_power_of_2(H))
-    block_b = min(512 // block_u, next_power_of_2(max(B, 1)))
-    return ElementwisePlan(block_b, block_u, num_warps=4)
+    return ElementwisePlan(512 // block_u, block_u, num_warps=4)

@@ -1,0 +1,52 @@
+# Everything from a fresh clone: each target sets up what it needs. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The versions that CI tests with; any torch >= 2.11 with triton >= 3.6 works.
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.8.0
+RAW := PYTHONPATH=.:kernels
+# One thread a process: the tests run in as many processes as there are cores.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+WORKERS ?= 2
+
+.PHONY: setup test test-cpu test-interpreted test-compile gpu-test lint format demo bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH) $(TRITON)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+# Interpreted and compiled kernels need separate processes: TRITON_INTERPRET is read when a kernel is decorated.
+test: test-cpu test-interpreted test-compile
+
+test-cpu: setup
+	$(TEST) -n $(WORKERS) tests/cpu tests/gpu
+
+test-interpreted: setup
+	TRITON_INTERPRET=1 $(TEST) -n $(WORKERS) tests/interpreted
+
+test-compile: setup
+	$(TEST) -n $(WORKERS) tests/compile
+
+# On a machine with a GPU, from the checkout, with the Python that is there.
+gpu-test:
+	$(RAW) $(PYTHON) -m pytest -q -m gpu tests/gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/cpu_backend.py --output benchmarks/results/cpu-backend.csv
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""`python -m lstm_triton.cli`."""
+
+from lstm_triton.cli import main
+
+main()

@@ -1,0 +1,247 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from lstm_triton import backends
+from lstm_triton.cli import INTERRUPTED, checkpoints, info, report
+from lstm_triton.cli.errors import UserError
+from lstm_triton.cli.files import check_writable, write_whole
+from lstm_triton.cli.model import VARIANT_BY_NAME, sample
+from lstm_triton.cli.progress import display_for
+from lstm_triton.cli.text import build_corpus, read_text
+from lstm_triton.cli.training import DTYPES, Run, Settings
+
+EVALUATIONS = 10
+"""The validation loss is taken after each such part of a run."""
+
+PLAIN_WIDTH = 110
+"""Columns of what goes to a file or a pipe."""
+
+app = typer.Typer(help="A fast LSTM for PyTorch, in Triton.", add_completion=False, pretty_exceptions_enable=False)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command and return the exit code; what the user did wrong becomes one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        return app(list(arguments) or ["--help"], prog_name="lstm-triton", standalone_mode=False) or 0
+    except UserError as error:
+        return _fail(str(error), 1)
+    except torch.OutOfMemoryError as error:
+        return _fail(f"out of memory, try a smaller --hidden, --batch or --window: {error}", 1)
+    except typer.TyperException as error:
+        return _fail(error.format_message(), 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+@app.command(name="info")
+def info_command() -> None:
+    """Print versions, devices, and which backend runs on each device and why."""
+    console = _console()
+    console.print(info.versions_table())
+    console.print(info.devices_table())
+
+
+@app.command()
+def train(
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to learn.", show_default="the language reference in pydoc_data")
+    ] = None,
+    variant: Annotated[
+        list[str],
+        typer.Option(help=f"LSTM to train; repeat for several. One of: {', '.join(VARIANT_BY_NAME)}; or all."),
+    ] = ["standard"],  # noqa: B006
+    output_peephole: Annotated[
+        Literal["previous", "current"],
+        typer.Option(help="current: the output gate of every chosen peephole variant reads c_t, as with +current."),
+    ] = "previous",
+    embedding: Annotated[int, typer.Option(min=1, help="Size of the character embedding.")] = 64,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden units of each layer.")] = 192,
+    layers: Annotated[int, typer.Option(min=1, help="LSTM layers.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Streams of text that are read in parallel.")] = 32,
+    window: Annotated[int, typer.Option(min=1, help="Characters of each stream in a step.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in all, those before --resume included.")] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 4e-3,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the weights and of the sample.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is the GPU if there is one.")] = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float64"],
+        typer.Option(help="Of everything: weights, activations, optimizer. Only the loss is at least float32."),
+    ] = "float32",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File to save to: regularly, at the end and on Ctrl-C.", show_default="none")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is saved in --checkpoint.")] = False,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps from one regular save to the next.")] = 100,
+    plot: Annotated[Path, typer.Option(help="PNG to draw the curves into.")] = Path("lstm-triton-curves.png"),
+    sample_length: Annotated[int, typer.Option(min=1, help="Characters to generate at the end.")] = 400,
+    temperature: Annotated[float, typer.Option(help="Of the sample: lower is safer, higher is wilder.")] = 0.7,
+) -> None:
+    """Train a character-level language model with this library's LSTM and with torch.nn.LSTM, side by side.
+
+    All models start from the same weights and see the same batches. Ctrl-C stops after the step in progress and saves;
+    a second one stops at once.
+    """
+    for name, value in (("--learning-rate", learning_rate), ("--temperature", temperature)):
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} must be positive and finite, got {value}")
+    settings = Settings(
+        variants=parse_variants(variant, output_peephole == "current"),
+        embedding=embedding,
+        hidden=hidden,
+        layers=layers,
+        batch=batch,
+        window=window,
+        learning_rate=learning_rate,
+        dtype=dtype,
+        seed=seed,
+    )
+    chosen_device = parse_device(device)
+    backend = choose_backend(chosen_device, DTYPES[dtype])
+    check_writable(plot)
+    for option, path in (("--text", text), ("--checkpoint", checkpoint)):
+        if path is not None and path.resolve() == plot.resolve():
+            raise UserError(f"--plot and {option} are the same file: {plot}")
+    if checkpoint is None and resume:
+        raise UserError("--resume needs --checkpoint FILE, the file to continue from")
+    if checkpoint is not None:
+        check_writable(checkpoint)
+        if checkpoint.exists() and not resume:
+            raise UserError(f"{checkpoint} exists: add --resume to continue its run, or remove it")
+
+    training = Run(settings, build_corpus(read_text(text), batch, window), chosen_device)
+    if checkpoint is not None and resume:
+        checkpoints.resume(checkpoint, training)
+        if training.step >= steps:
+            raise UserError(f"{checkpoint} has {training.step} steps already: --steps must be larger, got {steps}")
+
+    console = _console()
+    console.print(
+        f"{len(training.corpus.vocabulary)} different characters, {training.corpus.training.numel():,} to learn, "
+        f"{training.corpus.validation.numel():,} to validate; {dtype} on {chosen_device}, backend {backend.name}: "
+        f"{backend.reason}",
+        highlight=False,
+        markup=False,
+    )
+    if not train_until(training, steps, save_every, checkpoint, console):
+        outcome = (
+            f"saved to {checkpoint}, continue with --resume" if checkpoint else "nothing was saved: no --checkpoint"
+        )
+        console.print(f"stopped after step {training.step} of {steps}; {outcome}", highlight=False, markup=False)
+        raise typer.Exit(INTERRUPTED)
+
+    console.print(report.results_table(training))
+    best = min(training.variants, key=lambda learner: learner.validation[training.step])
+    prompt = training.corpus.validation[0, :window]
+    written = sample(best.model, training.corpus.vocabulary, prompt, sample_length, temperature, seed)
+    console.print(Panel(Text(printable(written)), title=f"sample of {best.name}, temperature {temperature:g}"))
+    write_whole(plot, report.plot_curves(training))
+    console.print(f"curves: {plot}", highlight=False, markup=False, soft_wrap=True)
+    if checkpoint is not None:
+        console.print(f"checkpoint: {checkpoint}", highlight=False, markup=False, soft_wrap=True)
+
+
+def train_until(training: Run, last: int, save_every: int, path: Path | None, console: Console) -> bool:
+    """Train to step `last` with a display, saving to `path` on the way; False if Ctrl-C came first."""
+    with interruptible() as interrupted, display_for(console, training, last) as display:
+        for step in training.steps(last, evaluate_every=math.ceil(last / EVALUATIONS)):
+            display.update()
+            stopping = interrupted()
+            if path is not None and (stopping or step == last or step % save_every == 0):
+                checkpoints.save(path, training)
+            if stopping:
+                break
+    return training.step == last
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only makes the yielded function return True; a second one is a KeyboardInterrupt."""
+    seen = False
+
+    def remember(signal_number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    former = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def parse_variants(names: Sequence[str], output_current: bool) -> tuple[str, ...]:
+    """The names of the chosen variants, each once; "all" stands for all of them.
+
+    With `output_current` those with a peephole become their `+current` form.
+    Raises UserError for an unknown name, and if `output_current` concerns none of them.
+    """
+    chosen: dict[str, None] = {}
+    for name in names:
+        if name != "all" and name not in VARIANT_BY_NAME:
+            raise UserError(f"unknown variant {name!r}: there are {', '.join(VARIANT_BY_NAME)}, and all")
+        for spec in VARIANT_BY_NAME.values() if name == "all" else [VARIANT_BY_NAME[name]]:
+            if output_current and spec.peephole:
+                spec = replace(spec, output_peephole="current")
+            chosen[spec.name] = None
+    if output_current and not any(VARIANT_BY_NAME[name].peephole for name in chosen):
+        raise UserError(f"--output-peephole current needs a variant with a peephole, got {', '.join(chosen)}")
+    return tuple(chosen)
+
+
+def parse_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one. Raises UserError if there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: there are auto, cpu, cuda and cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"cannot train on {name!r}, only on cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"there is no {name}: PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> backends.Choice:
+    """The backend that will run. Raises UserError if the one asked for cannot."""
+    try:
+        return backends.choose(device, dtype)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def printable(text: str) -> str:
+    """The text without characters that could steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)

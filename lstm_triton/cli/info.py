@@ -1,0 +1,66 @@
+"""What `lstm-triton info` prints: versions, devices, and the backend that runs on each of them."""
+
+from __future__ import annotations
+
+import platform
+from importlib import import_module
+
+import torch
+from rich.table import Table
+
+import lstm_triton
+from lstm_triton import backends
+
+
+def versions() -> dict[str, str]:
+    """Name to version of everything that decides which code runs; what is absent says so."""
+    try:
+        triton_version = import_module("triton").__version__
+    except ImportError:
+        triton_version = "not installed"
+    cudnn = torch.backends.cudnn.version()
+    return {
+        "lstm_triton": lstm_triton.__version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "CUDA": torch.version.cuda or "torch was built without",
+        "cuDNN": str(cudnn) if cudnn else "none",
+    }
+
+
+def devices() -> dict[torch.device, str]:
+    """Each device that the library can run on, and a description of it."""
+    found = {torch.device("cpu"): f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found[torch.device("cuda", index)] = (
+            f"{properties.name}, capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+    return found
+
+
+def backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The name of the backend that is chosen, and why; "none" and why if the chosen one cannot run."""
+    try:
+        choice = backends.choose(device, dtype)
+    except (RuntimeError, ValueError) as error:
+        return "none", str(error)
+    return choice.name, choice.reason
+
+
+def versions_table() -> Table:
+    """One row per version."""
+    table = Table(title="versions", show_header=False)
+    for name, version in versions().items():
+        table.add_row(name, version)
+    return table
+
+
+def devices_table() -> Table:
+    """One row per device, with its backend for float32."""
+    table = Table("device", "what it is", "backend", "why", title="devices, and the backend for float32")
+    for device, description in devices().items():
+        table.add_row(str(device), description, *backend(device, torch.float32))
+    return table

@@ -1,0 +1,1 @@
+"""What the tests share: comparing with the reference, recording and compiling launches."""

@@ -1,0 +1,135 @@
+"""Compile the kernels for GPUs that are not there, with exactly the arguments that the launchers would pass.
+
+`record_launches` runs real launchers with the kernels replaced by recorders; `compile_launch` compiles what was recorded
+for a target and reads shared memory, registers, stack and instructions from the result. Needs a process without
+TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of limits)."""
+
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
+POINTER_TYPE = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as the compiler sees it: argument types, compile-time constants, options."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        constants = ",".join(f"{name}={value}" for name, value in self.constants if value is not None)
+        types = ",".join(sorted({kind for _, kind in self.signature if kind.startswith("*")}))
+        return f"{self.kernel}[{types};{constants}]"
+
+
+class Recorder:
+    """Stands in for a jitted kernel and keeps, for each launch, what the compiler would be given."""
+
+    def __init__(self, kernel: Any, launches: set[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, **arguments: Any) -> None:
+        options = {name: arguments.pop(name) for name in LAUNCH_OPTIONS if name in arguments}
+        signature, constants, aligned = {}, {}, []
+        assert set(arguments) == set(self.kernel.arg_names)
+        for parameter in self.kernel.params:
+            name, value = parameter.name, arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = POINTER_TYPE[value.dtype]
+                aligned.append(name)
+            elif not parameter.do_not_specialize and value == 1:
+                signature[name], constants[name] = "constexpr", 1
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if not parameter.do_not_specialize and value % 16 == 0:
+                    aligned.append(name)
+        self.launches.add(
+            Launch(
+                self.kernel.fn.__module__,
+                self.kernel.fn.__name__,
+                tuple(signature.items()),
+                tuple(constants.items()),
+                tuple(aligned),
+                tuple(options.items()),
+            )
+        )
+
+
+@contextmanager
+def record_launches(kernels: dict[ModuleType, list[str]]) -> Iterator[set[Launch]]:
+    """Replace the named kernels of each module by recorders; yields the set that the launches are added to."""
+    launches: set[Launch] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in kernels.items():
+            for name in names:
+                patch.setattr(module, name, Recorder(getattr(module, name), launches))
+        yield launches
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel needs and does: bytes of shared memory, registers and stack of a thread, instructions."""
+
+    shared: int
+    registers: int
+    stack: int
+    instructions: Counter[str]
+
+
+def compile_launch(kernel: Any, launch: Launch, capability: int) -> Compiled:
+    """Compile a recorded launch for compute capability `capability` (80, 90, 100)."""
+    position = {name: n for n, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(position[name],): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    usage, sass = disassemble(compiled.asm["cubin"])
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage
+    instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", sass, re.MULTILINE))
+    return Compiled(compiled.metadata.shared, int(match[1]), int(match[2]), instructions)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and SASS of a cubin, by the tools in triton's wheel."""
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = ([f"{tools}/cuobjdump", "--dump-resource-usage"], [f"{tools}/nvdisasm", "-c"])
+        outputs = [subprocess.run([*c, file.name], capture_output=True, text=True, check=True).stdout for c in commands]
+    return outputs[0], outputs[1]

@@ -1,0 +1,174 @@
+"""One configuration, computed by a backend and by the float64 reference: outputs, states and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import lstm_triton
+import torch
+from lstm_triton import LSTMSpec, functional, reference
+from torch import Tensor
+
+BOUND = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+"""||actual - expected|| / ||expected|| allowed on the CPU, T up to 64 (the numerics contract)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer stack (or, with `cell`, one step) and its input; the fields as in `functional.lstm`."""
+
+    spec: LSTMSpec
+    T: int = 2
+    B: int = 3
+    I: int = 5  # noqa: E741
+    H: int = 7
+    L: int = 1
+    bidirectional: bool = False
+    bias: bool = True
+    proj_size: int = 0
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+    cell: bool = False
+    layout: str = "contiguous"
+    """how the input is laid out: "contiguous", "transposed" (columns far apart), "expanded" (all rows one)"""
+
+    def __str__(self) -> str:
+        flags = [self.spec.name, str(self.dtype).removeprefix("torch."), f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"]
+        flags += [f"L{self.L}"] * (self.L > 1) + ["both-directions"] * self.bidirectional + ["cell"] * self.cell
+        flags += ["no-bias"] * (not self.bias) + [f"P{self.proj_size}"] * (self.proj_size > 0)
+        flags += [self.layout] * (self.layout != "contiguous")
+        return "-".join(flags)
+
+    @property
+    def D(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def P(self) -> int:
+        return self.proj_size or self.H
+
+    @property
+    def variant(self) -> dict:
+        return dict(
+            coupled=self.spec.coupled, peephole=self.spec.peephole, output_peephole=self.spec.output_peephole
+        )
+
+    def parameter_names(self) -> list[str]:
+        if self.cell:
+            return list(self.spec.parameter_names(self.bias))
+        return functional.state_dict_names(self.spec, self.L, self.bidirectional, self.bias, self.proj_size)
+
+
+def random_inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
+    """x, h_0, c_0 and every parameter by name; leaves (but for the layout of x) that require gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int, bound: float) -> Tensor:
+        values = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * bound
+        return values.to(case.dtype).to(case.device).requires_grad_()
+
+    states = (case.B,) if case.cell else (case.D * case.L, case.B)
+    steps = () if case.cell else (case.T,)
+    inputs = {
+        "x": {
+            "contiguous": lambda: uniform(*steps, case.B, case.I, bound=1.7),
+            "transposed": lambda: uniform(*steps, case.I, case.B, bound=1.7),
+            "expanded": lambda: uniform(*steps, 1, case.I, bound=1.7),
+        }[case.layout](),
+        "h_0": uniform(*states, case.P, bound=1.0),
+        "c_0": uniform(*states, case.H, bound=1.7),
+    }
+    for layer in range(case.L):
+        size = case.I if layer == 0 else case.D * case.P
+        shapes = case.spec.parameter_shapes(size, case.H, case.bias, case.proj_size)
+        for direction in range(case.D):
+            for name, shape in shapes.items():
+                key = name if case.cell else lstm_triton.spec.state_dict_name(name, layer, direction)
+                inputs[key] = uniform(*shape, bound=2.0 / case.H**0.5)
+    return inputs
+
+
+def laid_out(case: Case, x: Tensor) -> Tensor:
+    """The leaf x as the input that the case is about."""
+    if case.layout == "transposed":
+        return x.transpose(-1, -2)
+    return x.expand(*x.shape[:-2], case.B, case.I) if case.layout == "expanded" else x
+
+
+def call(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """The public function that the case is about: (output, h_n, c_n), for a cell (h, c)."""
+    x = laid_out(case, x)
+    if case.cell:
+        named = dict(zip(case.parameter_names(), weights, strict=True))
+        return functional.lstm_cell(x, (h_0, c_0), **named, **case.variant)
+    output, (h_n, c_n) = functional.lstm(
+        x, (h_0, c_0), weights, num_layers=case.L, bias=case.bias, bidirectional=case.bidirectional,
+        proj_size=case.proj_size, **case.variant,
+    )  # fmt: skip
+    return output, h_n, c_n
+
+
+def call_reference(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """The same by the reference."""
+    x = laid_out(case, x)
+    layers = functional.group_layers(weights, case.spec, case.L, case.D, case.bias, case.proj_size)
+    if case.cell:
+        return reference.cell(x, h_0, c_0, layers[0][0], case.spec)
+    return reference.lstm(x, h_0, c_0, layers, case.spec)
+
+
+def results(
+    case: Case, inputs: dict[str, Tensor], function: Callable[..., tuple[Tensor, ...]], seed: int = 1
+) -> dict[str, Tensor]:
+    """Outputs by name, and the gradient of every input for random gradients of every output."""
+    outputs = function(case, *inputs.values())
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, case.dtype) for t in outputs]
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), [w.to(t.dtype) for w, t in zip(weights, outputs)])
+    names = ("h", "c") if case.cell else ("output", "h_n", "c_n")
+    named = dict(zip(names, outputs, strict=True))
+    return named | {f"grad {name}": g for name, g in zip(inputs, gradients, strict=True)}
+
+
+def expected_results(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`results` by the reference in float64, from the same inputs, upcast."""
+    double = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    return results(replace(case), double, call_reference)
+
+
+def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """||actual - expected|| / ||expected|| of every output and gradient, in float64."""
+    assert actual.keys() == expected.keys()
+    return {
+        name: float((actual[name].detach().double() - e).norm() / e.norm().clamp_min(1e-30))
+        for name, e in ((name, e.detach()) for name, e in expected.items())
+    }
+
+
+def assert_parity(case: Case, backend: str) -> None:
+    """The backend against the float64 reference, within the type's bound."""
+    inputs = random_inputs(case)
+    with lstm_triton.backend(backend):
+        actual = results(case, inputs, call)
+    for name, value in actual.items():
+        assert value.dtype == case.dtype, f"{name} is {value.dtype}"
+    found = errors(actual, expected_results(case, inputs))
+    wrong = {name: error for name, error in found.items() if not error <= BOUND[case.dtype]}
+    assert not wrong, f"{case}: beyond {BOUND[case.dtype]:.0e}: {wrong}"
+
+
+def odd_cases(spec: LSTMSpec) -> list[Case]:
+    """Cases that between them have every odd shape, option and layout, for one variant."""
+    return [
+        Case(spec, cell=True, B=1, I=3, H=5),
+        Case(spec, cell=True, B=17, I=1, H=19, bias=False, layout="transposed"),
+        Case(spec, cell=True, B=3, I=33, H=1, layout="expanded"),
+        Case(spec, T=1, B=3, I=7, H=9, layout="transposed"),
+        Case(spec, T=7, B=1, I=3, H=5, bias=False),
+        Case(spec, T=2, B=17, I=5, H=35, layout="expanded"),
+        Case(spec, T=2, B=3, I=5, H=6, L=2, bidirectional=True),
+        Case(spec, T=2, B=2, I=4, H=7, L=2, bidirectional=True, proj_size=3, bias=False, layout="transposed"),
+        Case(spec, T=2, B=3, I=5, H=130, dtype=torch.float32),
+        Case(spec, T=7, B=3, I=6, H=11, dtype=torch.float16, proj_size=5),
+    ]
