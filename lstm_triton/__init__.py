@@ -5,7 +5,7 @@ tensors; `backend` chooses the implementation.
 """
 
 from lstm_triton import functional
-from lstm_triton.backends import backend
+from lstm_triton.dispatch import backend
 from lstm_triton.modules import LSTM, CoupledLSTM, LSTMCell, PeepholeLSTM
 from lstm_triton.spec import VARIANTS, LSTMSpec
 

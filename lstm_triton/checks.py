@@ -130,12 +130,12 @@ def cell_sizes(input: Tensor, hx: tuple[Tensor, Tensor], input_size: int, hidden
     for n, state in enumerate(hx):
         if state.size(0) != input.size(0):
             raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{n} batch size {state.size(0)}")
-        if state.dim() != 2:
-            raise RuntimeError(f"hidden{n} must be 2-D as the input is, got {state.dim()}-D")
-        if state.size(1) != hidden_size:
+        if state.dim() > 1 and state.size(1) != hidden_size:
             raise RuntimeError(
                 f"hidden{n} has inconsistent hidden_size: got {state.size(1)}, expected {hidden_size}"
             )
+        if state.dim() != 2:
+            raise RuntimeError(f"hidden{n} should have the dimensions of the input, got {state.dim()}-D")
 
 
 def cell_dtypes(input: Tensor, others: Sequence[Tensor]) -> None:

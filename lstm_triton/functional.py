@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lstm_triton import aten, autograd, backends, checks
+from lstm_triton import aten, autograd, checks, dispatch
 from lstm_triton.spec import LSTMSpec, LSTMWeights, OutputPeephole, Peephole, state_dict_name
 
 
@@ -139,7 +139,7 @@ def run_layer(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer on the chosen backend; x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output, h_n, c_n."""
-    backend = backends.choose(x.device, x.dtype).name
+    backend = dispatch.choose(x.device, x.dtype).name
     if backend == "torch" and aten.serves(x, spec):
         return aten.lstm_layer(x, h_0, c_0, weights)
     return autograd.lstm_layer(x, h_0, c_0, weights, spec, backend)
@@ -175,9 +175,10 @@ def check_weights(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that an active autocast computes in; None where none is active, or none for this type (float64)."""
-    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def autocast(

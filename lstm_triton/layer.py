@@ -97,7 +97,7 @@ def backward(
     output: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, steps: ModuleType, needs: Needs,
 ) -> LayerGradients:  # fmt: skip
     """The gradients that `needs` names, from those of output, h_n and c_n (None: zero) and what `forward` saved."""
-    T, B, _ = x.shape
+    T, B, I = x.shape  # noqa: E741
     D, _, P = h_0.shape
     grad_output = grad_output.contiguous() if grad_output is not None else None
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs.x and D > 1 else None
@@ -122,10 +122,10 @@ def backward(
 
         d_rows = d_gates.flatten(0, 1)
         if needs.x:
-            grad_rows = grad_x.view(T * B, -1) if grad_x is not None else None
+            grad_rows = grad_x.view(T * B, I) if grad_x is not None else None
             grad_rows = d_rows @ w.weight_ih if grad_rows is None else grad_rows.addmm_(d_rows, w.weight_ih)
             grad_x = grad_rows.view(x.shape)
-        weight_ih = d_rows.t() @ x.reshape(T * B, -1) if wanted.weight_ih else None
+        weight_ih = d_rows.t() @ x.reshape(T * B, I) if wanted.weight_ih else None
         weight_hh = None
         if wanted.weight_hh:
             h_first, d_first = h_0[direction], d_gates[-1 if reverse else 0]
@@ -163,7 +163,7 @@ def project_input(x: Tensor, w: LSTMWeights) -> Tensor:
         projected = rows @ w.weight_ih.t()
     else:
         projected = torch.addmm(w.bias_ih + w.bias_hh, rows, w.weight_ih.t())
-    return projected.view(T, B, -1)
+    return projected.view(T, B, projected.shape[1])
 
 
 def peephole_gradient(d_gates: Tensor, cells: Tensor, spec: LSTMSpec, reverse: bool) -> Tensor:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from lstm_triton import backends
+from lstm_triton import dispatch
 from lstm_triton.cli import INTERRUPTED, checkpoints, info, report
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.files import check_writable, write_whole
@@ -234,10 +234,10 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> backends.Choice:
+def choose_backend(device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
     """The backend that will run. Raises UserError if the one asked for cannot."""
     try:
-        return backends.choose(device, dtype)
+        return dispatch.choose(device, dtype)
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
 

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 import lstm_triton
-from lstm_triton import backends
+from lstm_triton import dispatch
 
 
 def versions() -> dict[str, str]:
@@ -44,7 +44,7 @@ def devices() -> dict[torch.device, str]:
 def backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The name of the backend that is chosen, and why; "none" and why if the chosen one cannot run."""
     try:
-        choice = backends.choose(device, dtype)
+        choice = dispatch.choose(device, dtype)
     except (RuntimeError, ValueError) as error:
         return "none", str(error)
     return choice.name, choice.reason

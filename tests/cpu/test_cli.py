@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lstm_triton import VARIANTS, backends, cli
+from lstm_triton import VARIANTS, dispatch, cli
 from lstm_triton.cli import app, files, model, progress, report, text, training
 
 TEXT = "".join(pydoc_data.topics.topics.values())[:6000]
@@ -30,7 +30,7 @@ SETTINGS = training.Settings(
 def surroundings(tmp_path, monkeypatch):
     """A directory of its own with a small text, and no backend asked for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     Path("text.txt").write_text(TEXT, encoding="utf-8")
 
 
@@ -235,8 +235,8 @@ def test_info(program):
 
 @pytest.mark.parametrize("value, reason", [("triton", "the obstacle"), ("tpu", "LSTM_TRITON_BACKEND must be one of")])
 def test_info_says_why_no_backend_can_run(program, monkeypatch, value, reason):
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, value)
-    monkeypatch.setattr(backends, "why_not_triton", lambda device, dtype: "the obstacle")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, value)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: "the obstacle")
     code, output, _ = program("info")
     assert code == 0
     assert re.search(rf"cpu .* none .*{reason}", output)
@@ -430,8 +430,8 @@ def test_bad_input_is_one_line(train, arguments, code, message):
 
 
 def test_backend_that_cannot_run_is_one_line(train, monkeypatch):
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "triton")
-    monkeypatch.setattr(backends, "why_not_triton", lambda device, dtype: "the obstacle")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: "the obstacle")
     assert_one_error(train(), 1, "cannot run here: the obstacle")
 
 

@@ -1,4 +1,7 @@
-"""Which implementation computes a call: the Triton kernels or PyTorch's own operators."""
+"""Which implementation computes a call: the Triton kernels or PyTorch's own operators.
+
+(Not named `backends`: torch.compile skips every file whose path has `triton/backends` in it, as `lstm_triton/backends` has.)
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ ENVIRONMENT_VARIABLE = "LSTM_TRITON_BACKEND"
 MINIMUM_CAPABILITY = (8, 0)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
-_requested: ContextVar[str | None] = ContextVar("lstm_triton_backend", default=None)
+_requested: list[str] = []  # innermost last; a plain list because torch.compile guards on it, and not on a ContextVar
 
 
 class Choice(NamedTuple):
@@ -34,13 +36,14 @@ def backend(name: str) -> Iterator[None]:
     - name: "triton" (the kernels; an error where they cannot run), "torch" (PyTorch's own operators), or "auto"
       (the kernels for CUDA tensors of a supported type on compute capability 8.0 or newer, else PyTorch)
 
-    Overrides the environment variable LSTM_TRITON_BACKEND. Raises ValueError for another name.
+    Holds for the whole process, whichever thread calls. Overrides the environment variable LSTM_TRITON_BACKEND. Raises
+    ValueError for another name.
     """
-    token = _requested.set(check_name(name, "backend"))
+    _requested.append(check_name(name, "backend"))
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested.pop()
 
 
 def check_name(name: str, source: str) -> str:
@@ -52,8 +55,9 @@ def check_name(name: str, source: str) -> str:
 
 def requested() -> str:
     """What the user asked for: the innermost `with backend(...)`, else the environment variable, else "auto"."""
-    name = _requested.get()
-    return check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE) if name is None else name
+    if _requested:
+        return _requested[-1]
+    return check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:

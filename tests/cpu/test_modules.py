@@ -1,0 +1,171 @@
+"""The modules beside `torch.nn.LSTM` and `torch.nn.LSTMCell`: results, checkpoints, options, initial values."""
+
+import copy
+import pickle
+
+import lstm_triton
+import pytest
+import torch
+from lstm_triton import VARIANTS, CoupledLSTM, LSTMCell, LSTMSpec, PeepholeLSTM
+
+OPTIONS = [
+    dict(),
+    dict(num_layers=3),
+    dict(bidirectional=True, num_layers=2),
+    dict(batch_first=True),
+    dict(proj_size=3, num_layers=2),
+    dict(bias=False, batch_first=True, bidirectional=True),
+]
+
+
+def pair(**options):
+    """`torch.nn.LSTM` and ours with its state dict."""
+    theirs = torch.nn.LSTM(5, 8, **options)
+    ours = lstm_triton.LSTM(5, 8, **options)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("unbatched", [False, True], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("with_states", [False, True], ids=["zero states", "given states"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_torch_state_dict_gives_the_same_outputs(options, with_states, unbatched):
+    theirs, ours = pair(**options)
+    batch = () if unbatched else (3,)
+    states = (options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1), *batch)
+    x = torch.randn((6, 5) if unbatched else (3, 6, 5) if options.get("batch_first") else (6, 3, 5))
+    hx = (torch.randn(*states, options.get("proj_size", 0) or 8), torch.randn(*states, 8)) if with_states else None
+    expected, (expected_h, expected_c) = theirs(x, hx)
+    output, (h_n, c_n) = ours(x, hx)
+    for actual, wanted in ((output, expected), (h_n, expected_h), (c_n, expected_c)):
+        assert actual.shape == wanted.shape and actual.stride() == wanted.stride()
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_cell_is_torch_nn_lstm_cell():
+    theirs, ours = torch.nn.LSTMCell(5, 8), LSTMCell(5, 8)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    for batch in ((), (3,), (0,)):
+        for hx in (None, (torch.randn(*batch, 8), torch.randn(*batch, 8))):
+            x = torch.randn(*batch, 5)
+            for actual, wanted in zip(ours(x, hx), theirs(x, hx), strict=True):
+                assert actual.shape == wanted.shape
+                torch.testing.assert_close(actual, wanted)
+
+
+def test_a_state_dict_of_the_standard_variant_loads_into_torch():
+    theirs, ours = pair(num_layers=2, bidirectional=True)
+    ours.reset_parameters()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert [n for n, _ in theirs.named_parameters()] == [n for n, _ in ours.named_parameters()]
+
+
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
+def test_a_layer_is_its_cell_step_by_step(spec):
+    variant = dict(coupled=spec.coupled, peephole=spec.peephole, output_peephole=spec.output_peephole)
+    layer = lstm_triton.LSTM(5, 8, dtype=torch.float64, **variant)
+    cell = LSTMCell(5, 8, dtype=torch.float64, **variant)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()}, strict=True)
+    x, h, c = torch.randn(6, 3, 5).double(), torch.randn(3, 8).double(), torch.randn(3, 8).double()
+    output, (h_n, c_n) = layer(x, (h[None], c[None]))
+    for x_t, output_t in zip(x, output, strict=True):
+        h, c = cell(x_t, (h, c))
+        torch.testing.assert_close(h, output_t, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(h, h_n[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(c, c_n[0], rtol=1e-12, atol=1e-13)
+
+
+def test_subclasses_change_defaults_only():
+    assert CoupledLSTM(3, 4).spec == LSTMSpec(coupled=True)
+    assert PeepholeLSTM(3, 4).spec == LSTMSpec(peephole="diagonal")
+    assert PeepholeLSTM(3, 4, peephole="full", output_peephole="current").spec == LSTMSpec(False, "full", "current")
+    assert CoupledLSTM(3, 4, peephole="full").spec == LSTMSpec(True, "full")
+    x = torch.randn(2, 1, 3)
+    coupled = CoupledLSTM(3, 4)
+    plain = lstm_triton.LSTM(3, 4, coupled=True)
+    plain.load_state_dict(coupled.state_dict(), strict=True)
+    assert torch.equal(coupled(x)[0], plain(x)[0])
+
+
+def test_initial_values():
+    layer = lstm_triton.LSTM(3, 100, peephole="diagonal")
+    for parameter in layer.parameters():
+        assert 0.09 < parameter.abs().max() <= 0.1
+    layer.reset_parameters(bound=1.0)
+    for parameter in layer.parameters():
+        assert 0.95 < parameter.abs().max() <= 1.0
+    torch.manual_seed(5)
+    theirs = torch.nn.LSTM(3, 4, 2)
+    torch.manual_seed(5)
+    ours = lstm_triton.LSTM(3, 4, 2)
+    for (name, a), (other, b) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
+        assert name == other and torch.equal(a, b)
+
+
+def test_dropout_falls_between_layers_in_training_only():
+    theirs, ours = torch.nn.LSTM(5, 8, 3, dropout=0.5), lstm_triton.LSTM(5, 8, 3, dropout=0.5)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(6, 3, 5)
+    torch.manual_seed(1)
+    expected, _ = theirs(x)
+    torch.manual_seed(1)
+    output, _ = ours(x)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(ours(x)[0], output)
+    theirs.eval(), ours.eval()
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_dropout_at_its_ends(p):
+    ours = lstm_triton.LSTM(5, 8, 2, dropout=p, coupled=True)
+    x = torch.randn(6, 3, 5)
+    torch.testing.assert_close(ours(x)[0], ours(x)[0])
+    if p == 0.0:
+        torch.testing.assert_close(ours(x)[0], ours.eval()(x)[0])
+
+
+def test_device_and_dtype_are_those_asked_for():
+    layer = lstm_triton.LSTM(3, 4, device="meta", dtype=torch.float16, peephole="full", proj_size=2)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float16)}
+    output, (h_n, c_n) = layer(torch.empty(5, 2, 3, device="meta", dtype=torch.float16))
+    assert output.shape == (5, 2, 2) and h_n.shape == (1, 2, 2) and c_n.shape == (1, 2, 4)
+    assert LSTMCell(3, 4, dtype=torch.float64).weight_ih.dtype == torch.float64
+
+
+def test_copies_and_pickles():
+    layer = lstm_triton.LSTM(3, 4, 2, peephole="diagonal")
+    x = torch.randn(2, 1, 3)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x)[0], layer(x)[0])
+        with torch.no_grad():
+            other.weight_ih_l0.zero_()
+        assert not torch.equal(other(x)[0], layer(x)[0])
+
+
+def test_repr_shows_what_is_not_a_default():
+    assert repr(lstm_triton.LSTM(3, 4)) == "LSTM(3, 4)"
+    assert repr(torch.nn.LSTM(3, 4, 2, batch_first=True)) == repr(lstm_triton.LSTM(3, 4, 2, batch_first=True))
+    text = repr(lstm_triton.LSTM(3, 4, coupled=True, peephole="full", output_peephole="current"))
+    assert text == "LSTM(3, 4, coupled=True, peephole='full', output_peephole='current')"
+    assert repr(LSTMCell(3, 4, bias=False, peephole="diagonal")) == "LSTMCell(3, 4, bias=False, peephole='diagonal')"
+
+
+def test_the_exercise():
+    """Two layers over an unbatched sequence with states (L, H), weights from U(-1, 1); coupled and peephole as subclasses."""
+    for cls in (lstm_triton.LSTM, CoupledLSTM, PeepholeLSTM):
+        lstm = cls(5, 10, 2)
+        lstm.reset_parameters(bound=1.0)
+        outputs, (hidden_state, cell_state) = lstm(torch.zeros(6, 5), (torch.zeros(2, 10), torch.zeros(2, 10)))
+        assert len(outputs) == 6 and outputs[0].shape == (10,)
+        assert hidden_state.shape == cell_state.shape == (2, 10)
+        assert torch.equal(outputs[-1], hidden_state[-1])
+
+
+def test_autocast_computes_and_returns_its_type():
+    layer = lstm_triton.LSTM(3, 4, peephole="diagonal")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, (h_n, c_n) = layer(torch.randn(2, 1, 3))
+    assert {output.dtype, h_n.dtype, c_n.dtype} == {torch.bfloat16}
+    output.float().sum().backward()
+    assert layer.weight_ih_l0.grad.dtype == torch.float32
