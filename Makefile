@@ -36,6 +36,13 @@ test-compile: setup
 gpu-test:
 	$(RAW) $(PYTHON) -m pytest -q -m gpu tests/gpu
 
+# Trains the four main forms of the cell against torch.nn.LSTM on real text. One thread: on a busy machine PyTorch's
+# threads wait for each other and a run takes minutes; with one it takes as long as it takes alone.
+demo: setup
+	mkdir -p demo
+	OMP_NUM_THREADS=1 $(BIN)/lstm-triton train --variant standard --variant coupled --variant diagonal --variant full \
+		--steps 200 --plot demo/curves.png
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +53,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/cpu_backend.py --output benchmarks/results/cpu-backend.csv
+	$(RAW) $(BIN)/python benchmarks/cpu_backend.py --output benchmarks/results/cpu-backend.csv
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

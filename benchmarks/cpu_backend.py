@@ -18,8 +18,9 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-import lstm_triton
 import torch
+
+import lstm_triton
 
 VARIANTS = ("standard", "coupled", "diagonal", "coupled+diagonal", "diagonal+current", "full")
 BASELINE = "torch.nn.LSTM"

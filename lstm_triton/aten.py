@@ -1,7 +1,7 @@
 """PyTorch's own LSTM for the standard variant, made differentiable more than once.
 
-`torch.nn.LSTM`'s operator has no double backward where oneDNN or cuDNN serves it. The Function here runs the operator on
-detached tensors, keeps the graph that it records, and differentiates the reference only under `create_graph=True`.
+`torch.nn.LSTM`'s operator has no double backward where oneDNN or cuDNN serves it. The Function here runs the operator
+on detached tensors, keeps the graph that it records, and differentiates the reference only under `create_graph=True`.
 
 Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), D
 directions.
@@ -30,9 +30,7 @@ def serves(x: Tensor, spec: LSTMSpec) -> bool:
     return x.device.type == "cuda" or x.dtype in (torch.float32, torch.float64)
 
 
-def lstm_layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights]
-) -> tuple[Tensor, Tensor, Tensor]:
+def lstm_layer(x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights]) -> tuple[Tensor, Tensor, Tensor]:
     """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H)."""
     bias, projection = weights[0].bias_ih is not None, weights[0].weight_hr is not None
     flat = [w for direction in weights for w in direction.present().values()]

@@ -9,6 +9,7 @@ directions, G gate blocks.
 
 import importlib
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, Optional
 
 import torch
@@ -39,7 +40,7 @@ def lstm_layer(
 def group(flat: Sequence[Any], spec: LSTMSpec, bias: bool, projection: bool) -> list[LSTMWeights]:
     """One LSTMWeights a direction from a flat list of D times what `spec.parameter_names(bias, projection)` lists."""
     names = spec.parameter_names(bias, projection)
-    absent = dict.fromkeys(LSTMWeights._fields)
+    absent: dict[str, Any] = dict.fromkeys(LSTMWeights._fields)
     return [
         LSTMWeights(**(absent | dict(zip(names, flat[n : n + len(names)], strict=True))))
         for n in range(0, len(flat), len(names))
@@ -51,10 +52,13 @@ def layer_forward(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor],
     variant: str, bias: bool, projection: bool, backend: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The fields of `layer.LayerResult`; `weights` is D times what `LSTMSpec.parameter_names(bias, projection)` lists."""
+    """The fields of `layer.LayerResult`; `weights`: D times what `LSTMSpec.parameter_names(bias, projection)` lists."""
     spec = LSTMSpec.parse(variant)
     steps = importlib.import_module(STEPS[backend])
-    return tuple(layer.forward(x, h_0, c_0, group(weights, spec, bias, projection), spec, steps, save))
+    output, h_n, c_n, gates, cells = layer.forward(
+        x, h_0, c_0, group(weights, spec, bias, projection), spec, steps, save
+    )
+    return output, h_n, c_n, gates, cells
 
 
 @layer_forward.register_fake
@@ -74,16 +78,18 @@ def layer_backward(
     """The gradients of x, h_0, c_0 and each weight, of those for which `needs` (in that order) is true."""
     spec = LSTMSpec.parse(variant)
     steps = importlib.import_module(STEPS[backend])
-    wanted = layer.Needs(*needs[:3], group(needs[3:], spec, bias, projection))
+    names = spec.parameter_names(bias, projection)
     grouped = group(weights, spec, bias, projection)
+    needed = [needs[n : n + len(names)] for n in range(3, len(needs), len(names))]
+    wanted = layer.Needs(needs[0], needs[1], needs[2], [list(compress(names, part)) for part in needed])
     gradients = layer.backward(
         grad_output, grad_h_n, grad_c_n, x, h_0, c_0, grouped, output, gates, cells, spec, steps, wanted
     )
     flat = [gradients.x, gradients.h_0, gradients.c_0]
-    flat += [getattr(direction, name) for direction in gradients.weights for name in grouped[0].present()]
+    flat += [direction.get(name) for direction in gradients.weights for name in names]
     distinct: list[Tensor] = []
-    for gradient, needed in zip(flat, needs, strict=True):
-        if needed and gradient is not None:
+    for gradient in flat:
+        if gradient is not None:
             # Both biases have the same gradient, and an operator's outputs may not be the same tensor.
             distinct.append(gradient.clone() if any(gradient is other for other in distinct) else gradient)
     return distinct
@@ -144,7 +150,8 @@ def differentiable_gradients(
     spec = LSTMSpec.parse(variant)
     # Views: the graph from the gradients back to the inputs must start at tensors of this call alone.
     inputs = [t.view_as(t) for t in inputs]
-    results = reference.layer(*inputs[:3], group(inputs[3:], spec, bias, projection), spec)
+    x, h_0, c_0, *flat = inputs
+    results = reference.layer(x, h_0, c_0, group(flat, spec, bias, projection), spec)
     wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
     return gradients_where_needed(results, grads, wanted, needs, create_graph=True)
 
@@ -156,7 +163,7 @@ def gradients_where_needed(
     needs: Sequence[bool],
     **options: bool,
 ) -> list[Optional[Tensor]]:
-    """`torch.autograd.grad` of results whose gradient is given, by `wanted`, spread over the places that `needs` marks."""
+    """`torch.autograd.grad` of the results whose gradient is given, by `wanted`, in the places that `needs` marks."""
     given = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     outputs, grad_outputs = zip(*given, strict=True)
     computed = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options))

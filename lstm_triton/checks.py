@@ -5,7 +5,6 @@ Pure functions; all of them run before anything is computed.
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,7 @@ def lstm_arguments(
 
     Raises TypeError or ValueError as `torch.nn.LSTM` does, and warns as it does of a dropout that has no effect.
     """
-    if not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
+    if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
         raise ValueError(
             "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
         )
@@ -96,9 +95,7 @@ def lstm_input(input: Tensor, input_size: int, weight_dtype: torch.dtype, autoca
             f"Convert input: input.to({weight_dtype}), or convert model: model.to({input.dtype})"
         )
     if input.size(-1) != input_size:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {input_size}, got {input.size(-1)}"
-        )
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {input.size(-1)}")
 
 
 def lstm_states(hx: tuple[Tensor, Tensor], expected: tuple[tuple[int, int, int], tuple[int, int, int]]) -> None:
@@ -131,9 +128,7 @@ def cell_sizes(input: Tensor, hx: tuple[Tensor, Tensor], input_size: int, hidden
         if state.size(0) != input.size(0):
             raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{n} batch size {state.size(0)}")
         if state.dim() > 1 and state.size(1) != hidden_size:
-            raise RuntimeError(
-                f"hidden{n} has inconsistent hidden_size: got {state.size(1)}, expected {hidden_size}"
-            )
+            raise RuntimeError(f"hidden{n} has inconsistent hidden_size: got {state.size(1)}, expected {hidden_size}")
         if state.dim() != 2:
             raise RuntimeError(f"hidden{n} should have the dimensions of the input, got {state.dim()}-D")
 

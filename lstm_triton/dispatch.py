@@ -1,6 +1,6 @@
 """Which implementation computes a call: the Triton kernels or PyTorch's own operators.
 
-(Not named `backends`: torch.compile skips every file whose path has `triton/backends` in it, as `lstm_triton/backends` has.)
+(Not named `backends`: torch.compile skips every file with `triton/backends` in its path, `lstm_triton/backends` too.)
 """
 
 from __future__ import annotations

@@ -84,13 +84,13 @@ def lstm(
 
     - input: (T, B, I), (B, T, I) with `batch_first`, or (T, I) unbatched
     - hx: (h_0, c_0), (D·L, B, P) and (D·L, B, H), or without B for unbatched input; None for zeros
-    - weights: for each layer, for each direction: weight_ih (G·H, I or D·P), weight_hh (G·H, P), with `bias` bias_ih and
-      bias_hh (G·H,), with `proj_size` weight_hr (P, H), with `peephole` weight_ch, diagonal (Q·H,) or full (Q·H, H)
+    - weights: for each layer, for each direction: weight_ih (G·H, I or D·P), weight_hh (G·H, P), with `bias` bias_ih
+      and bias_hh (G·H,), with `proj_size` weight_hr (P, H), with `peephole` weight_ch, diagonal (Q·H,) or full (Q·H, H)
     - dropout: probability of zeroing an element of the output of each layer but the last, where `training`
     - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
 
-    Types as in `lstm_cell`. Raises ValueError or RuntimeError as `torch.nn.LSTM` does for sizes and types that do not fit
-    and for T = 0; RuntimeError where the backend asked for cannot run; ValueError for an unknown variant.
+    Types as in `lstm_cell`. Raises ValueError or RuntimeError as `torch.nn.LSTM` does for sizes and types that do not
+    fit and for T = 0; RuntimeError where the backend asked for cannot run; ValueError for an unknown variant.
     """
     spec = LSTMSpec(coupled, peephole, output_peephole)
     D = 2 if bidirectional else 1
@@ -163,13 +163,11 @@ def check_weights(
     weights: Sequence[LSTMWeights], spec: LSTMSpec, input_sizes: Sequence[int], H: int, proj_size: int
 ) -> None:
     """The parameters of each direction against what the variant asks for. Raises ValueError or RuntimeError."""
-    for n, (direction, input_size) in enumerate(zip(weights, input_sizes, strict=True)):
+    for direction, input_size in zip(weights, input_sizes, strict=True):
         present = direction.present()
         shapes = spec.parameter_shapes(input_size, H, "bias_ih" in present, proj_size)
         if set(present) != set(shapes):
-            raise ValueError(
-                f"the variant {spec.name!r} takes {', '.join(shapes)}; given: {', '.join(present)}"
-            )
+            raise ValueError(f"the variant {spec.name!r} takes {', '.join(shapes)}; given: {', '.join(present)}")
         checks.weight_shapes(present, shapes)
 
 
@@ -192,9 +190,7 @@ def autocast(
     return x.to(dtype), h.to(dtype), c.to(dtype), cast
 
 
-def state_dict_names(
-    spec: LSTMSpec, num_layers: int, bidirectional: bool, bias: bool, proj_size: int
-) -> list[str]:
+def state_dict_names(spec: LSTMSpec, num_layers: int, bidirectional: bool, bias: bool, proj_size: int) -> list[str]:
     """The names of the parameters that `lstm` takes, in its order."""
     return [
         state_dict_name(name, layer, direction)

@@ -55,7 +55,7 @@ def forward(
     """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H); `steps` is a module like `eager`; `save` for a backward pass."""
     shapes = result_shapes(x, c_0, weights, spec, save)
     result = LayerResult(*(torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in shapes))
-    T, B, _ = x.shape
+    T = x.shape[0]
     P = result.h_n.shape[-1]
     x = row_contiguous(x)
     for direction, direction_weights in enumerate(weights):
@@ -73,22 +73,21 @@ def forward(
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients are wanted; of the weights the names, for each direction."""
 
     x: bool
     h_0: bool
     c_0: bool
-    weights: Sequence[LSTMWeights]
-    """per direction, a bool in place of each tensor"""
+    weights: Sequence[Sequence[str]]
 
 
 class LayerGradients(NamedTuple):
-    """The gradients of the arguments of `forward`, None where none was wanted."""
+    """The gradients of the arguments of `forward` that were wanted; None and absent names where none was."""
 
     x: Tensor | None
     h_0: Tensor | None
     c_0: Tensor | None
-    weights: list[LSTMWeights]
+    weights: list[dict[str, Tensor]]
 
 
 def backward(
@@ -114,9 +113,7 @@ def backward(
         d_gates = torch.empty_like(gates[direction])
         d_hidden = x.new_empty(T, B, P) if w.weight_hr is not None else None
         grad_direction = grad_output[:, :, columns] if grad_output is not None else None
-        steps.backward(
-            grad_direction, dh, dc, w, spec, reverse, gates[direction], cells[direction], d_gates, d_hidden
-        )
+        steps.backward(grad_direction, dh, dc, w, spec, reverse, gates[direction], cells[direction], d_gates, d_hidden)
         grad_h_0.append(dh)
         grad_c_0.append(dc)
 
@@ -125,26 +122,18 @@ def backward(
             grad_rows = grad_x.view(T * B, I) if grad_x is not None else None
             grad_rows = d_rows @ w.weight_ih if grad_rows is None else grad_rows.addmm_(d_rows, w.weight_ih)
             grad_x = grad_rows.view(x.shape)
-        weight_ih = d_rows.t() @ x.reshape(T * B, I) if wanted.weight_ih else None
-        weight_hh = None
-        if wanted.weight_hh:
-            h_first, d_first = h_0[direction], d_gates[-1 if reverse else 0]
-            h_rest, d_rest = output[:, :, columns], d_gates
-            h_rest, d_rest = (h_rest[1:], d_rest[:-1]) if reverse else (h_rest[:-1], d_rest[1:])
-            weight_hh = torch.addmm(
-                d_first.t() @ h_first, d_rest.flatten(0, 1).t(), h_rest.reshape((T - 1) * B, P)
-            )
-        bias = d_rows.sum(0) if wanted.bias_ih or wanted.bias_hh else None
         grad_weights.append(
-            LSTMWeights(
-                weight_ih=weight_ih,
-                weight_hh=weight_hh,
-                bias_ih=bias if wanted.bias_ih else None,
-                bias_hh=bias if wanted.bias_hh else None,
-                weight_hr=projection_gradient(d_hidden, gates[direction], cells[direction], spec, reverse)
-                if wanted.weight_hr
-                else None,
-                weight_ch=peephole_gradient(d_gates, cells[direction], spec, reverse) if wanted.weight_ch else None,
+            weight_gradients(
+                wanted,
+                x,
+                h_0[direction],
+                output[:, :, columns],
+                d_gates,
+                d_hidden,
+                gates[direction],
+                cells[direction],
+                spec,
+                reverse,
             )
         )
     return LayerGradients(
@@ -153,6 +142,33 @@ def backward(
         torch.stack(grad_c_0).to(x.dtype) if needs.c_0 else None,
         grad_weights,
     )
+
+
+def weight_gradients(
+    wanted: Sequence[str], x: Tensor, h_0: Tensor, output: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
+    gates: Tensor, cells: Tensor, spec: LSTMSpec, reverse: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The gradients of the parameters named in `wanted`, for one direction: sums over all T and B, each one GEMM.
+
+    x (T, B, I), h_0 (B, P), output (T, B, P), d_gates and gates (T, B, G·H), d_hidden (T, B, P), cells (T + 1, B, H).
+    """
+    T, B, _ = d_gates.shape
+    d_rows = d_gates.flatten(0, 1)
+    gradients = {}
+    if "weight_ih" in wanted:
+        gradients["weight_ih"] = d_rows.t() @ x.reshape(T * B, x.shape[2])
+    if "weight_hh" in wanted:
+        d_first, d_rest = (d_gates[-1], d_gates[:-1]) if reverse else (d_gates[0], d_gates[1:])
+        h_rest = (output[1:] if reverse else output[:-1]).reshape((T - 1) * B, h_0.shape[1])
+        gradients["weight_hh"] = torch.addmm(d_first.t() @ h_0, d_rest.flatten(0, 1).t(), h_rest)
+    if "bias_ih" in wanted or "bias_hh" in wanted:
+        bias = d_rows.sum(0)
+        gradients |= {name: bias for name in ("bias_ih", "bias_hh") if name in wanted}
+    if "weight_hr" in wanted:
+        gradients["weight_hr"] = projection_gradient(d_hidden, gates, cells, spec, reverse)
+    if "weight_ch" in wanted:
+        gradients["weight_ch"] = peephole_gradient(d_gates, cells, spec, reverse)
+    return gradients
 
 
 def project_input(x: Tensor, w: LSTMWeights) -> Tensor:
@@ -181,9 +197,7 @@ def peephole_gradient(d_gates: Tensor, cells: Tensor, spec: LSTMSpec, reverse: b
     return torch.cat(blocks)
 
 
-def projection_gradient(
-    d_hidden: Tensor | None, gates: Tensor, cells: Tensor, spec: LSTMSpec, reverse: bool
-) -> Tensor:
+def projection_gradient(d_hidden: Tensor | None, gates: Tensor, cells: Tensor, spec: LSTMSpec, reverse: bool) -> Tensor:
     """The gradient of weight_hr (P, H) from that of h_t, d_hidden (T, B, P), and o tanh(c_t), computed again."""
     assert d_hidden is not None
     c = cells[:-1] if reverse else cells[1:]

@@ -31,7 +31,7 @@ class VariantModule(nn.Module):
         return LSTMSpec(self.coupled, self.peephole, self.output_peephole)
 
     def reset_parameters(self, bound: float | None = None) -> None:
-        """Draw every parameter anew from U(-bound, bound); by default bound = 1 / sqrt(hidden_size), as `torch.nn.LSTM`."""
+        """Draw every parameter from U(-bound, bound); by default bound = 1 / sqrt(hidden_size), as `torch.nn.LSTM`."""
         if bound is None:
             bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
         for parameter in self.parameters():
@@ -70,6 +70,12 @@ class LSTMCell(VariantModule):
 
     Raises ValueError for an unknown variant.
     """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    weight_ch: Tensor | None
 
     def __init__(
         self,
@@ -159,9 +165,7 @@ class LSTM(VariantModule):
         output_peephole: OutputPeephole = "previous",
     ) -> None:
         super().__init__()
-        checks.lstm_arguments(
-            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
-        )
+        checks.lstm_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         spec = LSTMSpec(coupled, peephole, output_peephole)
         self._set_variant(spec)
         self.input_size = input_size
@@ -182,9 +186,7 @@ class LSTM(VariantModule):
                     self.register_parameter(state_dict_name(name, layer, direction), parameter)
         self.reset_parameters()
 
-    def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """output, (h_n, c_n).
 
         - input: (T, B, I), (B, T, I) with batch_first, or (T, I) unbatched
@@ -193,9 +195,7 @@ class LSTM(VariantModule):
 
         Raises ValueError or RuntimeError as `torch.nn.LSTM` does.
         """
-        names = functional.state_dict_names(
-            self.spec, self.num_layers, self.bidirectional, self.bias, self.proj_size
-        )
+        names = functional.state_dict_names(self.spec, self.num_layers, self.bidirectional, self.bias, self.proj_size)
         return functional.lstm(
             input,
             hx,

@@ -123,7 +123,7 @@ class LSTMSpec:
 
     def parameter_names(self, bias: bool = True, projection: bool = False) -> tuple[str, ...]:
         """The fields of LSTMWeights that the variant has, in `torch.nn.LSTM`'s order, the peephole last."""
-        names = ("weight_ih", "weight_hh")
+        names: tuple[str, ...] = ("weight_ih", "weight_hh")
         names += ("bias_ih", "bias_hh") if bias else ()
         names += ("weight_hr",) if projection else ()
         return names + (("weight_ch",) if self.peephole else ())

@@ -33,7 +33,8 @@ def cell_forward_kernel(
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, SAVE_GATES: tl.constexpr,
     UPDATE_CELL: tl.constexpr, UPDATE_HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """preact (B, G·H), cells (slots, B, H)[previous] -> cells[current], hidden (., B, H)[hidden_t], gates (T, B, G·H)[t].
+    """preact (B, G·H), cells[previous] -> cells[current] (slots, B, H), hidden[hidden_t] (., B, H) and
+    gates[t] (T, B, G·H).
 
     The gates are saved activated. Program: (unit block, row block).
     """
@@ -89,7 +90,7 @@ def cell_backward_kernel(
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr,
     GRAD_HIDDEN: tl.constexpr, GRAD_CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the pre-activations, d_gates (T, B, G·H)[t], and of c_{t-1}, in place of that of c_t in dc (B, H).
+    """Gradients of the pre-activations, d_gates[t] (T, B, G·H), and of c_{t-1}, in place of that of c_t in dc (B, H).
 
     The gradient of h_t is dh (B, H) plus, with HAS_GRAD_OUTPUT, grad_output (T, B, H)[t]; gates (T, B, G·H)[t] are the
     saved activations, cells (slots, B, H) the saved cell states. Program: (unit block, row block).
@@ -163,8 +164,8 @@ def cell_forward(
 ) -> None:  # fmt: skip
     """Launch `cell_forward_kernel` for one step.
 
-    preact (B, G·H), cells (slots, B, H) accumulator type; hidden (., B, H) with contiguous columns; gates (T, B, G·H) or
-    None; weight_ch diagonal (Q·H,) or None.
+    preact (B, G·H), cells (slots, B, H) accumulator type; hidden (., B, H) with contiguous columns; gates (T, B, G·H)
+    or None; weight_ch diagonal (Q·H,) or None.
     """
     B, H = cells.shape[-2:]
     grid, blocks = launch_shape(B, H)

@@ -20,7 +20,8 @@ from lstm_triton_kernels.plan import MatmulPlan, accumulator_dtype, ceil_div, ma
 
 @triton.jit
 def add_product(
-    acc, a_ptr, w_ptr, row, unit, B, H, K, stride_ab, stride_w, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+    acc, a_ptr, w_ptr, row, unit, B, H, K, stride_ab, stride_w,
+    BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc (BLOCK_B, BLOCK_U) + a w^T for a (B, K) with rows stride_ab apart and w (H, K) with rows stride_w apart."""
     k = tl.arange(0, BLOCK_K)
@@ -143,9 +144,9 @@ def gate_preactivations(
     """
     B, H = cells.shape[-2:]
     P = h.shape[-1]
-    I = x.shape[-1] if x is not None else 0  # noqa: E741
+    I = x.shape[-1] if x is not None else 0
     gates = len(spec.gates)
-    plan = matmul_plan(B, h.dtype)
+    plan = matmul_plan(B, max(I, P), h.dtype)
     grid = (ceil_div(H, plan.block_u), gates, ceil_div(B, plan.block_b))
     gate_preactivations_kernel[grid](
         preact_ptr=preact,
@@ -181,7 +182,7 @@ def add_output_peephole(preact: Tensor, cells: Tensor, weights: Any, spec: Any, 
     """Launch `output_peephole_kernel`: the last block of preact (B, G·H) += V_o c_t, c_t = cells[c_slot]."""
     B, H = cells.shape[-2:]
     dtype = weights.weight_ch.dtype
-    plan = matmul_plan(B, dtype)
+    plan = matmul_plan(B, H, dtype)
     output_peephole_kernel[(ceil_div(H, plan.block_u), ceil_div(B, plan.block_b))](
         preact_ptr=preact,
         cells_ptr=cells,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lstm_triton import VARIANTS, dispatch, cli
+from lstm_triton import VARIANTS, cli, dispatch
 from lstm_triton.cli import app, files, model, progress, report, text, training
 
 TEXT = "".join(pydoc_data.topics.topics.values())[:6000]

@@ -2,9 +2,10 @@
 
 import warnings
 
-import lstm_triton
 import pytest
 import torch
+
+import lstm_triton
 from lstm_triton import LSTMSpec, functional
 
 
@@ -142,7 +143,9 @@ def test_functional_names_the_weight_that_does_not_fit():
         functional.lstm(zeros(2, 1, 3), None, weights)
     with pytest.raises(ValueError, match=r"Expected 4 weights .*, got 2"):
         functional.lstm(zeros(2, 1, 3), None, weights[:2])
-    with pytest.raises(ValueError, match=r"'diagonal' takes weight_ih, weight_hh, weight_ch; given: weight_ih, weight_hh"):
+    with pytest.raises(
+        ValueError, match=r"'diagonal' takes weight_ih, weight_hh, weight_ch; given: weight_ih, weight_hh"
+    ):
         functional.lstm_cell(zeros(1, 3), None, *weights[:2], peephole="diagonal")
     with pytest.raises(RuntimeError, match=r"Expected weight_ch size \(15,\), got \[20\]"):
         functional.lstm_cell(zeros(1, 3), None, *weights[:2], weight_ch=zeros(20), peephole="diagonal")

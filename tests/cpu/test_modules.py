@@ -3,9 +3,10 @@
 import copy
 import pickle
 
-import lstm_triton
 import pytest
 import torch
+
+import lstm_triton
 from lstm_triton import VARIANTS, CoupledLSTM, LSTMCell, LSTMSpec, PeepholeLSTM
 
 OPTIONS = [
@@ -152,7 +153,7 @@ def test_repr_shows_what_is_not_a_default():
 
 
 def test_the_exercise():
-    """Two layers over an unbatched sequence with states (L, H), weights from U(-1, 1); coupled and peephole as subclasses."""
+    """Two layers, an unbatched sequence, states (L, H), weights from U(-1, 1); coupled and peephole as subclasses."""
     for cls in (lstm_triton.LSTM, CoupledLSTM, PeepholeLSTM):
         lstm = cls(5, 10, 2)
         lstm.reset_parameters(bound=1.0)

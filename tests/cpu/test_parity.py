@@ -1,16 +1,19 @@
 """The `torch` backend against the float64 reference, and the harness against planted faults."""
 
-import lstm_triton
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import lstm_triton
 from lstm_triton import VARIANTS, LSTMSpec, eager
 from tests.support.gradcheck import CHECKED_CASES, first_order, second_order
 from tests.support.parity import Case, assert_parity, odd_cases
 
 CASES = [case for spec in VARIANTS for case in odd_cases(spec)]
-CASES += [Case(spec, T=64, B=3, I=10, H=20, dtype=dtype) for spec in VARIANTS for dtype in (torch.float32, torch.float16)]
+CASES += [
+    Case(spec, T=64, B=3, I=10, H=20, dtype=dtype) for spec in VARIANTS for dtype in (torch.float32, torch.float16)
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lstm_triton import VARIANTS, LSTMSpec
 from lstm_triton.spec import LSTMWeights
 from tests.support.parity import BOUND, Case, call_reference, errors, random_inputs, results
@@ -70,7 +71,9 @@ def test_cell_is_torch_nn_lstm_cell():
 
     def module(case, x, h_0, c_0, *weights):
         cell = torch.nn.LSTMCell(case.I, case.H).double()
-        return torch.func.functional_call(cell, dict(zip(case.parameter_names(), weights, strict=True)), (x, (h_0, c_0)))
+        return torch.func.functional_call(
+            cell, dict(zip(case.parameter_names(), weights, strict=True)), (x, (h_0, c_0))
+        )
 
     found = errors(results(case, inputs, call_reference), results(case, inputs, module))
     assert max(found.values()) < BOUND[torch.float64], found

@@ -4,8 +4,9 @@ An interpreted launch takes milliseconds: the cell's gradient is checked entry b
 along random directions (`fast_mode`).
 """
 
-import lstm_triton
 import pytest
+
+import lstm_triton
 from lstm_triton import VARIANTS
 from tests.support.gradcheck import CHECKED_CASES, first_order, second_order
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lstm_triton import VARIANTS
 from tests.support.parity import Case, assert_parity, odd_cases
 

@@ -1,6 +1,7 @@
 """Generated shapes, strides and variants through the interpreted kernels."""
 
 from hypothesis import given, settings
+
 from tests.cpu.test_parity import cases
 from tests.support.parity import assert_parity
 

@@ -1,8 +1,8 @@
 """Compile the kernels for GPUs that are not there, with exactly the arguments that the launchers would pass.
 
-`record_launches` runs real launchers with the kernels replaced by recorders; `compile_launch` compiles what was recorded
-for a target and reads shared memory, registers, stack and instructions from the result. Needs a process without
-TRITON_INTERPRET.
+`record_launches` runs real launchers with the kernels replaced by recorders; `compile_launch` compiles what was
+recorded for a target and reads shared memory, registers, stack and instructions from the result. Needs a process
+without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of limits)."""
+"""Bytes of shared memory that a program may use, by compute capability (CUDA C++ Programming Guide)."""
 
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
 POINTER_TYPE = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}

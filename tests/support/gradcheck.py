@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from lstm_triton import LSTMSpec
 from tests.support.parity import Case, call, random_inputs
 

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import torch
+
 from lstm_triton import LSTMSpec, autograd
 from tests.support.parity import Case, random_inputs
 
 
 def check_operators(spec: LSTMSpec, backend: str) -> None:
-    """Schema, fake and dispatch of the forward and the backward operator, saving or not, with and without projection."""
+    """Schema, fake and dispatch of both operators: saving or not, with and without projection."""
     for options in (dict(proj_size=2, bidirectional=True), dict(bias=False)):
         case = Case(spec, T=2, B=2, I=3, H=4, **options)
         x, h_0, c_0, *weights = (t.detach() for t in random_inputs(case).values())
         parameters = (spec.name, case.bias, case.proj_size > 0, backend)
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         for save in (True, False):
-            torch.library.opcheck(
-                autograd.layer_forward, (x, h_0, c_0, weights, *parameters, save), test_utils=checks
-            )
+            torch.library.opcheck(autograd.layer_forward, (x, h_0, c_0, weights, *parameters, save), test_utils=checks)
         output, h_n, c_n, gates, cells = autograd.layer_forward(x, h_0, c_0, weights, *parameters, True)
         saved = (x, h_0, c_0, weights, output, gates, cells)
         everything = [True] * (3 + len(weights))
         some = [n % 2 == 0 for n in range(3 + len(weights))]
         for grads, needs in (((output, h_n, c_n), everything), ((None, h_n, None), some)):
-            torch.library.opcheck(
-                autograd.layer_backward, (*grads, *saved, *parameters, needs), test_utils=checks
-            )
+            torch.library.opcheck(autograd.layer_backward, (*grads, *saved, *parameters, needs), test_utils=checks)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import lstm_triton
 import torch
-from lstm_triton import LSTMSpec, functional, reference
 from torch import Tensor
+
+import lstm_triton
+from lstm_triton import LSTMSpec, functional, reference
 
 BOUND = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """||actual - expected|| / ||expected|| allowed on the CPU, T up to 64 (the numerics contract)."""
@@ -50,9 +51,7 @@ class Case:
 
     @property
     def variant(self) -> dict:
-        return dict(
-            coupled=self.spec.coupled, peephole=self.spec.peephole, output_peephole=self.spec.output_peephole
-        )
+        return dict(coupled=self.spec.coupled, peephole=self.spec.peephole, output_peephole=self.spec.output_peephole)
 
     def parameter_names(self) -> list[str]:
         if self.cell:
@@ -125,7 +124,9 @@ def results(
     outputs = function(case, *inputs.values())
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, case.dtype) for t in outputs]
-    gradients = torch.autograd.grad(outputs, list(inputs.values()), [w.to(t.dtype) for w, t in zip(weights, outputs)])
+    gradients = torch.autograd.grad(
+        outputs, list(inputs.values()), [w.to(t.dtype) for w, t in zip(weights, outputs, strict=True)]
+    )
     names = ("h", "c") if case.cell else ("output", "h_n", "c_n")
     named = dict(zip(names, outputs, strict=True))
     return named | {f"grad {name}": g for name, g in zip(inputs, gradients, strict=True)}

@@ -1,0 +1,68 @@
+"""LSTMSpec, the order of the steps, and the launch plans: pure functions."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lstm_triton_kernels.order import final_slot, initial_slot, steps
+from lstm_triton_kernels.plan import SUPPORTED_DTYPES, accumulator_dtype, elementwise_plan, matmul_plan
+
+from lstm_triton import VARIANTS, LSTMSpec
+
+
+def test_there_are_ten_variants_with_ten_names():
+    assert len(VARIANTS) == len(set(VARIANTS)) == len({spec.name for spec in VARIANTS}) == 10
+    assert [LSTMSpec.parse(spec.name) for spec in VARIANTS] == list(VARIANTS)
+    assert [spec.standard for spec in VARIANTS].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    "spec, gates, peepholes, previous",
+    [
+        (LSTMSpec(), "ifgo", "", ""),
+        (LSTMSpec(True), "fgo", "", ""),
+        (LSTMSpec(False, "diagonal"), "ifgo", "ifo", "ifo"),
+        (LSTMSpec(False, "full", "current"), "ifgo", "ifo", "if"),
+        (LSTMSpec(True, "full"), "fgo", "fo", "fo"),
+        (LSTMSpec(True, "diagonal", "current"), "fgo", "fo", "f"),
+    ],
+    ids=str,
+)
+def test_blocks(spec, gates, peepholes, previous):
+    assert "".join(spec.gates) == gates
+    assert "".join(spec.peephole_gates) == peepholes and "".join(spec.previous_gates) == previous
+    shapes = spec.parameter_shapes(3, 5, proj_size=2)
+    assert shapes["weight_ih"] == (len(gates) * 5, 3) and shapes["weight_hh"] == (len(gates) * 5, 2)
+    assert shapes["weight_hr"] == (2, 5)
+    if peepholes:
+        assert shapes["weight_ch"] == ((len(peepholes) * 5, 5) if spec.full else (len(peepholes) * 5,))
+    else:
+        assert "weight_ch" not in shapes
+
+
+@given(st.integers(1, 20), st.booleans(), st.booleans())
+def test_each_step_reads_what_the_step_before_it_wrote(T, reverse, saved):
+    order = list(steps(T, reverse, saved))
+    assert [step.t for step in order] == (list(range(T))[::-1] if reverse else list(range(T)))
+    assert order[0].h_index is None and order[0].previous == initial_slot(T, reverse, saved)
+    for before, after in pairwise(order):
+        assert after.h_index == before.t and after.previous == before.current
+    assert order[-1].current == final_slot(T, reverse, saved)
+    slots = {order[0].previous, *(step.current for step in order)}
+    assert slots == (set(range(T + 1)) if saved else {0})
+
+
+@given(st.integers(0, 100_000), st.integers(1, 100_000), st.sampled_from(SUPPORTED_DTYPES))
+def test_plans_are_legal(B, H, dtype):
+    plan = matmul_plan(B, H, dtype)
+    blocks = (plan.block_b, plan.block_u, plan.block_k)
+    assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
+    assert (
+        plan.num_stages * plan.block_k * (plan.block_b + plan.block_u) * torch.empty(0, dtype=dtype).element_size()
+        < 99 * 1024
+    )
+    elementwise = elementwise_plan(H)
+    assert elementwise.block_b * elementwise.block_u == 512
+    assert accumulator_dtype(dtype) == (torch.float64 if dtype == torch.float64 else torch.float32)

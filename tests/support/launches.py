@@ -1,0 +1,71 @@
+"""Every launch that the stepwise strategy can make, as the compiler sees it."""
+
+from __future__ import annotations
+
+import torch
+from lstm_triton_kernels import cell, gates, sequence_stepwise
+
+from lstm_triton import VARIANTS, LSTMSpec, layer
+from lstm_triton.autograd import group
+from tests.support.compiling import Launch, record_launches
+
+KERNELS = {
+    "gate_preactivations_kernel": gates.gate_preactivations_kernel,
+    "output_peephole_kernel": gates.output_peephole_kernel,
+    "cell_forward_kernel": cell.cell_forward_kernel,
+    "cell_backward_kernel": cell.cell_backward_kernel,
+}
+TYPES = [
+    (torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"),
+    (torch.float64, "ieee"),
+]  # fmt: skip
+"""Storage type, and PyTorch's switch for float32 matmuls."""
+
+
+def launch_layer(
+    spec: LSTMSpec, dtype: torch.dtype, T: int, B: int, H: int, *, bias: bool, save: bool, grad: bool
+) -> None:
+    """Run one layer through the launchers; the values are of no interest."""
+    shapes = spec.parameter_shapes(H, H, bias)
+    weights = group([torch.zeros(shape, dtype=dtype) for shape in shapes.values()], spec, bias, False)
+    x, state = torch.zeros(T, B, H, dtype=dtype), torch.zeros(1, B, H, dtype=dtype)
+    result = layer.forward(x, state, state, weights, spec, sequence_stepwise, save)
+    if save:
+        needs = layer.Needs(False, False, False, [[]])
+        grad_output = result.output if grad else None
+        saved = (result.output, result.gates, result.cells)
+        layer.backward(grad_output, None, None, x, state, state, weights, *saved, spec, sequence_stepwise, needs)
+
+
+def launches_of(dtype: torch.dtype, precision: str) -> set[Launch]:
+    """All launches for a storage type: every flag with the largest blocks, every block size with every type of step."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    modules = {
+        gates: ["gate_preactivations_kernel", "output_peephole_kernel"],
+        cell: ["cell_forward_kernel", "cell_backward_kernel"],
+    }
+    try:
+        switch.fp32_precision = precision
+        with record_launches(modules) as launches:
+            for spec in VARIANTS:
+                for T, bias, save in ((1, True, True), (1, False, True), (2, True, True), (2, True, False)):
+                    for grad in (True, False):
+                        launch_layer(spec, dtype, T, B=64, H=128, bias=bias, save=save, grad=grad)
+            for B, H in ((1, 1), (3, 5), (17, 24), (32, 48), (300, 130)):
+                launch_layer(
+                    LSTMSpec(peephole="full", output_peephole="current"),
+                    dtype,
+                    1,
+                    B,
+                    H,
+                    bias=True,
+                    save=True,
+                    grad=True,
+                )
+                launch_layer(
+                    LSTMSpec(coupled=True, peephole="diagonal"), dtype, 2, B, H, bias=True, save=True, grad=True
+                )
+    finally:
+        switch.fp32_precision = before
+    return launches
