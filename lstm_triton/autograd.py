@@ -8,7 +8,8 @@ directions, G gate blocks.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import compress
 from typing import Any, Optional
 
@@ -47,6 +48,13 @@ def group(flat: Sequence[Any], spec: LSTMSpec, bias: bool, projection: bool) -> 
     ]
 
 
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device, so it must be that of the tensors; and the types are chosen by now."""
+    with torch.cuda.device(device if device.type == "cuda" else -1), torch.autocast(device.type, enabled=False):
+        yield
+
+
 @torch.library.custom_op("lstm_triton::layer_forward", mutates_args=())
 def layer_forward(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor],
@@ -55,9 +63,10 @@ def layer_forward(
     """The fields of `layer.LayerResult`; `weights`: D times what `LSTMSpec.parameter_names(bias, projection)` lists."""
     spec = LSTMSpec.parse(variant)
     steps = importlib.import_module(STEPS[backend])
-    output, h_n, c_n, gates, cells = layer.forward(
-        x, h_0, c_0, group(weights, spec, bias, projection), spec, steps, save
-    )
+    with computing_on(x.device):
+        output, h_n, c_n, gates, cells = layer.forward(
+            x, h_0, c_0, group(weights, spec, bias, projection), spec, steps, save
+        )
     return output, h_n, c_n, gates, cells
 
 
@@ -82,9 +91,10 @@ def layer_backward(
     grouped = group(weights, spec, bias, projection)
     needed = [needs[n : n + len(names)] for n in range(3, len(needs), len(names))]
     wanted = layer.Needs(needs[0], needs[1], needs[2], [list(compress(names, part)) for part in needed])
-    gradients = layer.backward(
-        grad_output, grad_h_n, grad_c_n, x, h_0, c_0, grouped, output, gates, cells, spec, steps, wanted
-    )
+    with computing_on(x.device):
+        gradients = layer.backward(
+            grad_output, grad_h_n, grad_c_n, x, h_0, c_0, grouped, output, gates, cells, spec, steps, wanted
+        )
     flat = [gradients.x, gradients.h_0, gradients.c_0]
     flat += [direction.get(name) for direction in gradients.weights for name in names]
     distinct: list[Tensor] = []

@@ -60,8 +60,12 @@ def lstm_cell(
     checks.same_kind(x, (h, c), "hidden")
     checks.same_kind(x, tuple(weights.present().values()), "parameter")
 
-    _, h_n, c_n = run_layer(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), [weights], spec)
-    return (h_n[0], c_n[0]) if batched else (h_n[0, 0], c_n[0, 0])
+    if dispatch.choose(x.device, x.dtype).name == "torch" and aten.serves_cell(x, spec):
+        h, c = aten.lstm_cell(x, h, c, weights)
+    else:
+        _, h_n, c_n = run_layer(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), [weights], spec)
+        h, c = h_n[0], c_n[0]
+    return (h, c) if batched else (h[0], c[0])
 
 
 def lstm(

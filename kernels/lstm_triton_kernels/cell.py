@@ -36,11 +36,11 @@ def cell_forward_kernel(
     """preact (B, G·H), cells[previous] -> cells[current] (slots, B, H), hidden[hidden_t] (., B, H) and
     gates[t] (T, B, G·H).
 
-    The gates are saved activated. Program: (unit block, row block).
+    The gates are saved activated. Program: (row block, unit block).
     """
     F: tl.constexpr = 0 if COUPLED else 1
-    unit = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
-    row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
+    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     inside = (row[:, None] < B) & (unit[None, :] < H)
     state = row[:, None] * H + unit[None, :]
     gate = row[:, None] * (F + 3) * H + unit[None, :]
@@ -93,11 +93,11 @@ def cell_backward_kernel(
     """Gradients of the pre-activations, d_gates[t] (T, B, G·H), and of c_{t-1}, in place of that of c_t in dc (B, H).
 
     The gradient of h_t is dh (B, H) plus, with HAS_GRAD_OUTPUT, grad_output (T, B, H)[t]; gates (T, B, G·H)[t] are the
-    saved activations, cells (slots, B, H) the saved cell states. Program: (unit block, row block).
+    saved activations, cells (slots, B, H) the saved cell states. Program: (row block, unit block).
     """
     F: tl.constexpr = 0 if COUPLED else 1
-    unit = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
-    row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
+    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     inside = (row[:, None] < B) & (unit[None, :] < H)
     state = row[:, None] * H + unit[None, :]
     gate = t.to(tl.int64) * B * (F + 3) * H + row[:, None] * (F + 3) * H + unit[None, :]
@@ -149,7 +149,7 @@ def cell_backward_kernel(
 def launch_shape(B: int, H: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and compile-time blocks of the elementwise kernels."""
     plan = elementwise_plan(H)
-    grid = (ceil_div(H, plan.block_u), ceil_div(B, plan.block_b))
+    grid = (ceil_div(B, plan.block_b), ceil_div(H, plan.block_u))
     return grid, dict(BLOCK_B=plan.block_b, BLOCK_U=plan.block_u, num_warps=plan.num_warps)
 
 

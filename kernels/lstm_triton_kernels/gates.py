@@ -47,11 +47,11 @@ def gate_preactivations_kernel(
 
     Input side: with HAS_X, W_ih x + b_ih + b_hh for x (B, I); else row t of gate_input (T, B, G·H).
     h (., B, P) is read at index h_t, cells (slots, B, H) at c_slot; w_ih (G·H, I), w_hh (G·H, P), w_ch (Q·H, H).
-    Program: (unit block, gate block, row block).
+    Program: (row block, unit block, gate block).
     """
-    gate = tl.program_id(1)
-    unit = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
-    row = (tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    gate = tl.program_id(2)
+    unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
+    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     block = gate.to(tl.int64) * H
     tile = row[:, None] * GATES * H + block + unit[None, :]
     inside = (row[:, None] < B) & (unit[None, :] < H)
@@ -88,10 +88,10 @@ def output_peephole_kernel(
 ):  # fmt: skip
     """a_o += V_o c_t, in place in the last block of preact (B, G·H), for a full peephole read at the current step.
 
-    cells (slots, B, H) is read at c_slot; V_o is the last block of w_ch (Q·H, H). Program: (unit block, row block).
+    cells (slots, B, H) is read at c_slot; V_o is the last block of w_ch (Q·H, H). Program: (row block, unit block).
     """
-    unit = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
-    row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
+    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     tile = row[:, None] * GATES * H + (GATES - 1) * H + unit[None, :]
     inside = (row[:, None] < B) & (unit[None, :] < H)
     v_o = w_ch_ptr + (GATES - 2) * tl.full((), 1, tl.int64) * H * H
@@ -147,7 +147,7 @@ def gate_preactivations(
     I = x.shape[-1] if x is not None else 0
     gates = len(spec.gates)
     plan = matmul_plan(B, max(I, P), h.dtype)
-    grid = (ceil_div(H, plan.block_u), gates, ceil_div(B, plan.block_b))
+    grid = (ceil_div(B, plan.block_b), ceil_div(H, plan.block_u), gates)
     gate_preactivations_kernel[grid](
         preact_ptr=preact,
         x_ptr=x,
@@ -183,7 +183,7 @@ def add_output_peephole(preact: Tensor, cells: Tensor, weights: Any, spec: Any, 
     B, H = cells.shape[-2:]
     dtype = weights.weight_ch.dtype
     plan = matmul_plan(B, H, dtype)
-    output_peephole_kernel[(ceil_div(H, plan.block_u), ceil_div(B, plan.block_b))](
+    output_peephole_kernel[(ceil_div(B, plan.block_b), ceil_div(H, plan.block_u))](
         preact_ptr=preact,
         cells_ptr=cells,
         w_ch_ptr=weights.weight_ch,

@@ -163,10 +163,18 @@ def test_the_exercise():
         assert torch.equal(outputs[-1], hidden_state[-1])
 
 
-def test_autocast_computes_and_returns_its_type():
-    layer = lstm_triton.LSTM(3, 4, peephole="diagonal")
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
+def test_autocast_computes_and_returns_its_type(spec):
+    variant = dict(coupled=spec.coupled, peephole=spec.peephole, output_peephole=spec.output_peephole)
+    layer = lstm_triton.LSTM(3, 4, proj_size=2, **variant)
+    x = torch.randn(5, 2, 3)
+    expected, _ = layer(x)
+    (wanted,) = torch.autograd.grad(expected.sum(), layer.weight_ih_l0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, (h_n, c_n) = layer(torch.randn(2, 1, 3))
+        output, (h_n, c_n) = layer(x)
+        output.float().sum().backward()  # inside: the backward pass must not cast again either
     assert {output.dtype, h_n.dtype, c_n.dtype} == {torch.bfloat16}
-    output.float().sum().backward()
-    assert layer.weight_ih_l0.grad.dtype == torch.float32
+    gradient = layer.weight_ih_l0.grad
+    assert gradient.dtype == torch.float32
+    assert (output.float() - expected).norm() < 0.02 * expected.norm()
+    assert (gradient - wanted).norm() < 0.02 * wanted.norm()
