@@ -27,7 +27,7 @@ def parts():
             if "cell" in kernel and precision == "tf32":
                 continue  # no matmul: the same launches as under ieee
             pieces = 4 if kernel == "gate_preactivations_kernel" else 1
-            for capability in (80, 90, 100):
+            for capability in (90,) if dtype == torch.float64 else (80, 90, 100):
                 for part in range(pieces):
                     name = (
                         f"{kernel}-{str(dtype).removeprefix('torch.')}-{precision}-sm{capability}-{part + 1}of{pieces}"
