@@ -5,6 +5,7 @@ Pure functions; all of them run before anything is computed.
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,8 @@ def lstm_arguments(
 
     Raises TypeError or ValueError as `torch.nn.LSTM` does, and warns as it does of a dropout that has no effect.
     """
-    if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
+    number = isinstance(dropout, numbers.Number) and not isinstance(dropout, bool)
+    if not number or not 0 <= dropout <= 1:
         raise ValueError(
             "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
         )

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ CONSTRUCTIONS = [
     dict(dropout="half"), dict(dropout=-0.1), dict(dropout=1.5), dict(dropout=True), dict(dropout=0.5),
     dict(bias=1), dict(batch_first=0), dict(input_size=3.0), dict(input_size=0), dict(hidden_size=4.0),
     dict(hidden_size=-1), dict(num_layers=0), dict(num_layers=1.5), dict(proj_size=-1), dict(proj_size=4),
-    dict(proj_size=9), dict(dropout=float("nan")), dict(),
+    dict(proj_size=9), dict(dropout=float("nan")), dict(dropout=np.float32(0.5), num_layers=2), dict(),
 ]  # fmt: skip
 
 
