@@ -71,6 +71,7 @@ def backward(
     projected = d_hidden is not None
     dr = torch.empty(dh.shape[0], H, dtype=dh.dtype, device=dh.device) if projected else dh
     v_previous = spec.previous_peephole(weights.weight_ch) if spec.full else None
+    v_o = spec.split_peephole(weights.weight_ch)["o"] if spec.full and spec.output_current else None
     for step in reversed(list(steps(T, reverse, saved=True))):
         d_step = d_gates[step.t]
         if d_hidden is not None:
@@ -78,9 +79,9 @@ def backward(
             torch.mm(d_hidden[step.t], weights.weight_hr, out=dr)
         buffers = (None if projected else grad_output, dr, dc, gates, cells, d_gates, weights.weight_ch, spec)
         indices = (step.t, step.previous, step.current)
-        if spec.full and spec.output_current:
+        if v_o is not None:
             cell_backward(*buffers, *indices, grad_cell=False)
-            dc += spec.split_gates(d_step)["o"] @ spec.split_peephole(weights.weight_ch)["o"]
+            dc += d_step[:, -H:] @ v_o  # o is the last gate block
             cell_backward(*buffers, *indices, grad_hidden=False)
         else:
             cell_backward(*buffers, *indices)

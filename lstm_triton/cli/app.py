@@ -19,14 +19,16 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from lstm_triton import dispatch
+from lstm_triton import VARIANTS, LSTMSpec, dispatch
 from lstm_triton.cli import INTERRUPTED, checkpoints, info, report
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.files import check_writable, write_whole
-from lstm_triton.cli.model import VARIANT_BY_NAME, sample
+from lstm_triton.cli.model import sample
 from lstm_triton.cli.progress import display_for
 from lstm_triton.cli.text import build_corpus, read_text
 from lstm_triton.cli.training import DTYPES, Run, Settings
+
+VARIANT_NAMES = tuple(spec.name for spec in VARIANTS)
 
 EVALUATIONS = 10
 """The validation loss is taken after each such part of a run."""
@@ -76,7 +78,7 @@ def train(
     ] = None,
     variant: Annotated[
         list[str],
-        typer.Option(help=f"LSTM to train; repeat for several. One of: {', '.join(VARIANT_BY_NAME)}; or all."),
+        typer.Option(help=f"LSTM to train; repeat for several. One of: {', '.join(VARIANT_NAMES)}; or all."),
     ] = ["standard"],  # noqa: B006
     output_peephole: Annotated[
         Literal["previous", "current"],
@@ -204,17 +206,18 @@ def parse_variants(names: Sequence[str], output_current: bool) -> tuple[str, ...
     With `output_current` those with a peephole become their `+current` form.
     Raises UserError for an unknown name, and if `output_current` concerns none of them.
     """
-    chosen: dict[str, None] = {}
+    chosen: dict[LSTMSpec, None] = {}
     for name in names:
-        if name != "all" and name not in VARIANT_BY_NAME:
-            raise UserError(f"unknown variant {name!r}: there are {', '.join(VARIANT_BY_NAME)}, and all")
-        for spec in VARIANT_BY_NAME.values() if name == "all" else [VARIANT_BY_NAME[name]]:
+        if name not in (*VARIANT_NAMES, "all"):
+            raise UserError(f"unknown variant {name!r}: there are {', '.join(VARIANT_NAMES)}, and all")
+        for spec in VARIANTS if name == "all" else (LSTMSpec.parse(name),):
             if output_current and spec.peephole:
                 spec = replace(spec, output_peephole="current")
-            chosen[spec.name] = None
-    if output_current and not any(VARIANT_BY_NAME[name].peephole for name in chosen):
-        raise UserError(f"--output-peephole current needs a variant with a peephole, got {', '.join(chosen)}")
-    return tuple(chosen)
+            chosen[spec] = None
+    found = tuple(spec.name for spec in chosen)
+    if output_current and not any(spec.peephole for spec in chosen):
+        raise UserError(f"--output-peephole current needs a variant with a peephole, got {', '.join(found)}")
+    return found
 
 
 def parse_device(name: str) -> torch.device:

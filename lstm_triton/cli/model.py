@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lstm_triton import LSTM
-from lstm_triton.spec import VARIANTS, LSTMSpec
+from lstm_triton.spec import LSTMSpec
 
 State = tuple[Tensor, Tensor]
 """h and c, (L, B, H) each."""
-
-VARIANT_BY_NAME: dict[str, LSTMSpec] = {spec.name: spec for spec in VARIANTS}
 
 
 class CharacterModel(nn.Module):

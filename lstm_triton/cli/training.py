@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lstm_triton.cli.errors import UserError
-from lstm_triton.cli.model import VARIANT_BY_NAME, CharacterModel, State, build_baseline, build_variant
+from lstm_triton.cli.model import CharacterModel, State, build_baseline, build_variant
 from lstm_triton.cli.text import Corpus
+from lstm_triton.spec import LSTMSpec
 
 BASELINE = "torch.nn.LSTM"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -138,7 +139,7 @@ class Run:
             )
             models = {BASELINE: baseline}
             for name in settings.variants:
-                models[name] = build_variant(baseline, VARIANT_BY_NAME[name], settings.seed)
+                models[name] = build_variant(baseline, LSTMSpec.parse(name), settings.seed)
             self.learners = [self._learner(name, model) for name, model in models.items()]
         except (RuntimeError, MemoryError) as error:
             raise UserError(f"cannot build the models: {error}") from error

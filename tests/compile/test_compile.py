@@ -1,4 +1,4 @@
-"""Every launch of the launchers, compiled for GPUs that are not there: fits, does not spill, uses the tensor cores."""
+"""The launches of the launchers, compiled for GPUs that are not there: fits, does not spill, uses the tensor cores."""
 
 import functools
 

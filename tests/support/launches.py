@@ -1,4 +1,4 @@
-"""Every launch that the stepwise strategy can make, as the compiler sees it."""
+"""The launches of the stepwise strategy, as the compiler sees them: every combination of flags, every block size."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def launch_layer(
 
 
 def launches_of(dtype: torch.dtype, precision: str) -> set[Launch]:
-    """All launches for a storage type: every flag with the largest blocks, every block size with every type of step."""
+    """For a storage type: every combination of flags with the largest blocks, and every block size, aligned or not."""
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
     modules = {
@@ -52,7 +52,7 @@ def launches_of(dtype: torch.dtype, precision: str) -> set[Launch]:
                 for T, bias, save in ((1, True, True), (1, False, True), (2, True, True), (2, True, False)):
                     for grad in (True, False):
                         launch_layer(spec, dtype, T, B=64, H=128, bias=bias, save=save, grad=grad)
-            for B, H in ((1, 1), (17, 24), (32, 48)):
+            for B, H in ((1, 1), (17, 24), (32, 48), (300, 130)):
                 launch_layer(
                     LSTMSpec(peephole="full", output_peephole="current"),
                     dtype,
