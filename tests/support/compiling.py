@@ -28,7 +28,10 @@ SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a program may use, by compute capability (CUDA C++ Programming Guide)."""
 
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
-POINTER_TYPE = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+POINTER_TYPE = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,17 @@ def record_launches(kernels: dict[ModuleType, list[str]]) -> Iterator[set[Launch
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel needs and does: bytes of shared memory, registers and stack of a thread, instructions."""
+    """What a compiled kernel needs and does: bytes of shared memory, registers and stack of a thread, instructions.
+
+    ptx is the compiler's text before the assembler; cooperative whether all programs must be resident together.
+    """
 
     shared: int
     registers: int
     stack: int
     instructions: Counter[str]
+    ptx: str = ""
+    cooperative: bool = False
 
 
 def compile_launch(kernel: Any, launch: Launch, capability: int) -> Compiled:
@@ -121,7 +129,9 @@ def compile_launch(kernel: Any, launch: Launch, capability: int) -> Compiled:
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, usage
     instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", sass, re.MULTILINE))
-    return Compiled(compiled.metadata.shared, int(match[1]), int(match[2]), instructions)
+    cooperative = bool(compiled.metadata.launch_cooperative_grid)
+    shared = compiled.metadata.shared
+    return Compiled(shared, int(match[1]), int(match[2]), instructions, compiled.asm["ptx"], cooperative)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:

@@ -1,0 +1,136 @@
+"""The least time of one time step that a machine allows: bytes, operations and waits, from measured constants.
+
+A bound from below, for a layer however it is computed; the closer a measured step comes to it, the less there is left
+to gain. Sizes: T time steps, B batch rows, I input features, H hidden units (no projection), G gate blocks. It counts:
+
+- *throughput*: nothing runs faster than its operations at the measured matmul rate, nor than its bytes of device memory
+  at the measured copy bandwidth. Forward: the products with W_ih and W_hh (and a full peephole's); x read and the
+  output written, once. Training adds twice the operations (d_x and d_W), and in bytes: the gates and c_t written and
+  read, d_gates written, the gradient of the output read, x and the output read again, d_x written.
+- *chain*: h_t needs h_{t-1}, so what stands between them is paid T times, however wide the machine is: the recurrent
+  operations (at the full rate), and, where the recurrent weights do not fit one multiprocessor, one wait of all
+  programs that hold them and their reading of the state through L2: forward h_{t-1}, B·H elements each; backward the
+  gate gradients, B·G·H elements each. Weights that do not fit on all multiprocessors together stream through L2 in
+  every step.
+
+A step takes at least the longer of the two. Layers in one direction can overlap (step t of layer 2 beside step t + 1
+of layer 1), so L of them have one chain; with two directions a layer needs all of the layer below, so each has its own;
+the two directions of a layer run side by side. Not counted, so that no machine reaches the limit: activations, reading
+the resident weights from shared memory, tiles of the tensor cores that few rows leave empty, the gradients of the
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a machine can do, measured (`python -m benchmarks micro`); None where it has no such thing (a CPU).
+
+    - copy_gb_per_s: device memory, bytes read plus bytes written, 1e9 a second
+    - matmul_tflop_per_s: a large matrix product, by type: "float16", "bfloat16", "float32", "tf32", "float64"
+    - l2_read_gb_per_s: all multiprocessors together, reading the same data past their own caches
+    - l2_round_trip_us: one dependent load past the multiprocessor's own cache
+    - launch_us: an empty cooperative launch after another
+    - wait_us: one wait of all programs for each other, by method ("counter", "data") and number of programs
+    - multiprocessors; on_chip_bytes: shared memory and registers of one of them
+    """
+
+    copy_gb_per_s: float
+    matmul_tflop_per_s: Mapping[str, float]
+    l2_read_gb_per_s: float | None = None
+    l2_round_trip_us: float | None = None
+    launch_us: float | None = None
+    wait_us: Mapping[str, Mapping[int, float]] | None = None
+    multiprocessors: int | None = None
+    on_chip_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stack of layers over a sequence: the sizes of the model's vocabulary, and what is asked of it.
+
+    - dtype: a key of `Constants.matmul_tflop_per_s`; element_bytes: of the storage type
+    - gates: G, 3 or 4; full_peephole_blocks: matrices on the cell state, 0 to 3
+    - training: forward and backward, gradients for everything; else forward alone, nothing kept
+    """
+
+    T: int
+    B: int
+    I: int
+    H: int
+    L: int
+    D: int
+    dtype: str
+    element_bytes: int
+    gates: int = 4
+    full_peephole_blocks: int = 0
+    training: bool = False
+
+
+def least_us_per_step(work: Work, constants: Constants) -> float:
+    """Microseconds of one step of one layer and direction, averaged over T, L and D: none is faster."""
+    throughput = 0.0
+    chain = 0.0
+    for layer in range(work.L):
+        inputs = work.I if layer == 0 else work.D * work.H
+        throughput += work.D * _throughput_us(work, inputs, constants)
+        here = sum(_chain_us(work, constants, backward) for backward in (False, True)[: 1 + work.training])
+        chain = chain + here if work.D == 2 else max(chain, here)
+    launches = (constants.launch_us or 0.0) * (1 + work.training) / work.T
+    return (max(throughput, chain) + launches) / (work.L * work.D)
+
+
+def step_operations(work: Work, inputs: int) -> int:
+    """Multiplications and additions of one forward step of one layer and direction."""
+    return 2 * work.B * work.H * (work.gates * (inputs + work.H) + work.full_peephole_blocks * work.H)
+
+
+def step_bytes(work: Work, inputs: int) -> int:
+    """Bytes of device memory that one step of one layer and direction moves at least, backward included if training."""
+    x, h, gates = inputs, work.H, work.gates * work.H
+    elements = x + h  # x read, output written
+    if work.training:
+        elements += 3 * gates + 2 * x + 2 * h  # gates written and read, d_gates written; x, dx; output, its gradient
+    return work.B * (elements * work.element_bytes + (2 * 4 * work.H if work.training else 0))  # c_t in float32
+
+
+def recurrent_bytes(work: Work) -> int:
+    """Bytes of the recurrent weights of one layer and direction."""
+    return work.H * work.H * (work.gates + work.full_peephole_blocks) * work.element_bytes
+
+
+def _throughput_us(work: Work, inputs: int, constants: Constants) -> float:
+    passes = 3 if work.training else 1  # the backward pass multiplies twice: for d_x, d_h and for d_W
+    operations = passes * step_operations(work, inputs) / (constants.matmul_tflop_per_s[work.dtype] * 1e6)
+    memory = step_bytes(work, inputs) / (constants.copy_gb_per_s * 1e3)
+    return max(operations, memory)
+
+
+def _chain_us(work: Work, constants: Constants, backward: bool) -> float:
+    recurrent = step_operations(work, 0) / (constants.matmul_tflop_per_s[work.dtype] * 1e6)
+    if constants.on_chip_bytes is None or constants.multiprocessors is None or constants.l2_read_gb_per_s is None:
+        return recurrent
+    weights = recurrent_bytes(work)
+    programs = min(-(-weights // constants.on_chip_bytes), constants.multiprocessors)
+    if programs == 1:
+        return recurrent
+    streamed = max(0, weights - constants.multiprocessors * constants.on_chip_bytes)
+    width = work.gates * work.H if backward else work.H
+    exchanged = programs * work.B * width * work.element_bytes
+    return recurrent + (exchanged + streamed) / (constants.l2_read_gb_per_s * 1e3) + least_wait_us(programs, constants)
+
+
+def least_wait_us(programs: int, constants: Constants) -> float:
+    """One wait of that many programs by the faster method: the measured count nearest below, interpolating nothing."""
+    found: list[float] = []
+    measured: Mapping[str, Any] = constants.wait_us or {}
+    for by_programs in measured.values():
+        below = [count for count in by_programs if count <= programs]
+        if below:
+            found.append(by_programs[max(below)])
+    return min(found, default=0.0)

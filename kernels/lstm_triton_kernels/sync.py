@@ -1,0 +1,188 @@
+"""How a program waits for the other programs of one cooperative launch: by a counter, or by the data itself.
+
+Programs exchange values through a buffer in device memory. Every slot of it is written once in a launch: h_t has its
+own place for every t. A kernel is written once, with `WAIT: tl.constexpr`, "counter" or "data":
+
+    patience = limit
+    for t in range(T):
+        patience = exchange_wait(counter_ptr, t * programs, patience, error_ptr, WAIT)   # all have written h_{t-1}
+        h, patience = exchange_load(h_{t-1}, mask, patience, error_ptr, WAIT)            # as often as there are chunks
+        ...
+        exchange_store(h_t, value, mask, WAIT)
+        exchange_arrive(counter_ptr, WAIT)                                               # after the step's last store
+
+*counter*. Store, `arrive`; `wait_for_count`, load. One int32 counter for each group of programs that read each other (a
+block of batch rows), zero before the launch. Counts only grow: one that is set back races with its slowest reader. What
+orders what, in the terms of the PTX memory model:
+
+- The barrier of `arrive` orders the stores of all threads of a program before the add, which is one thread's. The add
+  is a release at gpu scope, and a release is cumulative: it covers all that happens before it, other threads' stores.
+- A wait that reads `target` has observed every add up to it, since atomic adds to one address form a chain, and an
+  acquire that observes a chain synchronizes with every release in it. So the stores of all programs happen before it.
+- The acquire, too, is one thread's; the barrier after it orders it before the loads of the program's other threads.
+
+*data*. `unpublish` the buffer before the launch: every element becomes a bit pattern that no result has, all ones, a
+NaN. `publish` stores values, a NaN of that pattern as another NaN; `load_when_published` loads until no element is the
+pattern. There is no fence and none is needed: a fence orders one access after another, and here nothing is read on the
+strength of anything but itself. Each element is its own flag: it is written once in a launch, aligned, and at most 8
+bytes, so it is read either unpublished or whole, whatever its neighbours are. The start of the launch orders the
+filling before everything. The load must see memory and not an old copy, so it is volatile, which takes it past the
+multiprocessor's own cache. (By the letter of the model a plain store need never become visible to it; the first-level
+caches of these GPUs write through, so it does.) Another buffer written beside needs a pattern of its own, or the
+counter.
+
+Both waits are bounded. A kernel starts with `patience`, the turns that one wait may take; every wait returns that of
+the next one: the same, or 0 once a wait gave up, so that the program reaches its end at once instead of waiting T
+times. A wait that gives up sets a bit of the int32 at `error_ptr`, and values that never came are NaN. What decides
+about another turn must be the same in all threads of a program, as barriers demand: a count is one thread's, broadcast;
+for elements see `any_missing`.
+
+The launch is cooperative (`launch_cooperative_grid=True`: all programs are resident, or it is an error) and has
+`num_stages=1`: software pipelining would move the loads of a step before the wait they need. Programs times steps stay
+below 2^31.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WAIT_METHODS = ("counter", "data")
+"""What `WAIT` may be."""
+
+TURNS = 1 << 20
+"""Patience of a real launch: a turn takes a round trip through L2, about half a microsecond, so about half a second."""
+
+MOST_THREADS = tl.constexpr(1024)
+GAVE_UP_COUNT = tl.constexpr(1)
+GAVE_UP_DATA = tl.constexpr(2)
+
+
+@triton.constexpr_function
+def bits_type(element):
+    """The integer type as wide as a float type."""
+    return {16: tl.int16, 32: tl.int32, 64: tl.int64}[element.primitive_bitwidth]
+
+
+@triton.constexpr_function
+def quiet_nan(element):
+    """The NaN that stands for the one whose bits are all ones: the same without its sign."""
+    return (1 << (element.primitive_bitwidth - 1)) - 1
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Add this program to the count at counter_ptr (int32), after all that its threads have stored."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for_count(counter_ptr, target, patience, error_ptr):
+    """Wait until the count at counter_ptr (int32) is at least target; returns the patience for the next wait."""
+    count = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    turns = tl.full((), 0, tl.int32)
+    while (count < target) & (turns < patience):
+        count = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+        turns += 1
+    tl.debug_barrier()
+    return give_up_if(count < target, patience, error_ptr, GAVE_UP_COUNT)
+
+
+@triton.jit
+def publish(ptr, value, mask):
+    """Store value (a block, any type that casts to the buffer's) where readers wait for it by `load_when_published`."""
+    BITS: tl.constexpr = bits_type(ptr.dtype.element_ty)
+    NAN: tl.constexpr = quiet_nan(ptr.dtype.element_ty)
+    bits = value.to(ptr.dtype.element_ty).to(BITS, bitcast=True)
+    bits = tl.where(bits == -1, tl.full(bits.shape, NAN, BITS), bits)
+    tl.store(ptr.to(tl.pointer_type(BITS)), bits, mask=mask)
+
+
+@triton.jit
+def any_missing(bits):
+    """Whether an element of a block is unpublished: the same answer in every thread of the program.
+
+    A block of fewer elements than there are threads is loaded by several warps, each for itself, and the compiler
+    reduces it within each, so they may disagree. A second reduction, over as many elements as a program can have
+    threads, goes through shared memory.
+    """
+    missing = tl.max((bits == -1).to(tl.int32))
+    if bits.numel < MOST_THREADS:
+        missing = tl.max(tl.full((MOST_THREADS,), 0, tl.int32) + missing)
+    return missing > 0
+
+
+@triton.jit
+def load_when_published(ptr, mask, patience, error_ptr):
+    """Wait until the whole block at ptr is published; returns it (0 where masked) and the next wait's patience."""
+    BITS: tl.constexpr = bits_type(ptr.dtype.element_ty)
+    source = ptr.to(tl.pointer_type(BITS))
+    bits = tl.load(source, mask=mask, other=0, volatile=True)
+    missing = any_missing(bits)
+    turns = tl.full((), 0, tl.int32)
+    while missing & (turns < patience):
+        bits = tl.load(source, mask=mask, other=0, volatile=True)
+        missing = any_missing(bits)
+        turns += 1
+    patience = give_up_if(missing, patience, error_ptr, GAVE_UP_DATA)
+    return bits.to(ptr.dtype.element_ty, bitcast=True), patience
+
+
+@triton.jit
+def give_up_if(failed, patience, error_ptr, CODE: tl.constexpr):
+    """0 and CODE's bit set at error_ptr (int32) if the wait failed, else patience."""
+    if failed:
+        tl.atomic_or(error_ptr, CODE, sem="relaxed", scope="gpu")
+    return tl.where(failed, 0, patience)
+
+
+@triton.jit
+def exchange_store(ptr, value, mask, WAIT: tl.constexpr):
+    """Store a block of what other programs wait for."""
+    if WAIT == "data":
+        publish(ptr, value, mask)
+    else:
+        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def exchange_arrive(counter_ptr, WAIT: tl.constexpr):
+    """Say that all of a step is stored; nothing to say where the data is its own flag."""
+    if WAIT == "counter":
+        arrive(counter_ptr)
+
+
+@triton.jit
+def exchange_wait(counter_ptr, target, patience, error_ptr, WAIT: tl.constexpr):
+    """Wait until target programs have arrived; where the data is its own flag, its loads wait instead."""
+    if WAIT == "counter":
+        patience = wait_for_count(counter_ptr, target, patience, error_ptr)
+    return patience
+
+
+@triton.jit
+def exchange_load(ptr, mask, patience, error_ptr, WAIT: tl.constexpr):
+    """Load a block that others store, after `exchange_wait`; returns it (0 where masked) and the next patience."""
+    if WAIT == "data":
+        value, patience = load_when_published(ptr, mask, patience, error_ptr)
+    else:
+        value = tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
+    return value, patience
+
+
+def unpublish(buffer: Tensor) -> None:
+    """Fill a floating-point tensor of any shape with the pattern that no published value has, before a launch."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[buffer.element_size()]
+    buffer.view(integer).fill_(-1)
+
+
+def raise_if_gave_up(error: Tensor, launch: str) -> None:
+    """RuntimeError naming the launch if a wait of it gave up; error (1,) int32. Waits for the device."""
+    code = int(error.item())
+    if code:
+        bits = {GAVE_UP_COUNT.value: "a count was not reached", GAVE_UP_DATA.value: "values were not published"}
+        reasons = " and ".join(reason for bit, reason in bits.items() if code & bit)
+        raise RuntimeError(f"{launch}: its programs waited for each other in vain ({reasons}); the results are invalid")

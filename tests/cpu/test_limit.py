@@ -1,0 +1,98 @@
+"""The model of the least time of a step."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lstm_triton_kernels import limit
+from lstm_triton_kernels.limit import Constants, Work, least_us_per_step
+
+GPU = Constants(
+    copy_gb_per_s=3000.0,
+    matmul_tflop_per_s={"float16": 700.0, "bfloat16": 700.0, "tf32": 350.0, "float32": 50.0},
+    l2_read_gb_per_s=5000.0,
+    l2_round_trip_us=0.6,
+    launch_us=4.0,
+    wait_us={"counter": {1: 0.2, 8: 1.2, 64: 1.6, 132: 2.0}, "data": {1: 0.1, 8: 0.7, 64: 0.9, 132: 1.1}},
+    multiprocessors=132,
+    on_chip_bytes=484 * 1024,
+)
+CPU = Constants(copy_gb_per_s=20.0, matmul_tflop_per_s={"float32": 0.1})
+ANCHOR = Work(T=1024, B=16, I=768, H=768, L=1, D=1, dtype="bfloat16", element_bytes=2)
+
+
+def test_the_anchor_by_hand():
+    # 4.7 MB of recurrent weights on 484 KiB each: 10 programs. They read h (16 x 768 x 2 bytes) each: 245,760 bytes.
+    # Recurrent operations 2 x 16 x 768 x 4 x 768; the nearest measured wait below 10 programs is that of 8, data: 0.7.
+    operations = 2 * 16 * 768 * 4 * 768 / 700e6
+    assert least_us_per_step(ANCHOR, GPU) == pytest.approx(0.7 + 245_760 / 5e6 + operations + 4.0 / 1024, rel=1e-12)
+
+
+def test_training_adds_the_backward_exchange_of_all_gates():
+    operations = 2 * 16 * 768 * 4 * 768 / 700e6
+    wanted = 2 * (0.7 + operations) + 5 * 245_760 / 5e6 + 2 * 4.0 / 1024
+    assert least_us_per_step(replace(ANCHOR, training=True), GPU) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_weights_that_fit_one_multiprocessor_need_no_wait():
+    small = replace(ANCHOR, I=128, H=128, T=10**9)  # 128 KiB of weights
+    assert least_us_per_step(small, GPU) == pytest.approx(2 * 16 * 128 * 4 * 256 / 700e6, rel=1e-6)
+
+
+def test_many_rows_are_bound_by_operations():
+    wide = replace(ANCHOR, B=4096, T=10**9)
+    assert least_us_per_step(wide, GPU) >= 2 * 4096 * 768 * 4 * 2 * 768 / 700e6
+
+
+def test_weights_that_no_machine_holds_stream_through_l2():
+    huge = replace(ANCHOR, H=4096, I=4096, T=10**9)
+    weights = limit.recurrent_bytes(huge)
+    held = 132 * GPU.on_chip_bytes
+    assert weights == 4096 * 4096 * 4 * 2 > held
+    assert least_us_per_step(huge, GPU) > (weights - held) / 5e6
+
+
+def test_a_cpu_has_operations_and_bytes_alone():
+    work = Work(T=64, B=32, I=256, H=512, L=1, D=1, dtype="float32", element_bytes=4)
+    assert least_us_per_step(work, CPU) == pytest.approx(2 * 32 * 512 * 4 * (256 + 512) / 0.1e6, rel=1e-12)
+    assert limit.step_bytes(work, 256) == 32 * (256 + 512) * 4
+
+
+def test_the_bytes_of_a_training_step():
+    work = Work(T=64, B=3, I=5, H=7, L=1, D=1, dtype="float16", element_bytes=2, training=True)
+    x, h, gates, c = 5, 7, 28, 7
+    forward = (x + h + gates) * 2 + c * 4  # read x; write output, gates, c
+    backward = (gates + h + gates + x + h + x) * 2 + c * 4  # read gates, grad, x, h; write d_gates, dx; read c
+    assert limit.step_bytes(work, 5) == 3 * (forward + backward)
+
+
+def test_layers_in_one_direction_share_a_chain_and_directions_share_a_step():
+    one = least_us_per_step(replace(ANCHOR, T=10**9), GPU)
+    assert least_us_per_step(replace(ANCHOR, T=10**9, L=2), GPU) == pytest.approx(one / 2, rel=1e-6)
+    assert least_us_per_step(replace(ANCHOR, T=10**9, D=2), GPU) == pytest.approx(one / 2, rel=1e-6)
+    assert least_us_per_step(replace(ANCHOR, T=10**9, D=2, L=2), GPU) == pytest.approx(one / 2, rel=1e-6)
+
+
+sizes = st.integers(1, 4096)
+works = st.builds(
+    Work, T=sizes, B=sizes, I=sizes, H=sizes, L=st.integers(1, 4), D=st.sampled_from((1, 2)),
+    dtype=st.sampled_from(("float16", "tf32", "float32")), element_bytes=st.sampled_from((2, 4)),
+    gates=st.sampled_from((3, 4)), full_peephole_blocks=st.integers(0, 3), training=st.booleans(),
+)  # fmt: skip
+
+
+@given(works, st.sampled_from(("B", "I", "H", "gates", "full_peephole_blocks")))
+def test_more_work_never_takes_less(work, what):
+    more = replace(work, **{what: getattr(work, what) + 1})
+    assert 0 < least_us_per_step(work, GPU) <= least_us_per_step(more, GPU) * (1 + 1e-12)
+
+
+@given(works)
+def test_training_never_takes_less_and_faster_machines_never_more(work):
+    assert least_us_per_step(replace(work, training=False), GPU) <= least_us_per_step(replace(work, training=True), GPU)
+    better = replace(
+        GPU, copy_gb_per_s=6000.0, l2_read_gb_per_s=9000.0, launch_us=1.0,
+        wait_us={"data": {1: 0.01}}, matmul_tflop_per_s={k: 2 * v for k, v in GPU.matmul_tflop_per_s.items()},
+    )  # fmt: skip
+    assert least_us_per_step(work, better) <= least_us_per_step(work, GPU)
