@@ -9,8 +9,10 @@ RAW := PYTHONPATH=.:kernels
 # One thread a process: the tests run in as many processes as there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 WORKERS ?= 2
+# Where benchmarks put their files.
+RESULTS ?= benchmarks/results
 
-.PHONY: setup test test-cpu test-interpreted test-compile gpu-test lint format demo bench clean
+.PHONY: setup test test-cpu test-interpreted test-compile gpu-test gpu lint format demo bench report clean
 
 setup: $(VENV)/.installed
 
@@ -52,8 +54,18 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# On a CPU: the `cpu` suite, then tables and plots of all results there are.
 bench: setup
-	$(RAW) $(BIN)/python benchmarks/cpu_backend.py --output benchmarks/results/cpu-backend.csv
+	$(RAW) $(BIN)/python -m benchmarks run --suite cpu --device cpu --budget 130 --results $(RESULTS)
+	$(RAW) $(BIN)/python -m benchmarks report --results $(RESULTS)
+
+# On a machine with a GPU, from the checkout, with the Python that is there: parity tests, constants, suites.
+gpu:
+	$(RAW) $(PYTHON) -m benchmarks gpu --budget 540 --results $(RESULTS)
+
+# Tables, plots and the README's block from the results files that are there.
+report: setup
+	$(RAW) $(BIN)/python -m benchmarks report --results $(RESULTS)
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 def lstm_arguments(
@@ -49,6 +50,12 @@ def lstm_arguments(
         raise ValueError("proj_size should be a positive integer or zero to disable projections")
     if proj_size >= hidden_size:
         raise ValueError("proj_size has to be smaller than hidden_size")
+
+
+def padded(input: Any) -> None:
+    """Raises TypeError for a PackedSequence, which the library does not take yet."""
+    if isinstance(input, PackedSequence):
+        raise TypeError("PackedSequence input is not supported yet: pass the padded tensor")
 
 
 def same_kind(input: Tensor, others: Sequence[Tensor], what: str) -> None:

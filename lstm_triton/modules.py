@@ -193,8 +193,9 @@ class LSTM(VariantModule):
         - hx: (h_0, c_0), (D·L, B, P) and (D·L, B, H), without B for unbatched input; zeros if None
         - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
 
-        Raises ValueError or RuntimeError as `torch.nn.LSTM` does.
+        Raises ValueError or RuntimeError as `torch.nn.LSTM` does; TypeError for a PackedSequence.
         """
+        checks.padded(input)
         names = functional.state_dict_names(self.spec, self.num_layers, self.bidirectional, self.bias, self.proj_size)
         return functional.lstm(
             input,

@@ -1,0 +1,306 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from lstm_triton_kernels.limit import Constants
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks import RESULTS, ROOT, constants, micro, plots, report, rows, run, suites
+from benchmarks.environment import environment, machine
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.rows import BASELINE
+from benchmarks.worker import Worker
+
+GROUPS = {"gpu": suites.GPU_SUITES}
+MICRO_SECONDS = 120.0
+PLAIN_WIDTH = 140
+REPORT = "report.md"
+
+app = typer.Typer(help="Measure lstm_triton beside what a user would pick instead.", pretty_exceptions_enable=False)
+
+Results = Annotated[Path, typer.Option(help="Folder of the results files.", show_default="benchmarks/results")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is the GPU if there is one.")]
+
+
+def console() -> Console:
+    """Where everything is printed; wide where nobody looks."""
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+
+
+@app.command(name="run")
+def run_command(
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Repeat for several: {', '.join(suites.SUITES)}; gpu is all of them but cpu.",
+            show_default="gpu, or cpu without a GPU",
+        ),
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Repeat for several: {', '.join(PROVIDERS)}; or a name for all its strategies."),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help=f"Repeat for several: {', '.join(suites.STORAGE)}.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help=f"Repeat for both: {', '.join(suites.MODES)}.")] = None,
+    budget: Annotated[float | None, typer.Option(min=1.0, help="Seconds in all; the most telling rows first.")] = None,
+    row_seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for the timing of a row.")] = 0.5,
+    constants_file: Annotated[
+        Path | None,
+        typer.Option("--constants", help="File that `micro` wrote.", show_default="this machine's newest, or measured"),
+    ] = None,
+    device: Device = "auto",
+    results: Results = RESULTS,
+) -> None:
+    """Time providers over suites; every row goes to a new file in the results folder when it is done."""
+    out = console()
+    pace = run.Pace(budget)
+    where = _device(device)
+    names = choose("--suite", expand(suite or ["gpu" if where.type == "cuda" else "cpu"]), suites.SUITES, GROUPS)
+    dtypes = choose("--dtype", dtype or [], tuple(suites.STORAGE))
+    modes = choose("--mode", mode or list(suites.MODES), suites.MODES)
+    chosen = choose_providers(provider or [])
+    cases = suites.cases(names, dtypes, modes)
+    todo = run.tasks(cases, chosen, where.type)
+    if not todo:
+        asked = ", ".join(provider.key for provider in chosen)
+        raise typer.BadParameter(f"nothing to measure: none of {asked} computes these cases on {where}")
+    results = _folder(results)
+    this = environment(where)
+    known = load_constants(out, constants_file, results, where)
+    label = "+".join(suite or names) if len(names) > 1 else names[0]
+    path = rows.new_file(results, machine(where), this.date, label)
+    seen: dict[str, dict[str, object]] = {}
+    left_out = 0
+    baseline = PROVIDERS[f"{BASELINE}:{'cudnn' if where.type == 'cuda' else 'aten'}"]
+    bar = Progress(
+        MofNCompleteColumn(),
+        BarColumn(bar_width=30),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]} {task.description}", markup=False),
+        console=out,
+        disable=not out.is_terminal,
+    )
+    interrupted = False
+    with closing(Worker(str(where), baseline, row_seconds, path.with_suffix(".log"))) as worker, bar:
+        shown = bar.add_task("", total=len(todo), left="")
+        try:
+            measured = run.measure(
+                todo, worker, pace, lambda task, found: run.row(task, found, this, known, where.type), path
+            )
+            for task, row, found in measured:
+                left = f"{max(0.0, budget - pace.elapsed):.0f} s left;" if budget is not None else ""
+                bar.update(shown, advance=1, description=f"last: {task}", left=left)
+                if row is None or found is None:
+                    left_out += 1
+                    continue
+                out.print(line_of(row), markup=False, soft_wrap=True)
+                if found.kernels:
+                    seen[str(task.case)] = dict(
+                        asked=row.regime, shown=run.shown_algorithm(found.kernels), kernels=found.kernels
+                    )
+                    run.save_kernels(path.with_name(f"{path.stem}-kernels.json"), seen)
+        except KeyboardInterrupt:
+            interrupted = True
+    if path.exists():
+        out.print(report.short_table(rows.read(path)))
+        out.print(f"{path}", soft_wrap=True)
+    if left_out:
+        out.print(f"no time for {left_out} of {len(todo)} rows, the least telling: a larger --budget takes them")
+    if interrupted:
+        out.print("interrupted: the rows that were done are in the file")
+        raise typer.Exit(130)
+
+
+@app.command(name="micro")
+def micro_command(device: Device = "auto", results: Results = RESULTS) -> None:
+    """Measure the constants of the limit on this machine: bandwidths, matmul rates, waits."""
+    out = console()
+    where = _device(device)
+    results = _folder(results)
+    this = environment(where)
+    found = micro.measure(where)
+    path = rows.new_file(results, machine(where), this.date, "micro", "json")
+    constants.save(path, found, asdict(this))
+    out.print(constants_table(found))
+    out.print(f"{path}", soft_wrap=True)
+
+
+@app.command(name="report")
+def report_command(
+    results: Results = RESULTS,
+    readme: Annotated[
+        Path | None,
+        typer.Option(
+            help="File whose marked block is rewritten.",
+            show_default="README.md for the checkout's own results, none for others",
+        ),
+    ] = None,
+) -> None:
+    """Make tables and plots of all results files, and rewrite the marked block of the README from them."""
+    out = console()
+    if not results.is_dir():
+        raise typer.BadParameter(f"there is no folder {results}")
+    if readme is None and results.resolve() == RESULTS.resolve():
+        readme = ROOT / "README.md"
+    for path in write_report(results, readme, out):
+        out.print(f"{path}", soft_wrap=True)
+
+
+@app.command(name="gpu")
+def gpu_command(
+    budget: Annotated[float, typer.Option(min=60.0, help="Seconds in all.")] = 540.0, results: Results = RESULTS
+) -> None:
+    """Everything a GPU has to say: parity tests, then the constants, then the suites; ends with the short table."""
+    from benchmarks import gpu
+
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("there is no GPU: PyTorch finds no CUDA device")
+    raise typer.Exit(gpu.run_all(budget, _folder(results), console()))
+
+
+def write_report(results: Path, readme: Path | None, out: Console) -> list[Path]:
+    """The files that were written. What is damaged is named on the console and left alone."""
+    found, known, damaged = load_results(results)
+    for error in damaged:
+        out.print(f"left out, damaged: {error}", style="red", markup=False, soft_wrap=True)
+    pictures = plots.draw_all(found, results)
+    path = results / REPORT
+    beside = [(title, picture.name) for title, picture in pictures]
+    report.write_whole(path, report.markdown(found, known, damaged, beside))
+    written = [path, *(picture for _, picture in pictures)]
+    if readme is not None:
+        block = readme_block(results, readme, beside)
+        report.write_whole(readme, report.rewrite_block(readme.read_text(), block))
+        written.append(readme)
+    return written
+
+
+def load_results(results: Path) -> tuple[list[rows.Row], dict[str, Constants], list[Exception]]:
+    """The newest rows of every results file in the folder, constants by machine, and what is damaged."""
+    found, damaged_rows = rows.read_all(results)
+    known, damaged_constants = constants.load_all(results)
+    return rows.newest(found), known, [*damaged_rows, *damaged_constants]
+
+
+def readme_block(results: Path, readme: Path, pictures: Sequence[tuple[str, str]]) -> str:
+    """What the marked block of the README says of the results in the folder, its links as seen from the README.
+
+    - pictures: titles and file names of the plots in the folder
+    """
+    found, known, _ = load_results(results)
+    folder = Path(os.path.relpath(results, readme.parent))
+    links = [(title, str(folder / name)) for title, name in pictures]
+    return report.readme_block(found, known, str(folder / REPORT), links)
+
+
+def choose(option: str, names: Sequence[str], known: Sequence[str], more: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names, each once. Raises BadParameter that lists what exists for one that is unknown."""
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{option}: unknown {name!r}: there are {', '.join([*known, *more])}")
+    return tuple(dict.fromkeys(names))
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Groups of suites replaced by their suites."""
+    return [suite for name in names for suite in GROUPS.get(name, (name,))]
+
+
+def choose_providers(names: Sequence[str]) -> list[Provider]:
+    """The providers of these names; of none, all that can be imported, the baseline first.
+
+    Raises BadParameter for an unknown one, listing all, and for one that was asked for and cannot be imported.
+    """
+    if not names:
+        return [provider for provider in PROVIDERS.values() if provider.missing() is None]
+    for name in names:
+        if not any(name in (key, provider.name) for key, provider in PROVIDERS.items()):
+            raise typer.BadParameter(f"--provider: unknown {name!r}: there are {', '.join(PROVIDERS)}")
+    found = [provider for key, provider in PROVIDERS.items() if key in names or provider.name in names]
+    for provider in found:
+        words = provider.missing()
+        if words is not None:
+            raise typer.BadParameter(f"--provider: {provider.key}: {words}")
+    return found
+
+
+def load_constants(out: Console, file: Path | None, results: Path, where: torch.device) -> Constants | None:
+    """The constants of the limit: from the file, else this machine's newest in the folder, else measured now.
+
+    They are measured in a process of their own; None, said on the console, where that fails.
+    """
+    if file is not None:
+        try:
+            return constants.load(file)[0]
+        except rows.DamagedResults as error:
+            raise typer.BadParameter(f"--constants: {error}") from error
+    name = environment(where).gpu
+    known = constants.load_all(results)[0]
+    if name not in known:
+        command = [sys.executable, "-m", "benchmarks", "micro", "--device", str(where), "--results", str(results)]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=MICRO_SECONDS)
+            words = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            words = [f"not done after {MICRO_SECONDS:.0f} s"]
+        known = constants.load_all(results)[0]
+        if name not in known:
+            out.print(f"no limit: its constants could not be measured: {' '.join(words)}", markup=False, soft_wrap=True)
+    return known.get(name)
+
+
+def line_of(row: rows.Row) -> str:
+    """A row in one line, for the console."""
+    start = f"{row.name:<24} {row.suite:<8} {row.mode:<16} {row.dtype:<8} {row.shape}:"
+    if not row.timed:
+        return f"{start} {row.error}"
+    ratio = f", {row.baseline_ratio:.3g}x {BASELINE}" if row.baseline_ratio is not None else ""
+    return f"{start} {row.ms_median:.4g} ms, {row.us_per_step:.3g} us a step{ratio}"
+
+
+def constants_table(found: Constants) -> Table:
+    """Name and value of every constant there is."""
+    table = Table(title="constants of the limit", show_header=False)
+    for name, value in asdict(found).items():
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            continue
+        for key, inner in value.items():
+            parts = inner.items() if isinstance(inner, dict) else [("", inner)]
+            table.add_row(f"{name} {key}", ", ".join(f"{k}: {v:.4g}" if k != "" else f"{v:.4g}" for k, v in parts))
+    return table
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return run.device_of(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"--device: {error}") from error
+
+
+def _folder(path: Path) -> Path:
+    """The folder's whole name, made if need be; finds out now if nothing can be written there."""
+    path = path.resolve()
+    probe = path / ".writable"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise typer.BadParameter(f"--results: cannot write to {path}: {error.strerror}") from error
+    return path

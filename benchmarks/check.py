@@ -1,0 +1,166 @@
+"""Is a provider's result right? Its distance from the reference in float64, on the same numbers.
+
+Two looks, because the reference needs a launch for every operation of every step: all rows over the first steps, with
+every gradient; and, where T is longer, the output of a few rows over all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.problem import Problem, make_problem
+from benchmarks.providers import Model
+from benchmarks.suites import FORWARD, TRAINING, Case
+from lstm_triton import functional, reference
+from lstm_triton.spec import LSTMWeights
+
+STEPS = 64
+"""Steps over which all rows and gradients are compared."""
+
+ROWS = 2
+"""Rows of which the output is compared over all steps."""
+
+ALLOWED = {"float64": 1e-11, "float32": 1e-4, "tf32": 1e-2, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest error of the baseline. Only a wrong function is further off; every row names its error."""
+
+TIMES_BASELINE = 4.0
+FLOOR = {"float64": 1e-12, "float32": 1e-5, "tf32": 2e-3, "float16": 3e-3, "bfloat16": 2e-2}
+"""A provider may err by TIMES_BASELINE times what the baseline errs by, or by the FLOOR where that is more."""
+
+
+def short(case: Case) -> Case:
+    """The case over at most STEPS steps."""
+    return replace(case, T=min(case.T, STEPS))
+
+
+def results(model: Model, problem: Problem) -> dict[str, Tensor]:
+    """By name the model's outputs on the first input and, in training, the gradients of x and every weight."""
+    x = problem.inputs[0]
+    names = ("h", "c") if problem.case.cell else ("output", "h_n", "c_n")
+    if problem.case.mode != TRAINING:
+        with torch.inference_mode():
+            return dict(zip(names, model.run(x), strict=True))
+    x.grad = None
+    for parameter in model.parameters().values():
+        parameter.grad = None
+    outputs = model.run(x)
+    torch.autograd.backward(outputs[0], problem.grad_output)
+    found = dict(zip(names, (output.detach() for output in outputs), strict=True))
+    for name, gradient in {"x": x.grad, **model.gradients()}.items():
+        if gradient is None:
+            raise RuntimeError(f"no gradient of {name}")
+        found[f"grad {name}"] = gradient
+    return found
+
+
+def expected(problem: Problem) -> dict[str, Tensor]:
+    """The same by the reference, in float64."""
+    return results(Reference(problem), double(problem))
+
+
+def double(problem: Problem) -> Problem:
+    """The problem with the same numbers in float64, its first set of inputs alone."""
+    x = problem.inputs[0].detach().double().requires_grad_(problem.inputs[0].requires_grad)
+    weights = {name: weight.double() for name, weight in problem.weights.items()}
+    return replace(problem, weights=weights, inputs=[x], grad_output=problem.grad_output.double())
+
+
+class Reference(Model):
+    """The library's reference on a problem's numbers in float64; rows end at their lengths if there are any."""
+
+    def __init__(self, problem: Problem) -> None:
+        case = problem.case
+        self.cell, self.lengths, self.spec = case.cell, problem.lengths, case.spec
+        self.states = (case.L * case.D, case.B, case.H)
+        self.weights = {
+            name: weight.double().requires_grad_(case.mode == TRAINING) for name, weight in problem.weights.items()
+        }
+        self.layers = functional.group_layers(list(self.weights.values()), self.spec, case.L, case.D, True, 0)
+
+    def run(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.double()
+        zeros = x.new_zeros(self.states[0], x.shape[-2], self.states[2])
+        if self.cell:
+            return reference.cell(x, zeros[0], zeros[0], self.layers[0][0], self.spec)
+        if self.lengths is None:
+            return reference.lstm(x, zeros, zeros, self.layers, self.spec)
+        last_h, last_c = [], []
+        for weights in self.layers:
+            outputs = []
+            for direction, direction_weights in enumerate(weights):
+                output, h, c = self._masked(x, direction_weights, direction == 1)
+                outputs.append(output)
+                last_h.append(h)
+                last_c.append(c)
+            x = torch.cat(outputs, -1)
+        return x, torch.stack(last_h), torch.stack(last_c)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.weights
+
+    def _masked(self, x: Tensor, weights: LSTMWeights, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """One direction; beyond its length a row keeps its state and its output is zero."""
+        assert self.lengths is not None
+        h = c = x.new_zeros(x.shape[1], self.states[2])
+        steps = range(x.shape[0])
+        hidden: list[Tensor] = [h] * len(steps)
+        for t in reversed(steps) if reverse else steps:
+            lives = (self.lengths > t).to(x.device)[:, None]
+            h_t, c_t = reference.cell(x[t], h, c, weights, self.spec)
+            h, c = torch.where(lives, h_t, h), torch.where(lives, c_t, c)
+            hidden[t] = torch.where(lives, h, torch.zeros_like(h))
+        return torch.stack(hidden), h, c
+
+
+class Oracle:
+    """What the reference says of a problem, kept for all the providers that are compared on it."""
+
+    def __init__(self, whole: Problem) -> None:
+        case = whole.case
+        self.whole = whole
+        self.problem = make_problem(short(case), whole.device)
+        self.expected = expected(self.problem)
+        self.output: Tensor | None = None
+        if case.T > STEPS:
+            x = whole.inputs[0].detach()[:, :ROWS]
+            lengths = whole.lengths[:ROWS] if whole.lengths is not None else None
+            rows = replace(whole, case=replace(case, B=x.shape[1], mode=FORWARD), inputs=[x], lengths=lengths)
+            with torch.inference_mode():
+                self.output = Reference(rows).run(x)[0]
+
+    def errors(self, short_model: Model, whole_model: Model) -> dict[str, float]:
+        """||result - reference|| / ||reference|| by name, of models of `self.problem` and of `self.whole`.
+
+        Infinite where a result is not finite.
+        """
+        found = distances(results(short_model, self.problem), self.expected)
+        if self.output is not None:
+            name = f"output of {ROWS} rows over all steps"
+            with torch.inference_mode():
+                output = whole_model.run(self.whole.inputs[0])[0][:, :ROWS]
+            found |= distances({name: output}, {name: self.output})
+        return found
+
+
+def distances(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Relative distance in float64 by name. Raises RuntimeError where a shape or a name is another."""
+    if actual.keys() != wanted.keys():
+        raise RuntimeError(f"returns {', '.join(actual)} instead of {', '.join(wanted)}")
+    found = {}
+    for name, value in wanted.items():
+        if actual[name].shape != value.shape:
+            raise RuntimeError(f"{name} has shape {tuple(actual[name].shape)} instead of {tuple(value.shape)}")
+        error = float((actual[name].detach().double() - value).norm() / value.norm().clamp_min(1e-30))
+        found[name] = error if math.isfinite(error) else math.inf
+    return found
+
+
+def allowed(dtype: str, baseline_error: float | None) -> float:
+    """The error up to which a result is the same function; `baseline_error` None: of the baseline itself."""
+    if baseline_error is None:
+        return ALLOWED[dtype]
+    return max(TIMES_BASELINE * baseline_error, FLOOR[dtype])

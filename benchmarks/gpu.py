@@ -1,0 +1,90 @@
+"""All that one visit to a GPU should bring home: parity first, then the constants, then the suites."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import ROOT, report, rows
+from benchmarks.environment import environment, machine
+
+PARITY_SHARE = 0.4
+"""Of the budget, for the parity tests at most."""
+
+MICRO_SECONDS = 75.0
+END_SECONDS = 15.0
+"""Kept for the end: the last row's process, the table."""
+
+TEST_PROCESSES = 6
+
+
+def run_all(budget: float, results: Path, out: Console) -> int:
+    """Run the three parts, each in a process that is stopped in time; 0 if all of them ended well.
+
+    Red parity tests do not end it: every row is checked against the reference before it is timed.
+    """
+    start = time.monotonic()
+    where = torch.device("cuda")
+    this = environment(where)
+    before = set(results.glob("*.csv"))
+    outcomes: dict[str, str | None] = {}
+
+    parity = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
+    if find_spec("xdist") is not None:
+        parity += ["-n", str(TEST_PROCESSES)]
+    log = rows.new_file(results, machine(where), this.date, "parity", "txt")
+    outcomes["parity"] = stopped_after(PARITY_SHARE * budget, parity, log)
+    out.print(f"parity tests, {log.name}: {last_line(log)}", markup=False, soft_wrap=True)
+
+    tool = [sys.executable, "-m", "benchmarks"]
+    outcomes["micro"] = stopped_after(MICRO_SECONDS, [*tool, "micro", "--results", str(results)])
+    left = budget - (time.monotonic() - start) - END_SECONDS
+    suites = [*tool, "run", "--suite", "gpu", "--results", str(results), "--budget", f"{max(1.0, left):.0f}"]
+    outcomes["suites"] = stopped_after(left + END_SECONDS, suites)
+
+    found = [row for path in sorted(set(results.glob("*.csv")) - before) for row in rows.read(path)]
+    out.print(report.short_table(found))
+    for name, words in outcomes.items():
+        out.print(f"{name}: {words or 'done'}", markup=False)
+    out.print(f"{time.monotonic() - start:.0f} s in all; `python -m benchmarks report` makes tables and plots of them")
+    return 0 if not any(outcomes.values()) else 1
+
+
+def stopped_after(seconds: float, command: list[str], log: Path | None = None) -> str | None:
+    """Run a command in the checkout, with all it starts killed after so many seconds; words if it did not end well.
+
+    What it prints goes to the log, else to where this process prints.
+    """
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    file = log.open("wb") if log is not None else None
+    try:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=file,
+            stderr=subprocess.STDOUT if file is not None else None, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            return f"not done after {seconds:.0f} s, stopped"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    finally:
+        if file is not None:
+            file.close()
+    return None if code == 0 else f"ended with code {code}"
+
+
+def last_line(path: Path) -> str:
+    """The last line of a file that has something on it."""
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "nothing printed"

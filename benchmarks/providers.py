@@ -1,0 +1,347 @@
+"""Who computes: this library and what a user would pick instead, each behind the same few lines.
+
+A provider builds a model of a problem: weights and all layout changes made once, then calls that take x and return the
+results, the input's matmul included. Gradients come back under the names of `torch.nn.LSTM`'s parameters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import lstm_triton
+from benchmarks.problem import Problem
+from benchmarks.rows import BASELINE
+from benchmarks.suites import STORAGE, Case
+from lstm_triton import dispatch, functional, reference
+from lstm_triton.spec import LSTMWeights
+
+Results = tuple[Tensor, ...]
+"""(output, h_n, c_n) as `torch.nn.LSTM` returns them, of a cell (h, c)."""
+
+
+class Model(ABC):
+    """A provider's model of one problem."""
+
+    @abstractmethod
+    def run(self, x: Tensor) -> Results:
+        """The forward pass on x, (T, B, I) or for a cell (B, I)."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Tensor]:
+        """The leaves that collect gradients."""
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """The collected gradients, by state-dict name, in the shapes of `Problem.weights`."""
+        return {name: parameter.grad for name, parameter in self.parameters().items()}
+
+
+class Provider(ABC):
+    """One way to compute an LSTM.
+
+    - name, strategy: as in the columns of a results file
+    - leaves_out: what it does not do that `torch.nn.LSTM` does; "" if nothing
+    - detour: added to the rank of a case: how much later than the library and the baseline it is taken
+    - first_seconds: how long its first row may take, compilation included
+    """
+
+    name: str
+    strategy: str
+    leaves_out: str = ""
+    detour: int = 0
+    first_seconds: float = 10.0
+
+    @property
+    def key(self) -> str:
+        """`name:strategy`."""
+        return f"{self.name}:{self.strategy}"
+
+    def missing(self) -> str | None:
+        """Why it cannot be imported; None if it can."""
+        return None
+
+    @abstractmethod
+    def refuses(self, case: Case, device_type: str) -> str | None:
+        """Why it has no row of the case; None if it computes it."""
+
+    @abstractmethod
+    def build(self, problem: Problem) -> Model:
+        """The model of a problem."""
+
+
+class ModuleModel(Model):
+    """A module with `torch.nn.LSTM`'s (or LSTMCell's) interface and parameter names."""
+
+    def __init__(self, module: nn.Module, problem: Problem) -> None:
+        self.module = module.to(problem.device, STORAGE[problem.case.dtype])
+        self.module.load_state_dict(problem.weights)
+        self.lengths = problem.lengths
+        self.cell = problem.case.cell
+
+    def run(self, x: Tensor) -> Results:
+        if self.cell:
+            return self.module(x)
+        if self.lengths is None:
+            output, (h_n, c_n) = self.module(x)
+            return output, h_n, c_n
+        packed, (h_n, c_n) = self.module(pack_padded_sequence(x, self.lengths, enforce_sorted=False))
+        return pad_packed_sequence(packed)[0], h_n, c_n
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.module.named_parameters())
+
+
+class TorchLSTM(Provider):
+    """`torch.nn.LSTM` and `LSTMCell`, the baseline: cuDNN on a GPU, ATen's own or oneDNN on a CPU."""
+
+    name = BASELINE
+
+    def __init__(self, strategy: str = "cudnn") -> None:
+        self.strategy = strategy
+
+    leaves_out = "variants: beside those it computes the standard cell of the same sizes"
+
+    def refuses(self, case: Case, device_type: str) -> str | None:
+        if self.strategy != ("cudnn" if device_type == "cuda" else "aten"):
+            return f"computes on another kind of device than {device_type}"
+        return None if case.variant == "standard" else "has the standard variant alone"
+
+    def build(self, problem: Problem) -> Model:
+        case = problem.case
+        if case.cell:
+            return ModuleModel(nn.LSTMCell(case.I, case.H), problem)
+        return ModuleModel(nn.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2), problem)
+
+
+class LstmTritonModel(ModuleModel):
+    """This library's module, computed by one of its backends."""
+
+    def __init__(self, module: nn.Module, problem: Problem, backend: str) -> None:
+        super().__init__(module, problem)
+        self.backend = backend
+
+    def run(self, x: Tensor) -> Results:
+        with lstm_triton.backend(self.backend):
+            return super().run(x)
+
+
+class LstmTriton(Provider):
+    """This library: what it picks itself (`auto`), or one strategy forced."""
+
+    name = "lstm_triton"
+    leaves_out = "PackedSequence"
+    BACKENDS = {"auto": "auto", "stepwise": "triton", "torch": "torch"}  # noqa: RUF012
+
+    def __init__(self, strategy: str) -> None:
+        self.strategy = strategy
+        self.detour = 0 if strategy == "auto" else 2
+
+    def refuses(self, case: Case, device_type: str) -> str | None:
+        if self.strategy == "torch" and device_type == "cpu":
+            return "is what `auto` takes on a CPU"
+        if self.strategy == "stepwise":
+            return dispatch.why_not_triton(torch.device(device_type), STORAGE[case.dtype])
+        return None
+
+    def build(self, problem: Problem) -> Model:
+        case, spec = problem.case, problem.case.spec
+        variant = dict(coupled=spec.coupled, peephole=spec.peephole, output_peephole=spec.output_peephole)
+        if case.cell:
+            module: nn.Module = lstm_triton.LSTMCell(case.I, case.H, **variant)
+        else:
+            module = lstm_triton.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2, **variant)
+        return LstmTritonModel(module, problem, self.BACKENDS[self.strategy])
+
+
+class CompiledReferenceModel(Model):
+    """The reference's step, compiled, in a Python loop over time; the loops over layers and directions as they are."""
+
+    def __init__(self, problem: Problem, compile_step: Callable[[Callable], Callable]) -> None:
+        case, self.spec = problem.case, problem.case.spec
+        self.cell = case.cell
+        self.weights = {name: weight.clone().requires_grad_() for name, weight in problem.weights.items()}
+        flat = list(self.weights.values())
+        self.layers = functional.group_layers(flat, self.spec, case.L, case.D, True, 0)
+        spec = self.spec
+
+        def step(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights) -> tuple[Tensor, Tensor]:
+            return reference.cell(x, h, c, weights, spec)
+
+        self.step = compile_step(step)
+
+    def run(self, x: Tensor) -> Results:
+        if self.cell:
+            zeros = x.new_zeros(x.shape[0], self.layers[0][0].weight_hh.shape[1])
+            return self.step(x, zeros, zeros, self.layers[0][0])
+        last_h, last_c = [], []
+        for weights in self.layers:
+            columns = []
+            for direction, direction_weights in enumerate(weights):
+                h = c = x.new_zeros(x.shape[1], direction_weights.weight_hh.shape[1])
+                hidden = []
+                steps = x.unbind(0)
+                for x_t in reversed(steps) if direction else steps:
+                    h, c = self.step(x_t, h, c, direction_weights)
+                    hidden.append(h)
+                columns.append(torch.stack(hidden[::-1] if direction else hidden))
+                last_h.append(h)
+                last_c.append(c)
+            x = torch.cat(columns, -1)
+        return x, torch.stack(last_h), torch.stack(last_c)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.weights
+
+
+class CompiledReference(Provider):
+    """The equations in PyTorch, one step compiled by `torch.compile`: what a user would write for a variant."""
+
+    name = "reference"
+    strategy = "torch.compile"
+    leaves_out = "lengths"
+    detour = 2
+    first_seconds = 60.0
+
+    def __init__(self, **options: Any) -> None:
+        self.compile_step = partial(torch.compile, dynamic=False, **options)
+
+    def refuses(self, case: Case, device_type: str) -> str | None:
+        if case.ragged:
+            return "takes no lengths"
+        return None if case.suite in ("anchor", "variants", "cell", "odd") else "is measured in smaller suites"
+
+    def build(self, problem: Problem) -> Model:
+        # Every case compiles the same function anew; beyond its limit, Dynamo would quietly stop compiling.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+        return CompiledReferenceModel(problem, self.compile_step)
+
+
+def _one_plain_layer(case: Case, device_type: str) -> str | None:
+    """Why a provider that has one standard layer in one direction, on a GPU, has no row of the case."""
+    if device_type != "cuda":
+        return "computes on CUDA devices"
+    if case.variant != "standard":
+        return "has the standard variant alone"
+    if case.L > 1 or case.D > 1:
+        return "computes one layer and direction a call"
+    return "takes no lengths" if case.ragged else "has no cell of one step" if case.cell else None
+
+
+class FlashRNNModel(Model):
+    """FlashRNN with one head; the input's matmul, which it leaves to the caller, as one `torch.addmm`."""
+
+    def __init__(self, problem: Problem, backend: str) -> None:
+        case, weights = problem.case, problem.weights
+        self.hidden, self.backend = case.H, backend
+        self.dtype = str(STORAGE[case.dtype]).removeprefix("torch.")
+        self.w = weights["weight_ih_l0"].clone().requires_grad_()
+        self.r = weights["weight_hh_l0"].view(4, 1, case.H, case.H).clone().requires_grad_()
+        self.b = (weights["bias_ih_l0"] + weights["bias_hh_l0"]).view(4, 1, case.H).requires_grad_()
+
+    def run(self, x: Tensor) -> Results:
+        from flashrnn import flashrnn
+
+        T, B, _ = x.shape
+        gates = (x.flatten(0, 1) @ self.w.t()).view(T, B, 4, 1, self.hidden).transpose(0, 1)
+        states, last = flashrnn(gates, self.r, self.b, function="lstm", backend=self.backend, dtype=self.dtype)
+        return states[0, :, :, 0].transpose(0, 1), last[0, :, 0, 0][None], last[1, :, 0, 0][None]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"w": self.w, "r": self.r, "b": self.b}
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        r, b = self.r.grad, self.b.grad
+        bias = b.flatten() if b is not None else None
+        return {
+            "weight_ih_l0": self.w.grad,
+            "weight_hh_l0": r.view(4 * self.hidden, self.hidden) if r is not None else None,
+            "bias_ih_l0": bias,
+            "bias_hh_l0": bias,
+        }
+
+
+class FlashRNN(Provider):
+    """FlashRNN (flashrnn on PyPI), as one head as wide as the layer."""
+
+    name = "flashrnn"
+    leaves_out = (
+        "the input's matmul (added here as one torch.addmm), layers, directions, lengths, projection, float32; "
+        "keeps c in the storage type; `cuda_fused` needs nvcc and builds on first use; `triton_fused` has H <= 64"
+    )
+    detour = 2
+    first_seconds = 120.0
+
+    def __init__(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def missing(self) -> str | None:
+        return None if find_spec("flashrnn") else "flashrnn is not installed"
+
+    def refuses(self, case: Case, device_type: str) -> str | None:
+        if self.strategy == "triton_fused" and case.H > 64:
+            return "has H <= 64"
+        return _one_plain_layer(case, device_type)
+
+    def build(self, problem: Problem) -> Model:
+        return FlashRNNModel(problem, self.strategy)
+
+
+class TorchRLModel(Model):
+    """torchrl's function on explicit tensors, batch first; no step is a reset."""
+
+    def __init__(self, problem: Problem) -> None:
+        case = problem.case
+        self.weights = {name: weight.clone().requires_grad_() for name, weight in problem.weights.items()}
+        self.state = torch.zeros(case.B, case.T, case.H, device=problem.device, dtype=STORAGE[case.dtype])
+        self.is_init = torch.zeros(case.B, case.T, dtype=torch.bool, device=problem.device)
+        self.compute_dtype = STORAGE[case.dtype]
+        self.precision = "ieee" if case.dtype == "float32" else "tf32"
+
+    def run(self, x: Tensor) -> Results:
+        from torchrl.modules.tensordict_module._rnn_triton import lstm_triton
+
+        w_ih, w_hh, b_ih, b_hh = self.weights.values()
+        steps, _, h, c = lstm_triton(
+            x.transpose(0, 1).contiguous(), self.state, self.state, w_ih, w_hh, b_ih, b_hh, self.is_init,
+            compute_dtype=self.compute_dtype, input_precision=self.precision,
+        )  # fmt: skip
+        return steps.transpose(0, 1), h[None], c[None]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.weights
+
+
+class TorchRL(Provider):
+    """torchrl's Triton LSTM, the function that its LSTMModule(recurrent_backend="triton") calls."""
+
+    name = "torchrl"
+    strategy = "triton"
+    leaves_out = "directions, lengths, projection; copies x to batch first; takes a state and a reset flag per step"
+    detour = 2
+    first_seconds = 90.0
+
+    def missing(self) -> str | None:
+        return None if find_spec("torchrl") else "torchrl is not installed"
+
+    def refuses(self, case: Case, device_type: str) -> str | None:
+        return _one_plain_layer(case, device_type)
+
+    def build(self, problem: Problem) -> Model:
+        return TorchRLModel(problem)
+
+
+PROVIDERS: dict[str, Provider] = {
+    provider.key: provider
+    for provider in (
+        TorchLSTM("cudnn"), TorchLSTM("aten"), LstmTriton("auto"), LstmTriton("stepwise"), LstmTriton("torch"),
+        CompiledReference(), FlashRNN("cuda_fused"), FlashRNN("triton_fused"), TorchRL(),
+    )
+}  # fmt: skip
+"""Every provider by `name:strategy`."""

@@ -1,0 +1,186 @@
+"""A run: which rows, in which order, for how long; a row goes to the file when it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from lstm_triton_kernels.limit import Constants, Work, least_us_per_step
+
+from benchmarks import rows
+from benchmarks.bench import Measurement
+from benchmarks.environment import Environment
+from benchmarks.providers import Provider
+from benchmarks.suites import STORAGE, TRAINING, Case, regime
+from benchmarks.worker import Measures
+
+LONGEST_ROW = 180.0
+"""Seconds after which a row is given up."""
+
+MOST_LONGER = 3.0
+"""A row is never expected to take more times than this what the longest took: much of it is the same for all."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row to measure."""
+
+    provider: Provider
+    case: Case
+
+    def __str__(self) -> str:
+        return f"{self.provider.key} {self.case}"
+
+
+def tasks(cases: Sequence[Case], providers: Sequence[Provider], device_type: str) -> list[Task]:
+    """The rows of the cases, the most telling first; without those that a provider does not compute."""
+    ranked = [
+        (case.rank + provider.detour, Task(provider, case))
+        for case in cases for provider in providers
+        if provider.refuses(case, device_type) is None
+    ]  # fmt: skip
+    return [task for _, task in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def row(task: Task, found: Measurement, where: Environment, constants: Constants | None, device_type: str) -> rows.Row:
+    """The line of the results file for what was measured."""
+    provider, case = task.provider, task.case
+    p20, median, p80 = found.ms or (None, None, None)
+    us_per_step = 1e3 * median / case.steps if median is not None else None
+    limit = limit_us_per_step(case, found.rows, constants) if constants is not None else None
+    return rows.Row(
+        provider=provider.name,
+        strategy=provider.strategy,
+        suite=case.suite,
+        regime=regime(case, device_type),
+        mode=case.mode,
+        dtype=case.dtype,
+        T=case.T,
+        B=case.B,
+        I=case.I,
+        H=case.H,
+        L=case.L,
+        D=case.D,
+        variant=case.variant,
+        ms_median=median,
+        ms_p20=p20,
+        ms_p80=p80,
+        us_per_step=us_per_step,
+        cpu_us_per_call=found.cpu_us,
+        peak_mib=found.peak_mib,
+        error=found.failure if found.failure is not None else found.error,
+        baseline_ratio=found.baseline_ratio,
+        limit_us_per_step=limit,
+        limit_ratio=us_per_step / limit if us_per_step is not None and limit else None,
+        **asdict(where),
+    )
+
+
+def limit_us_per_step(case: Case, mean_rows: float | None, constants: Constants) -> float | None:
+    """The least time of a step; None where the machine's rate for the type was not measured.
+
+    - mean_rows: rows that a step computes on average, where rows end early
+    """
+    if case.dtype not in constants.matmul_tflop_per_s:
+        return None
+    spec = case.spec
+    work = Work(
+        T=case.T,
+        B=max(1, round(mean_rows)) if mean_rows is not None else case.B,
+        I=case.I,
+        H=case.H,
+        L=case.L,
+        D=case.D,
+        dtype=case.dtype,
+        element_bytes=STORAGE[case.dtype].itemsize,
+        gates=len(spec.gates),
+        full_peephole_blocks=len(spec.peephole_gates) if spec.full else 0,
+        training=case.mode == TRAINING,
+    )
+    return least_us_per_step(work, constants)
+
+
+class Pace:
+    """Whether the next row still fits the time: by what the provider's longest row took, and the work of both."""
+
+    def __init__(self, budget: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.budget, self._clock, self._start = budget, clock, clock()
+        self._longest: dict[str, tuple[float, float]] = {}
+        """By provider seconds and work of the longest row."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._start
+
+    def fits(self, task: Task) -> bool:
+        """Whether a row can be expected to end in time."""
+        expected = task.provider.first_seconds
+        if task.provider.key in self._longest:
+            seconds, work = self._longest[task.provider.key]
+            expected = seconds * min(MOST_LONGER, task.case.work / work)
+        return self.budget is None or self.elapsed + expected <= self.budget
+
+    def patience(self) -> float:
+        """How long a row may take at most."""
+        return LONGEST_ROW if self.budget is None else max(1.0, min(LONGEST_ROW, self.budget - self.elapsed))
+
+    def took(self, task: Task, seconds: float) -> None:
+        """Remember a row; the longest fades, since the first of a provider compiles."""
+        longest, work = self._longest.get(task.provider.key, (0.0, 1.0))
+        new, faded = (seconds, float(task.case.work)), (0.7 * longest, work)
+        self._longest[task.provider.key] = max(new, faded)
+
+
+def measure(
+    todo: Sequence[Task], measures: Measures, pace: Pace, make_row: Callable[[Task, Measurement], rows.Row], path: Path,
+) -> Iterator[tuple[Task, rows.Row | None, Measurement | None]]:  # fmt: skip
+    """Each task in turn with its row, appended to the file; without a row where there was no time for it."""
+    for task in todo:
+        if not pace.fits(task):
+            yield task, None, None
+            continue
+        start = pace.elapsed
+        patience = pace.patience()
+        found = measures.measure(task.provider, task.case, patience)
+        pace.took(task, pace.elapsed - start)
+        if found.stopped and patience < LONGEST_ROW:  # the run's time is up; that says nothing of the row
+            yield task, None, None
+            continue
+        done = make_row(task, found)
+        rows.append(path, done)
+        yield task, done, found
+
+
+def shown_algorithm(kernels: Sequence[str]) -> str:
+    """Which algorithm of cuDNN the names of its kernels show."""
+    if not kernels:
+        return "none seen"
+    return "persistent" if any("persist" in name.lower() for name in kernels) else "standard"
+
+
+def save_kernels(path: Path, seen: dict[str, dict[str, object]]) -> None:
+    """Write (anew) the file of the kernels that `torch.nn.LSTM` launched, by case: asked for, shown, names."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(seen, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def device_of(name: str) -> torch.device:
+    """The device to measure on; "auto" is the GPU if there is one. Raises ValueError if there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: there are auto, cpu, cuda and cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no {name}: PyTorch {torch.__version__} finds {torch.cuda.device_count()} GPUs")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"cannot measure on {name!r}, only on cpu, cuda or cuda:N")
+    return device

@@ -1,0 +1,170 @@
+"""What is measured: the cases of every suite, and which of them tell most.
+
+Sizes: T time steps, B batch rows, I input features, H hidden units, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from lstm_triton import LSTMSpec
+
+STORAGE = {
+    "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32,
+}  # fmt: skip
+"""Names of types to what tensors hold. "tf32" and "float32" differ in how matmuls round: PyTorch's switches for it."""
+
+FORWARD, TRAINING = "forward", "forward+backward"
+MODES = (FORWARD, TRAINING)
+"""Inference without gradients; a training step's forward and backward with gradients for the input and all weights."""
+
+PERSISTENT, STANDARD, CPU = "cudnn-persistent", "cudnn-standard", "cpu"
+REGIMES = (PERSISTENT, STANDARD, CPU)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one suite in one type and mode.
+
+    - variant: name of an LSTMSpec; dtype: a key of STORAGE; mode: one of MODES
+    - ragged: rows have lengths uniform in 1..T; cell: one step by the cell's class (T = 1)
+    - rank: how much it tells, 0 the most; a run with a budget takes low ranks first
+    """
+
+    suite: str
+    T: int
+    B: int
+    I: int
+    H: int
+    dtype: str
+    mode: str
+    L: int = 1
+    D: int = 1
+    variant: str = "standard"
+    ragged: bool = False
+    cell: bool = False
+    rank: int = 0
+
+    def __str__(self) -> str:
+        shape = f"T={self.T} B={self.B} I={self.I} H={self.H} L={self.L} D={self.D}"
+        return f"{self.suite} {self.mode} {self.dtype} {self.variant} {shape}"
+
+    @property
+    def spec(self) -> LSTMSpec:
+        """The variant."""
+        return LSTMSpec.parse(self.variant)
+
+    @property
+    def work(self) -> int:
+        """Multiplications of the matmuls with W, of all steps: what sizes are compared by."""
+        passes = 3 if self.mode == TRAINING else 1
+        return passes * self.steps * self.B * self.H * len(self.spec.gates) * (self.I + self.H)
+
+    @property
+    def steps(self) -> int:
+        """Time steps of all layers and directions together."""
+        return self.T * self.L * self.D
+
+
+def regime(case: Case, device_type: str) -> str:
+    """The algorithm that PyTorch asks cuDNN for at the case's shape (of the standard variant).
+
+    As ATen's native/cudnn/RNN.cpp decides it (torch 2.11 to 2.13, `get_algo`) on a GPU of compute capability 8.0 or
+    9.0 with at least 98 multiprocessors: persistent for float16, one layer and direction, H <= 1024, H and I multiples
+    of 128, B a multiple of 8 up to 128, not packed; and, whatever the type, for H <= 192 forward and 128 backward.
+    """
+    if device_type == "cpu":
+        return CPU
+    H, B = case.H, case.B
+    large = (
+        case.dtype == "float16" and case.L == 1 and case.D == 1 and not case.ragged
+        and H <= 1024 and H % 128 == 0 and case.I % 128 == 0 and B % 8 == 0 and B <= 128
+    )  # fmt: skip
+    widest_small = 192 if case.mode == FORWARD else 128
+    small = H <= widest_small
+    return PERSISTENT if large or small else STANDARD
+
+
+def _anchor() -> Iterator[Case]:
+    for dtype in ("float16", "bfloat16"):
+        yield Case("anchor", T=1024, B=16, I=768, H=768, dtype=dtype, mode=FORWARD)
+
+
+def _core() -> Iterator[Case]:
+    """Every combination; its rank counts how far each of its sizes is from the middle."""
+    detour_t = {512: 1, 1024: 2, 128: 2}
+    detour_b = {16: 0, 64: 0, 1: 1, 128: 1, 256: 1}
+    detour_h = {512: 0, 1024: 0, 256: 1, 768: 1, 2048: 1, 64: 1, 128: 2, 1536: 2}
+    detour_dtype = {"bfloat16": 0, "float16": 1, "tf32": 1, "float32": 4}
+    for T, rank_t in detour_t.items():
+        for dtype, rank_dtype in detour_dtype.items():
+            for H, rank_h in detour_h.items():
+                for B, rank_b in detour_b.items():
+                    rank = rank_t + rank_dtype + rank_h + rank_b
+                    yield Case("core", T=T, B=B, I=H, H=H, dtype=dtype, mode=FORWARD, rank=rank)
+
+
+def _deep() -> Iterator[Case]:
+    for rank, dtype in ((1, "bfloat16"), (2, "float16"), (3, "tf32")):
+        for L, D in ((2, 1), (1, 2), (4, 1), (2, 2), (4, 2)):
+            yield Case("deep", T=512, B=64, I=512, H=512, L=L, D=D, dtype=dtype, mode=FORWARD, rank=rank)
+
+
+def _ragged() -> Iterator[Case]:
+    for rank, dtype in ((1, "bfloat16"), (2, "float16"), (3, "tf32")):
+        for B, H, D in ((64, 512, 1), (64, 512, 2), (16, 1024, 1)):
+            yield Case("ragged", T=512, B=B, I=H, H=H, D=D, dtype=dtype, mode=FORWARD, ragged=True, rank=rank)
+
+
+def _odd() -> Iterator[Case]:
+    for rank, dtype in ((0, "bfloat16"), (1, "float16"), (1, "tf32"), (3, "float32")):
+        yield Case("odd", T=512, B=12, I=300, H=500, dtype=dtype, mode=FORWARD, rank=rank)
+
+
+def _variants() -> Iterator[Case]:
+    for rank, dtype in ((0, "bfloat16"), (2, "float16"), (3, "tf32")):
+        for more, (B, H) in enumerate(((16, 768), (64, 512), (64, 1024))):
+            for variant in ("coupled", "diagonal", "full"):
+                rest = dict(dtype=dtype, mode=FORWARD, variant=variant, rank=rank + min(more, 1))
+                yield Case("variants", T=512, B=B, I=H, H=H, **rest)
+
+
+def _cell() -> Iterator[Case]:
+    for rank, dtype in ((1, "bfloat16"), (2, "tf32"), (3, "float16")):
+        for B, H in ((16, 512), (1, 512), (128, 1024), (1, 2048)):
+            yield Case("cell", T=1, B=B, I=H, H=H, dtype=dtype, mode=FORWARD, cell=True, rank=rank)
+
+
+def _cpu() -> Iterator[Case]:
+    rest = dict(dtype="float32", mode=FORWARD)
+    for variant in ("standard", "coupled", "diagonal", "full"):
+        yield Case("cpu", T=64, B=32, I=256, H=512, L=2, variant=variant, **rest)
+    for H in (64, 128, 256, 512):
+        yield Case("cpu", T=64, B=16, I=H, H=H, rank=1, **rest)
+    for B in (1, 4, 64):
+        yield Case("cpu", T=64, B=B, I=256, H=256, rank=2, **rest)
+    for T in (16, 256):
+        yield Case("cpu", T=T, B=16, I=256, H=256, rank=2, **rest)
+    for variant in ("coupled", "diagonal", "full"):
+        yield Case("cpu", T=64, B=16, I=256, H=256, variant=variant, rank=3, **rest)
+
+
+_SUITES: dict[str, Callable[[], Iterator[Case]]] = {
+    "anchor": _anchor, "odd": _odd, "variants": _variants, "cell": _cell, "core": _core, "deep": _deep,
+    "ragged": _ragged, "cpu": _cpu,
+}  # fmt: skip
+
+SUITES = tuple(_SUITES)
+GPU_SUITES = tuple(name for name in SUITES if name != "cpu")
+
+
+def cases(suites: tuple[str, ...], dtypes: tuple[str, ...] = (), modes: tuple[str, ...] = MODES) -> list[Case]:
+    """All cases of the named suites in the given types (none: all) and modes, the most telling first."""
+    found = [
+        replace(case, mode=mode) for name in suites for mode in MODES for case in _SUITES[name]()
+        if mode in modes and (not dtypes or case.dtype in dtypes)
+    ]  # fmt: skip
+    return sorted(found, key=lambda case: case.rank)

@@ -1,0 +1,393 @@
+"""The harness on a CPU: every provider right before it is timed, every fault a row, rows on the disk as they finish."""
+
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from lstm_triton_kernels.limit import Constants
+
+from benchmarks import bench, check, gpu, rows, run, suites, timing
+from benchmarks.environment import Environment, environment
+from benchmarks.problem import MOST_SETS, make_problem
+from benchmarks.providers import PROVIDERS, CompiledReference, LstmTriton, ModuleModel, TorchLSTM
+from benchmarks.suites import FORWARD, TRAINING, Case
+from benchmarks.worker import Worker
+from tests.support import planted
+
+CPU = torch.device("cpu")
+CASE = Case("odd", T=5, B=3, I=6, H=7, dtype="float32", mode=TRAINING)
+LONG = replace(CASE, T=check.STEPS + 3)
+WHERE = Environment("a processor", "", "2.13.0", "", "", "abc", "2026-11-24")
+BASELINE = TorchLSTM("aten")
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    """Rows set PyTorch's switches for float32; other tests find them as they were."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
+    before = [switch.fp32_precision for switch in switches]
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.fp32_precision = value
+
+
+def new_bench(seconds=0.01):
+    return bench.Bench(CPU, BASELINE, seconds)
+
+
+# The problem
+
+
+def test_the_same_seed_gives_the_same_problem_and_another_another():
+    first, second, other = (make_problem(CASE, CPU, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.inputs[0], second.inputs[0]) and not torch.equal(first.inputs[0], other.inputs[0])
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+    module = torch.nn.LSTM(CASE.I, CASE.H)
+    assert {name: tuple(w.shape) for name, w in first.weights.items()} == {
+        name: tuple(w.shape) for name, w in module.named_parameters()
+    }
+
+
+def test_inputs_that_would_fit_the_cache_come_in_several_sets():
+    bytes_of_x = 5 * 3 * 6 * 4
+    assert len(make_problem(CASE, CPU, cache_bytes=bytes_of_x - 1).inputs) == 1
+    few = make_problem(CASE, CPU, cache_bytes=3 * bytes_of_x).inputs
+    assert len(few) == 6 and len({tuple(x.flatten().tolist()) for x in few}) > 1
+    assert len(make_problem(CASE, CPU, cache_bytes=10**9).inputs) == MOST_SETS
+    assert all(x.requires_grad for x in few)
+    assert not make_problem(replace(CASE, mode=FORWARD), CPU).inputs[0].requires_grad
+
+
+def test_ragged_lengths_are_in_range_and_reach_t():
+    lengths = make_problem(replace(CASE, T=9, B=200, ragged=True), CPU).lengths
+    assert lengths.min() == 1 and lengths.max() == 9 and lengths[0] == 9 and len(set(lengths.tolist())) == 9
+
+
+# Right or wrong
+
+
+@pytest.mark.parametrize("mode", suites.MODES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        CASE,
+        LONG,
+        replace(CASE, L=2, D=2),
+        replace(CASE, T=1, cell=True),
+        replace(CASE, dtype="bfloat16"),
+        replace(CASE, variant="coupled"),
+        replace(LONG, variant="full", D=2),
+        replace(CASE, T=1, cell=True, variant="diagonal+current"),
+    ],
+    ids=str,
+)
+def test_every_provider_of_the_cpu_is_right_and_timed(case, mode):
+    case = replace(case, mode=mode)
+    measured = new_bench()
+    providers = [BASELINE, LstmTriton("auto"), CompiledReference(backend="eager")]
+    for provider in providers:
+        if provider.refuses(case, "cpu") is not None and provider is BASELINE:
+            assert case.variant != "standard"
+            continue
+        found = measured.measure(provider, case)
+        assert found.failure is None
+        assert 0 < found.ms[0] <= found.ms[1] <= found.ms[2] and found.peak_mib > 0 and found.cpu_us > 0
+        assert 0 < found.error < check.ALLOWED[case.dtype] and found.baseline_ratio > 0
+        assert (provider is BASELINE) <= (found.baseline_ratio == 1.0)
+
+
+def test_ragged_rows_end_where_packed_ones_do():
+    case = replace(CASE, T=check.STEPS + 5, B=5, D=2, L=2, ragged=True)
+    found = new_bench().measure(BASELINE, case)
+    assert found.failure is None and found.error < 1e-5
+    assert found.rows == pytest.approx(float(make_problem(case, CPU).lengths.sum()) / case.T)
+    unsupported = new_bench().measure(LstmTriton("auto"), case)
+    assert "PackedSequence" in unsupported.failure and unsupported.ms is None
+
+
+@pytest.mark.parametrize(
+    "provider, case, words",
+    [
+        (planted.WRONG_OUTPUT, CASE, "wrong: error 1.0e-02 of"),
+        (planted.WRONG_LAST_STEP, LONG, "wrong: error"),
+        (planted.WRONG_LAST_STEP, replace(LONG, mode=FORWARD), "wrong: error"),
+        (planted.NAN, CASE, "wrong: error inf of"),
+        (planted.RAISES, CASE, "failed: ValueError: a planted failure"),
+        (planted.MEMORY, CASE, "out of memory: planted: 1 TiB wanted"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_planted_fault_becomes_words_and_the_next_row_is_measured(provider, case, words):
+    measured = new_bench()
+    found = measured.measure(provider, case)
+    assert found.failure.startswith(words) and found.ms is None and found.baseline_ratio is None
+    assert measured.measure(LstmTriton("auto"), case).failure is None
+
+
+def test_a_fault_beyond_the_first_steps_is_seen():
+    """Only the look at all steps can see it: the last step is not among the first ones."""
+    model = planted.WRONG_LAST_STEP.build(make_problem(LONG, CPU))
+    problem = make_problem(LONG, CPU)
+    oracle = check.Oracle(problem)
+    errors = oracle.errors(BASELINE.build(oracle.problem), model)
+    wrong = {name for name, error in errors.items() if error > 1e-4}
+    assert wrong == {f"output of {check.ROWS} rows over all steps"}
+
+
+def test_a_forgotten_gradient_is_seen():
+    problem = make_problem(CASE, CPU)
+    with pytest.raises(RuntimeError, match="no gradient of weight_ih_l0"):
+        check.results(planted.NoGradient(torch.nn.LSTM(CASE.I, CASE.H), problem), problem)
+
+
+def test_a_baseline_that_fails_leaves_the_others_without_a_ratio():
+    measured = bench.Bench(CPU, planted.RAISES, 0.01)
+    assert measured.measure(planted.RAISES, CASE).failure.startswith("failed: ValueError")
+    found = measured.measure(LstmTriton("auto"), CASE)
+    assert found.failure is None and found.ms is not None and found.baseline_ratio is None
+
+
+@pytest.mark.parametrize("dtype", sorted(suites.STORAGE))
+def test_what_is_allowed(dtype):
+    assert check.allowed(dtype, None) == check.ALLOWED[dtype]
+    assert check.allowed(dtype, 0.0) == check.FLOOR[dtype] < check.ALLOWED[dtype]
+    assert check.allowed(dtype, 1.0) == 4.0
+
+
+def test_another_shape_is_an_error():
+    with pytest.raises(RuntimeError, match=r"output has shape \(2,\) instead of \(3,\)"):
+        check.distances({"output": torch.ones(2)}, {"output": torch.ones(3)})
+    with pytest.raises(RuntimeError, match="returns h instead of output"):
+        check.distances({"h": torch.ones(2)}, {"output": torch.ones(2)})
+    assert check.distances({"x": torch.tensor([1.0, math.nan])}, {"x": torch.ones(2)}) == {"x": math.inf}
+
+
+# Timing
+
+
+def test_calls_take_turns_and_every_one_is_prepared():
+    log = []
+
+    def timed(name):
+        return timing.Timed(lambda: log.append(f"before {name}"), lambda: log.append(name))
+
+    columns = timing.in_turns([timed("a"), timed("b")], CPU, seconds=0.0)
+    rounds = [log[n : n + 4] for n in range(0, len(log), 4)]
+    in_order = {0: ["before a", "a", "before b", "b"], 1: ["before b", "b", "before a", "a"]}
+    assert [len(column) for column in columns] == [timing.LEAST_ROUNDS] * 2
+    warm_up = len(rounds) - timing.LEAST_ROUNDS
+    assert warm_up >= 1
+    assert rounds[warm_up:] == [in_order[n % 2] for n in range(timing.LEAST_ROUNDS)]
+
+
+def test_the_slower_call_takes_longer_and_the_ratio_says_so():
+    slow, fast = (timing.Timed(lambda: None, lambda s=s: time.sleep(s)) for s in (0.02, 0.005))
+    a, b = timing.in_turns([slow, fast], CPU, seconds=0.1)
+    assert min(a) >= 20.0 and min(b) >= 5.0
+    assert statistics.median(x / y for x, y in zip(a, b, strict=True)) > 2
+    found = new_bench().measure(planted.SLOW, CASE)
+    assert found.ms[0] >= 20.0 and found.baseline_ratio < 0.5
+
+
+def test_quantiles_are_numpys():
+    values = np.random.default_rng(0).exponential(size=37)
+    assert timing.quantiles(values.tolist()) == pytest.approx(np.quantile(values, [0.2, 0.5, 0.8]).tolist())
+
+
+def test_peak_memory_is_the_most_at_a_time():
+    def call():
+        a = torch.zeros(1024, 256)  # 1 MiB
+        b = a + 1
+        del a
+        return b * 2 + 1  # b, b * 2 and the sum: 3 MiB
+
+    assert timing.peak_mib(timing.Timed(lambda: None, call), CPU) == pytest.approx(3.0, abs=0.01)
+
+
+def test_gradients_are_none_and_inputs_fresh_before_each_call():
+    problem = make_problem(CASE, CPU, cache_bytes=3 * 5 * 3 * 6 * 4)
+    model = ModuleModel(torch.nn.LSTM(CASE.I, CASE.H), problem)
+    seen = []
+    run_model = model.run
+    model.run = lambda x: (seen.append((x, [p.grad for p in model.parameters().values()])), run_model(x))[1]
+    timed = bench.timed_call(model, problem)
+    for _ in range(2 * len(problem.inputs)):
+        timed.before()
+        timed.call()
+    assert [x is problem.inputs[n % len(problem.inputs)] for n, (x, _) in enumerate(seen)] == [True] * len(seen)
+    assert all(grad is None for _, grads in seen for grad in grads)
+    assert all(p.grad is not None for p in model.parameters().values())
+
+
+# The worker
+
+
+def test_a_row_that_crashes_or_hangs_is_a_row_and_the_next_one_is_measured(tmp_path):
+    worker = Worker("cpu", BASELINE, 0.01, tmp_path / "log")
+    try:
+        assert worker.measure(LstmTriton("auto"), CASE, 60.0).failure is None
+        crashed = worker.measure(planted.CRASHES, CASE, 60.0)
+        assert crashed.failure == "failed: the process that computed it ended (exit code 9)" and not crashed.stopped
+        hung = worker.measure(planted.HANGS, CASE, 1.0)
+        assert hung.failure == "failed: not done after 1 s, stopped" and hung.stopped
+        assert worker.measure(LstmTriton("auto"), CASE, 60.0).failure is None
+    finally:
+        worker.close()
+
+
+# The run
+
+
+class FakeMeasures:
+    """Answers at once; a clock moves on by what the row is said to take, and no further than the patience."""
+
+    def __init__(self, seconds, answer=None):
+        self.now, self.seconds, self.answer, self.asked = 0.0, seconds, answer, []
+
+    def measure(self, provider, case, patience):
+        self.asked.append((provider.key, case))
+        taken = self.seconds(case)
+        self.now += min(taken, patience)
+        if taken > patience:
+            return bench.Measurement(failure="failed: not done", stopped=True)
+        return self.answer or bench.Measurement(ms=(1.0, 2.0, 4.0), error=1e-6, baseline_ratio=1.5, rows=3.0)
+
+    def close(self):
+        pass
+
+
+def rows_of(tmp_path, todo, fake, budget, name="x.csv"):
+    pace = run.Pace(budget, lambda: fake.now)
+    path = tmp_path / name
+
+    def make_row(task, found):
+        return run.row(task, found, WHERE, None, "cpu")
+
+    return list(run.measure(todo, fake, pace, make_row, path)), path, pace
+
+
+def test_the_most_telling_rows_come_first_and_providers_only_get_what_they_compute():
+    cases = suites.cases(("cpu", "variants"), modes=(FORWARD,))
+    todo = run.tasks(cases, list(PROVIDERS.values()), "cpu")
+    ranks = [task.case.rank + task.provider.detour for task in todo]
+    assert ranks == sorted(ranks) and len(set(todo)) == len(todo)
+    assert {task.provider.key for task in todo} == {
+        "torch.nn.LSTM:aten", "lstm_triton:auto", "reference:torch.compile"
+    }  # fmt: skip
+    assert all(task.case.variant == "standard" for task in todo if task.provider.name == "torch.nn.LSTM")
+    on_gpu = {
+        task.provider.key
+        for task in run.tasks(suites.cases(("core",)), [BASELINE, PROVIDERS["torchrl:triton"]], "cuda")
+    }
+    assert on_gpu == {"torchrl:triton"}
+
+
+def test_a_run_stops_in_time_and_says_what_it_left(tmp_path):
+    todo = run.tasks(suites.cases(("cpu",)), [BASELINE, LstmTriton("auto")], "cpu")
+    fake = FakeMeasures(lambda case: 7.0)
+    outcomes, path, pace = rows_of(tmp_path, todo, fake, budget=60.0)
+    done = [task for task, row, _ in outcomes if row]
+    assert 30.0 < pace.elapsed <= 60.0 and len(done) == pace.elapsed // 7 and len(outcomes) == len(todo)
+    assert done[:4] == todo[:4]
+    assert len(rows.read(path)) == len(done)
+
+
+def test_a_small_case_still_fits_where_a_large_one_does_not(tmp_path):
+    """A row takes as long as its work; after the first ones, only cases of little work end in time."""
+    todo = run.tasks(suites.cases(("cpu",)), [BASELINE, LstmTriton("auto")], "cpu")
+    most = max(task.case.work for task in todo)
+    fake = FakeMeasures(lambda case: 40.0 * case.work / most)
+    outcomes, _, pace = rows_of(tmp_path, todo, fake, budget=100.0)
+    measured = [row is not None for _, row, _ in outcomes]
+    assert pace.elapsed <= 100.0 and sum(measured) > 10
+    first_left = measured.index(False)
+    assert todo[first_left].case.work > todo[0].case.work / 2 and any(measured[first_left:])
+
+
+def test_without_a_budget_every_row_is_measured(tmp_path):
+    todo = run.tasks(suites.cases(("cpu",)), [BASELINE, LstmTriton("auto")], "cpu")
+    outcomes, path, _ = rows_of(tmp_path, todo, FakeMeasures(lambda case: 100.0), budget=None)
+    assert len(rows.read(path)) == len(todo) == len(outcomes)
+
+
+def test_a_row_cut_off_by_the_budget_is_not_called_a_failure_but_one_that_hangs_is(tmp_path):
+    stopped = bench.Measurement(failure="failed: not done", stopped=True)
+    todo = [run.Task(planted.HANGS, CASE)]
+    cut_off, path, _ = rows_of(tmp_path, todo, FakeMeasures(lambda case: 50.0, stopped), budget=50.0)
+    assert cut_off == [(todo[0], None, None)] and not path.exists()
+    hung, path, _ = rows_of(tmp_path, todo, FakeMeasures(lambda case: 500.0, stopped), budget=None)
+    assert hung[0][1].error == "failed: not done" and rows.read(path) == [hung[0][1]]
+
+
+def test_what_was_done_when_a_run_is_killed_is_in_the_file(tmp_path):
+    class Killed(FakeMeasures):
+        def measure(self, provider, case, patience):
+            if len(self.asked) == 3:
+                raise KeyboardInterrupt
+            return super().measure(provider, case, patience)
+
+    todo = run.tasks(suites.cases(("cpu",)), [BASELINE], "cpu")
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(tmp_path, todo, Killed(lambda case: 1.0), budget=None)
+    assert [row.H for row in rows.read(tmp_path / "x.csv")] == [task.case.H for task in todo[:3]]
+
+
+def test_a_row_says_what_was_measured_and_how_far_the_limit_is():
+    case = replace(CASE, T=10, L=2, D=2, variant="full")
+    constants = Constants(copy_gb_per_s=1e-3, matmul_tflop_per_s={"float32": 1e3})
+    found = bench.Measurement(ms=(1.0, 2.0, 4.0), cpu_us=5.0, peak_mib=6.0, error=1e-6, baseline_ratio=1.5, rows=3.0)
+    row = run.row(run.Task(LstmTriton("auto"), case), found, WHERE, constants, "cpu")
+    assert (row.ms_p20, row.ms_median, row.ms_p80) == (1.0, 2.0, 4.0)
+    assert row.us_per_step == pytest.approx(2000.0 / 40)
+    assert row.limit_ratio == pytest.approx(row.us_per_step / row.limit_us_per_step)
+    assert {k: v for k, v in asdict(row).items() if k in asdict(WHERE)} == asdict(WHERE)
+    failed = run.row(run.Task(LstmTriton("auto"), case), bench.Measurement(failure="wrong"), WHERE, constants, "cpu")
+    assert failed.error == "wrong" and not failed.timed and failed.limit_ratio is None and failed.limit_us_per_step > 0
+
+
+def test_fewer_rows_on_average_lower_the_limit_of_a_ragged_case():
+    case = replace(CASE, B=100, H=64, I=64, ragged=True)
+    constants = Constants(copy_gb_per_s=10.0, matmul_tflop_per_s={"float32": 0.1})
+    full, half = (run.limit_us_per_step(case, mean, constants) for mean in (100.0, 50.0))
+    assert half == pytest.approx(full / 2)
+    assert run.limit_us_per_step(replace(case, dtype="tf32"), None, constants) is None
+
+
+def test_which_algorithm_the_kernels_show(tmp_path):
+    assert run.shown_algorithm(["void LSTM_elementWise_fp", "gemm"]) == "standard"
+    assert run.shown_algorithm(["RNN_blockPersist_fp_LSTM", "gemm"]) == "persistent"
+    assert run.shown_algorithm([]) == "none seen"
+    path = tmp_path / "x-kernels.json"
+    run.save_kernels(path, {"a case": dict(asked="cudnn-standard", shown="standard", kernels=["gemm"])})
+    assert json.loads(path.read_text())["a case"]["kernels"] == ["gemm"]
+
+
+def test_the_environment_names_processor_versions_and_commit():
+    found = environment(CPU)
+    assert "threads" in found.gpu and found.torch == torch.__version__ and found.date.count("-") == 2
+
+
+# The visit to a GPU
+
+
+def test_a_command_is_stopped_with_all_it_started(tmp_path):
+    log = tmp_path / "log"
+    child = "import time; time.sleep(3); print('alive', flush=True)"
+    script = (
+        f"import subprocess, sys, time; print('begun', flush=True); "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    )
+    start = time.monotonic()
+    assert gpu.stopped_after(1.5, [sys.executable, "-c", script], log) == "not done after 2 s, stopped"
+    assert time.monotonic() - start < 10
+    time.sleep(2.5)
+    assert gpu.last_line(log) == "begun"
+    assert gpu.stopped_after(20, [sys.executable, "-c", "raise SystemExit(3)"], log) == "ended with code 3"
+    assert gpu.stopped_after(20, [sys.executable, "-c", "print('hello\\n')"], log) is None
+    assert gpu.last_line(log) == "hello"
