@@ -68,7 +68,7 @@ def run_command(
     out = console()
     pace = run.Pace(budget)
     where = _device(device)
-    names = choose("--suite", expand(suite or ["gpu" if where.type == "cuda" else "cpu"]), suites.SUITES, GROUPS)
+    names = choose("--suite", expand(suite or ["gpu" if where.type == "cuda" else "cpu"]), suites.SUITES, tuple(GROUPS))
     dtypes = choose("--dtype", dtype or [], tuple(suites.STORAGE))
     modes = choose("--mode", mode or list(suites.MODES), suites.MODES)
     chosen = choose_providers(provider or [])
@@ -179,13 +179,18 @@ def write_report(results: Path, readme: Path | None, out: Console) -> list[Path]
     pictures = plots.draw_all(found, results)
     path = results / REPORT
     beside = [(title, picture.name) for title, picture in pictures]
-    report.write_whole(path, report.markdown(found, known, damaged, beside))
+    report.write_whole(path, report.markdown(found, known, damaged, beside, leaves_out()))
     written = [path, *(picture for _, picture in pictures)]
     if readme is not None:
         block = readme_block(results, readme, beside)
         report.write_whole(readme, report.rewrite_block(readme.read_text(), block))
         written.append(readme)
     return written
+
+
+def leaves_out() -> dict[str, str]:
+    """By provider and strategy, as rows name them, what each leaves out."""
+    return {f"{provider.name} {provider.strategy}": provider.leaves_out for provider in PROVIDERS.values()}
 
 
 def load_results(results: Path) -> tuple[list[rows.Row], dict[str, Constants], list[Exception]]:

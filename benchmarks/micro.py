@@ -23,6 +23,9 @@ WAIT_BLOCK = 8
 READ_BLOCK = 4096
 """32-bit words that a program reads at once: two loads of 16 bytes in each of 512 threads, several such in flight."""
 
+REGISTER_BYTES = 256 * 1024
+"""Registers of a multiprocessor, of every compute capability since 3.0 (CUDA C++ Programming Guide)."""
+
 LINE = 32
 """int32 elements of one cache line: a step of the dependent chain never finds its line read before."""
 
@@ -77,7 +80,7 @@ def measure_gpu(device: torch.device, quick: bool) -> Constants:
             for method in ("counter", "data")
         },
         multiprocessors=multiprocessors,
-        on_chip_bytes=properties.shared_memory_per_multiprocessor + 4 * properties.regs_per_multiprocessor,
+        on_chip_bytes=properties.shared_memory_per_multiprocessor + REGISTER_BYTES,
     )
 
 

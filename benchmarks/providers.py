@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import lstm_triton
 from benchmarks.problem import Problem
 from benchmarks.rows import BASELINE
-from benchmarks.suites import STORAGE, Case
+from benchmarks.suites import STORAGE, TRAINING, Case
 from lstm_triton import dispatch, functional, reference
 from lstm_triton.spec import LSTMWeights
 
@@ -82,6 +82,7 @@ class ModuleModel(Model):
     def __init__(self, module: nn.Module, problem: Problem) -> None:
         self.module = module.to(problem.device, STORAGE[problem.case.dtype])
         self.module.load_state_dict(problem.weights)
+        self.module.train(problem.case.mode == TRAINING)
         self.lengths = problem.lengths
         self.cell = problem.case.cell
 
@@ -106,7 +107,7 @@ class TorchLSTM(Provider):
     def __init__(self, strategy: str = "cudnn") -> None:
         self.strategy = strategy
 
-    leaves_out = "variants: beside those it computes the standard cell of the same sizes"
+    leaves_out = "coupled gates and peepholes: beside those it computes the standard cell of the same sizes"
 
     def refuses(self, case: Case, device_type: str) -> str | None:
         if self.strategy != ("cudnn" if device_type == "cuda" else "aten"):
@@ -136,7 +137,7 @@ class LstmTriton(Provider):
     """This library: what it picks itself (`auto`), or one strategy forced."""
 
     name = "lstm_triton"
-    leaves_out = "PackedSequence"
+    leaves_out = "packed sequences (not supported yet)"
     BACKENDS = {"auto": "auto", "stepwise": "triton", "torch": "torch"}  # noqa: RUF012
 
     def __init__(self, strategy: str) -> None:
@@ -152,7 +153,9 @@ class LstmTriton(Provider):
 
     def build(self, problem: Problem) -> Model:
         case, spec = problem.case, problem.case.spec
-        variant = dict(coupled=spec.coupled, peephole=spec.peephole, output_peephole=spec.output_peephole)
+        variant: dict[str, Any] = dict(
+            coupled=spec.coupled, peephole=spec.peephole, output_peephole=spec.output_peephole
+        )
         if case.cell:
             module: nn.Module = lstm_triton.LSTMCell(case.I, case.H, **variant)
         else:

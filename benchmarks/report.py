@@ -133,10 +133,12 @@ def markdown(
     constants: Mapping[str, Constants],
     damaged: Sequence[Exception],
     plots: Sequence[tuple[str, str]] = (),
+    leaves_out: Mapping[str, str] | None = None,
 ) -> str:
     """The whole report: what was measured where and how, means, slowest rows, all rows, what failed.
 
     - constants: by machine; damaged: what could not be read; plots: titles and paths, relative to the report
+    - leaves_out: by provider and strategy (`Row.name`), what it does not do that `torch.nn.LSTM` does
     """
     rows = in_order(rows)
     parts = ["# Benchmarks", HOW]
@@ -149,6 +151,10 @@ def markdown(
         parts += ["## Damaged files, left out", "\n".join(lines)]
     if plots:
         parts += ["## Plots", "\n".join(f"- [{_words(title)}]({_target(path)})" for title, path in plots)]
+    present = [name for name in (leaves_out or {}) if any(row.name == name for row in rows)]
+    if leaves_out and present:
+        cells = [(name, leaves_out[name] or "nothing") for name in present]
+        parts += ["## What each leaves out", table(("provider", "leaves out"), cells)]
     for gpu in machines(rows, constants):
         own = [row for row in rows if row.gpu == gpu]
         parts += [f"## {_words(gpu)}", *_machine(own, constants.get(gpu))]

@@ -196,8 +196,9 @@ def read_all(folder: Path) -> tuple[list[Row], list[DamagedResults]]:
 
 def newest(rows: Iterable[Row]) -> list[Row]:
     """Of rows that measured the same thing on the same machine, the last; in the order of their dates."""
-    last: dict[tuple[object, ...], Row] = {}
+    last: dict[tuple[object, object], Row] = {}
     for row in sorted(rows, key=lambda row: row.date):
-        shape = (row.T, row.B, row.I, row.H, row.L, row.D, row.variant, row.dtype, row.mode)
-        last[(row.gpu, row.suite, row.provider, row.strategy, *shape)] = row
+        what = (row.gpu, row.suite, row.provider, row.strategy, row.variant, row.dtype, row.mode)
+        sizes = (row.T, row.B, row.I, row.H, row.L, row.D)
+        last[what, sizes] = row
     return list(last.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -128,7 +129,7 @@ def _variants() -> Iterator[Case]:
     for rank, dtype in ((0, "bfloat16"), (2, "float16"), (3, "tf32")):
         for more, (B, H) in enumerate(((16, 768), (64, 512), (64, 1024))):
             for variant in ("coupled", "diagonal", "full"):
-                rest = dict(dtype=dtype, mode=FORWARD, variant=variant, rank=rank + min(more, 1))
+                rest: dict[str, Any] = dict(dtype=dtype, mode=FORWARD, variant=variant, rank=rank + min(more, 1))
                 yield Case("variants", T=512, B=B, I=H, H=H, **rest)
 
 
@@ -139,7 +140,7 @@ def _cell() -> Iterator[Case]:
 
 
 def _cpu() -> Iterator[Case]:
-    rest = dict(dtype="float32", mode=FORWARD)
+    rest: dict[str, Any] = dict(dtype="float32", mode=FORWARD)
     for variant in ("standard", "coupled", "diagonal", "full"):
         yield Case("cpu", T=64, B=32, I=256, H=512, L=2, variant=variant, **rest)
     for H in (64, 128, 256, 512):

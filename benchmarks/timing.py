@@ -119,7 +119,7 @@ def peak_mib(timed: Timed, device: torch.device) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         timed.call()
     allocated = most = 0
-    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
             allocated += event.nbytes()
             most = max(most, allocated)

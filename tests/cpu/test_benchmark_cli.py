@@ -107,7 +107,7 @@ def test_a_report_of_a_recorded_run_names_what_is_damaged_and_leaves_it_alone(tm
     assert code == 0 and "left out, damaged" in output and damaged.name in output
     assert damaged.read_text() == "provider,strategy\nlstm_triton,auto\n"
     written = (tmp_path / "report.md").read_text()
-    assert damaged.name in written
+    assert damaged.name in written and PROVIDERS["torch.nn.LSTM:aten"].leaves_out in written
     text = readme.read_text()
     assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
     assert "No GPU result yet" in text
@@ -134,4 +134,4 @@ def test_the_readme_is_what_the_committed_results_make_of_it(tmp_path):
     assert pictures and all((RESULTS / name).exists() for _, name in pictures)
     text = (ROOT / "README.md").read_text()
     assert report.rewrite_block(text, app.readme_block(RESULTS, ROOT / "README.md", pictures)) == text
-    assert (RESULTS / "report.md").read_text() == report.markdown(found, known, [], pictures)
+    assert (RESULTS / "report.md").read_text() == report.markdown(found, known, [], pictures, app.leaves_out())

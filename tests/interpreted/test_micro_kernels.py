@@ -111,7 +111,6 @@ def gpu_of_three(monkeypatch):
         multi_processor_count=3,
         L2_cache_size=1 << 16,
         shared_memory_per_multiprocessor=1000,
-        regs_per_multiprocessor=10,
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -132,7 +131,7 @@ def test_everything_is_measured(gpu_of_three):
     assert {method: list(by_count) for method, by_count in constants.wait_us.items()} == {
         "counter": [1, 2, 3], "data": [1, 2, 3],
     }  # fmt: skip
-    assert (constants.multiprocessors, constants.on_chip_bytes) == (3, 1040)
+    assert (constants.multiprocessors, constants.on_chip_bytes) == (3, 1000 + 256 * 1024)
     values = (constants.l2_read_gb_per_s, constants.l2_round_trip_us, constants.launch_us)
     assert all(isinstance(value, float) for value in values)
     assert set(grids) == {(1,), (2,), (3,)}
