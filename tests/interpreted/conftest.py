@@ -1,7 +1,9 @@
 import functools
 
 import pytest
-from lstm_triton_kernels.gates import INTERPRETED
+from lstm_triton_kernels.gates import INTERPRETED, gate_preactivations_kernel
+
+from tests.support.concurrent import interpreter, prepared
 
 
 def pytest_collection_modifyitems(items):
@@ -10,6 +12,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "tests/interpreted" in str(item.path):
                 item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def triton_patched_once():
+    """The interpreter patches triton.language at every call of a device function, milliseconds each; here once."""
+    if not INTERPRETED:
+        yield
+        return
+    with prepared(gate_preactivations_kernel) as patch_once, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 @functools.cache

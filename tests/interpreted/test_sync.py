@@ -222,19 +222,31 @@ def test_unpublish_fills_any_view_with_a_nan(dtype):
 # Tests of the tests: each fault makes the checks above fail.
 
 
+FEW_RUNS = 10
+"""One run mostly shows a fault; on a busy machine programs can happen to come in the right order in one of them."""
+
+
+def is_seen(wait, fault):
+    """Whether one of a few launches with the fault comes out wrong."""
+    for seed in range(FEW_RUNS):
+        recurrence = Recurrence(wait, 4, T=12)
+        recurrence.run(fault=fault, seed=seed, delay=4e-3)
+        if not recurrence.is_right():
+            return True
+    return False
+
+
 @pytest.mark.parametrize("fault", ["no wait", "an epoch behind", "a program short", "early arrival", "no barrier"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_wrong_counter_wait_is_seen(fault, seed):
-    recurrence = Recurrence("counter", 4, T=12)
-    recurrence.run(fault=fault, seed=seed, delay=4e-3)
-    assert not recurrence.is_right()
+def test_a_wrong_counter_wait_is_seen(fault):
+    assert is_seen("counter", fault)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_missing_data_wait_is_seen(seed):
-    recurrence = Recurrence("data", 4, T=12)
-    recurrence.run(fault="no wait", seed=seed, delay=4e-3)
-    assert not recurrence.is_right()
+def test_a_missing_data_wait_is_seen():
+    assert is_seen("data", "no wait")
+
+
+def test_a_right_wait_is_never_seen():
+    assert not is_seen("counter", None) and not is_seen("data", None)
 
 
 def test_a_buffer_that_was_not_unpublished_is_seen():
