@@ -1,5 +1,6 @@
 """The harness on a CPU: every provider right before it is timed, every fault a row, rows on the disk as they finish."""
 
+import io
 import json
 import math
 import statistics
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lstm_triton_kernels.limit import Constants
+from rich.console import Console
 
 from benchmarks import bench, check, gpu, rows, run, suites, timing
 from benchmarks.environment import Environment, environment
@@ -391,3 +393,34 @@ def test_a_command_is_stopped_with_all_it_started(tmp_path):
     assert gpu.stopped_after(20, [sys.executable, "-c", "raise SystemExit(3)"], log) == "ended with code 3"
     assert gpu.stopped_after(20, [sys.executable, "-c", "print('hello\\n')"], log) is None
     assert gpu.last_line(log) == "hello"
+
+
+@pytest.mark.parametrize("parity", [None, "ended with code 1"])
+def test_a_visit_runs_parity_then_constants_then_suites_within_its_budget(tmp_path, monkeypatch, parity):
+    ran = []
+
+    def record(seconds, command, log=None):
+        ran.append((seconds, " ".join(command[1:])))
+        if log is not None:
+            log.write_text("....\n571 passed\n")
+        if "run" in command:
+            rows.append(tmp_path / "h100-2026-11-24-gpu.csv", recorded)
+        return parity if log is not None else None
+
+    todo = [run.Task(LstmTriton("auto"), replace(CASE, suite="core"))]
+    found = bench.Measurement(ms=(1.0, 2.0, 4.0), cpu_us=5.0, peak_mib=6.0, error=1e-6, baseline_ratio=1.5, rows=3.0)
+    recorded = run.row(todo[0], found, replace(WHERE, gpu="NVIDIA H100"), None, "cuda")
+    monkeypatch.setattr(gpu, "stopped_after", record)
+    monkeypatch.setattr(gpu, "environment", lambda device: replace(WHERE, gpu="NVIDIA H100"))
+    monkeypatch.setattr(gpu, "machine", lambda device: "NVIDIA H100")
+    out = Console(width=140, file=io.StringIO())
+    code = gpu.run_all(540.0, tmp_path, out)
+    assert [name for _, words in ran for name in ("pytest", "micro", "run") if f" {name}" in words] == [
+        "pytest", "micro", "run"
+    ]  # fmt: skip
+    assert ran[0][0] + ran[1][0] < 540.0 and ran[2][0] <= 540.0
+    assert "--suite gpu" in ran[2][1] and "-m gpu tests/gpu" in ran[0][1]
+    text = out.file.getvalue()
+    assert "571 passed" in text and "1.50" in text and "suites: done" in text
+    assert (code, f"parity: {parity or 'done'}" in text) == (1 if parity else 0, True)
+    assert (tmp_path / "h100-2026-11-24-parity.txt").exists()
