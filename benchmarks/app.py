@@ -19,10 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import RESULTS, ROOT, constants, micro, plots, report, rows, run, suites
+from benchmarks import readme as brief
 from benchmarks.environment import environment, machine
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.rows import BASELINE
+from benchmarks.summary import short_table
 from benchmarks.worker import Worker
+from lstm_triton.cli.devices import parse_device
+from lstm_triton.cli.errors import UserError
+from lstm_triton.cli.files import write_whole
 
 GROUPS = {"gpu": suites.GPU_SUITES}
 MICRO_SECONDS = 120.0
@@ -68,20 +73,20 @@ def run_command(
     out = console()
     pace = run.Pace(budget)
     where = _device(device)
-    names = choose("--suite", expand(suite or ["gpu" if where.type == "cuda" else "cpu"]), suites.SUITES, tuple(GROUPS))
+    asked = suite or ["gpu" if where.type == "cuda" else "cpu"]
+    names = choose("--suite", expand(asked), suites.SUITES, tuple(GROUPS))
     dtypes = choose("--dtype", dtype or [], tuple(suites.STORAGE))
     modes = choose("--mode", mode or list(suites.MODES), suites.MODES)
     chosen = choose_providers(provider or [])
     cases = suites.cases(names, dtypes, modes)
     todo = run.tasks(cases, chosen, where.type)
     if not todo:
-        asked = ", ".join(provider.key for provider in chosen)
-        raise typer.BadParameter(f"nothing to measure: none of {asked} computes these cases on {where}")
+        keys = ", ".join(provider.key for provider in chosen)
+        raise typer.BadParameter(f"nothing to measure: none of {keys} computes these cases on {where}")
     results = _folder(results)
     this = environment(where)
-    known = load_constants(out, constants_file, results, where)
-    label = "+".join(suite or names) if len(names) > 1 else names[0]
-    path = rows.new_file(results, machine(where), this.date, label)
+    known = load_constants(out, constants_file, results, where, this.gpu)
+    path = rows.new_file(results, machine(where), this.date, "+".join(dict.fromkeys(asked)))
     seen: dict[str, dict[str, object]] = {}
     left_out = 0
     baseline = PROVIDERS[f"{BASELINE}:{'cudnn' if where.type == 'cuda' else 'aten'}"]
@@ -115,7 +120,7 @@ def run_command(
         except KeyboardInterrupt:
             interrupted = True
     if path.exists():
-        out.print(report.short_table(rows.read(path)))
+        out.print(short_table(rows.read(path)))
         out.print(f"{path}", soft_wrap=True)
     if left_out:
         out.print(f"no time for {left_out} of {len(todo)} rows, the least telling: a larger --budget takes them")
@@ -179,11 +184,11 @@ def write_report(results: Path, readme: Path | None, out: Console) -> list[Path]
     pictures = plots.draw_all(found, results)
     path = results / REPORT
     beside = [(title, picture.name) for title, picture in pictures]
-    report.write_whole(path, report.markdown(found, known, damaged, beside, leaves_out()))
+    write_whole(path, report.markdown(found, known, damaged, beside, leaves_out()).encode())
     written = [path, *(picture for _, picture in pictures)]
     if readme is not None:
         block = readme_block(results, readme, beside)
-        report.write_whole(readme, report.rewrite_block(readme.read_text(), block))
+        write_whole(readme, brief.rewrite_block(readme.read_text(), block).encode())
         written.append(readme)
     return written
 
@@ -208,7 +213,7 @@ def readme_block(results: Path, readme: Path, pictures: Sequence[tuple[str, str]
     found, known, _ = load_results(results)
     folder = Path(os.path.relpath(results, readme.parent))
     links = [(title, str(folder / name)) for title, name in pictures]
-    return report.readme_block(found, known, str(folder / REPORT), links)
+    return brief.readme_block(found, known, str(folder / REPORT), links)
 
 
 def choose(option: str, names: Sequence[str], known: Sequence[str], more: Sequence[str] = ()) -> tuple[str, ...]:
@@ -242,8 +247,8 @@ def choose_providers(names: Sequence[str]) -> list[Provider]:
     return found
 
 
-def load_constants(out: Console, file: Path | None, results: Path, where: torch.device) -> Constants | None:
-    """The constants of the limit: from the file, else this machine's newest in the folder, else measured now.
+def load_constants(out: Console, file: Path | None, results: Path, where: torch.device, name: str) -> Constants | None:
+    """The constants of the limit: from the file, else the newest of the machine `name` in the folder, else measured.
 
     They are measured in a process of their own; None, said on the console, where that fails.
     """
@@ -252,7 +257,6 @@ def load_constants(out: Console, file: Path | None, results: Path, where: torch.
             return constants.load(file)[0]
         except rows.DamagedResults as error:
             raise typer.BadParameter(f"--constants: {error}") from error
-    name = environment(where).gpu
     known = constants.load_all(results)[0]
     if name not in known:
         command = [sys.executable, "-m", "benchmarks", "micro", "--device", str(where), "--results", str(results)]
@@ -279,22 +283,15 @@ def line_of(row: rows.Row) -> str:
 def constants_table(found: Constants) -> Table:
     """Name and value of every constant there is."""
     table = Table(title="constants of the limit", show_header=False)
-    for name, value in asdict(found).items():
-        if value is None:
-            continue
-        if not isinstance(value, dict):
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-            continue
-        for key, inner in value.items():
-            parts = inner.items() if isinstance(inner, dict) else [("", inner)]
-            table.add_row(f"{name} {key}", ", ".join(f"{k}: {v:.4g}" if k != "" else f"{v:.4g}" for k, v in parts))
+    for line in report.constants_lines(found):
+        table.add_row(*line)
     return table
 
 
 def _device(name: str) -> torch.device:
     try:
-        return run.device_of(name)
-    except ValueError as error:
+        return parse_device(name)
+    except UserError as error:
         raise typer.BadParameter(f"--device: {error}") from error
 
 

@@ -28,7 +28,9 @@ def load(path: Path) -> tuple[Constants, dict[str, Any]]:
                 method: {int(programs): float(us) for programs, us in by_programs.items()}
                 for method, by_programs in values["wait_us"].items()
             }
-        return Constants(**values), dict(content["environment"])
+        environment = dict(content["environment"])
+        environment["gpu"], environment["date"] = str(environment["gpu"]), str(environment["date"])
+        return Constants(**values), environment
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedResults(f"{path}: not a file of constants: {error!r}") from error
 
@@ -43,7 +45,7 @@ def load_all(folder: Path) -> tuple[dict[str, Constants], list[DamagedResults]]:
         except DamagedResults as error:
             damaged.append(error)
             continue
-        gpu, date = str(environment["gpu"]), str(environment["date"])
+        gpu, date = environment["gpu"], environment["date"]
         if gpu not in found or found[gpu][0] <= date:
             found[gpu] = (date, constants)
     return {gpu: constants for gpu, (_, constants) in found.items()}, damaged

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import ROOT, report, rows
+from benchmarks import ROOT, rows
 from benchmarks.environment import environment, machine
+from benchmarks.summary import short_table
 
 PARITY_SHARE = 0.4
 """Of the budget, for the parity tests at most."""
@@ -51,7 +52,7 @@ def run_all(budget: float, results: Path, out: Console) -> int:
     outcomes["suites"] = stopped_after(left + END_SECONDS, suites)
 
     found = [row for path in sorted(set(results.glob("*.csv")) - before) for row in rows.read(path)]
-    out.print(report.short_table(found))
+    out.print(short_table(found))
     for name, words in outcomes.items():
         out.print(f"{name}: {words or 'done'}", markup=False)
     out.print(f"{time.monotonic() - start:.0f} s in all; `python -m benchmarks report` makes tables and plots of them")

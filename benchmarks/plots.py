@@ -9,9 +9,10 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import OURS, is_gpu, machines, name_key, number, ratio_of, write_whole
 from benchmarks.rows import BASELINE, Row, slug
 from benchmarks.suites import MODES, STORAGE
+from benchmarks.summary import OURS, is_gpu, machines, name_key, number, ratio_of
+from lstm_triton.cli.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

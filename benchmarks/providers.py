@@ -76,6 +76,11 @@ class Provider(ABC):
         """The model of a problem."""
 
 
+def leaves(problem: Problem) -> dict[str, Tensor]:
+    """The problem's weights as leaves that collect gradients."""
+    return {name: weight.clone().requires_grad_() for name, weight in problem.weights.items()}
+
+
 class ModuleModel(Model):
     """A module with `torch.nn.LSTM`'s (or LSTMCell's) interface and parameter names."""
 
@@ -103,11 +108,10 @@ class TorchLSTM(Provider):
     """`torch.nn.LSTM` and `LSTMCell`, the baseline: cuDNN on a GPU, ATen's own or oneDNN on a CPU."""
 
     name = BASELINE
-
-    def __init__(self, strategy: str = "cudnn") -> None:
-        self.strategy = strategy
-
     leaves_out = "coupled gates and peepholes: beside those it computes the standard cell of the same sizes"
+
+    def __init__(self, strategy: str) -> None:
+        self.strategy = strategy
 
     def refuses(self, case: Case, device_type: str) -> str | None:
         if self.strategy != ("cudnn" if device_type == "cuda" else "aten"):
@@ -169,7 +173,7 @@ class CompiledReferenceModel(Model):
     def __init__(self, problem: Problem, compile_step: Callable[[Callable], Callable]) -> None:
         case, self.spec = problem.case, problem.case.spec
         self.cell = case.cell
-        self.weights = {name: weight.clone().requires_grad_() for name, weight in problem.weights.items()}
+        self.weights = leaves(problem)
         flat = list(self.weights.values())
         self.layers = functional.group_layers(flat, self.spec, case.L, case.D, True, 0)
         spec = self.spec
@@ -238,7 +242,7 @@ def _one_plain_layer(case: Case, device_type: str) -> str | None:
 
 
 class FlashRNNModel(Model):
-    """FlashRNN with one head; the input's matmul, which it leaves to the caller, as one `torch.addmm`."""
+    """FlashRNN with one head; the input's matmul, which it leaves to the caller, is one product here."""
 
     def __init__(self, problem: Problem, backend: str) -> None:
         case, weights = problem.case, problem.weights
@@ -264,7 +268,7 @@ class FlashRNNModel(Model):
         bias = b.flatten() if b is not None else None
         return {
             "weight_ih_l0": self.w.grad,
-            "weight_hh_l0": r.view(4 * self.hidden, self.hidden) if r is not None else None,
+            "weight_hh_l0": r.reshape(4 * self.hidden, self.hidden) if r is not None else None,
             "bias_ih_l0": bias,
             "bias_hh_l0": bias,
         }
@@ -275,7 +279,7 @@ class FlashRNN(Provider):
 
     name = "flashrnn"
     leaves_out = (
-        "the input's matmul (added here as one torch.addmm), layers, directions, lengths, projection, float32; "
+        "the input's matmul (added here as one product), layers, directions, lengths, projection; "
         "keeps c in the storage type; `cuda_fused` needs nvcc and builds on first use; `triton_fused` has H <= 64"
     )
     detour = 2
@@ -301,7 +305,7 @@ class TorchRLModel(Model):
 
     def __init__(self, problem: Problem) -> None:
         case = problem.case
-        self.weights = {name: weight.clone().requires_grad_() for name, weight in problem.weights.items()}
+        self.weights = leaves(problem)
         self.state = torch.zeros(case.B, case.T, case.H, device=problem.device, dtype=STORAGE[case.dtype])
         self.is_init = torch.zeros(case.B, case.T, dtype=torch.bool, device=problem.device)
         self.compute_dtype = STORAGE[case.dtype]
@@ -326,7 +330,10 @@ class TorchRL(Provider):
 
     name = "torchrl"
     strategy = "triton"
-    leaves_out = "directions, lengths, projection; copies x to batch first; takes a state and a reset flag per step"
+    leaves_out = (
+        "layers, directions, lengths, projection in one call; copies x to batch first; takes a state and a reset flag "
+        "per step"
+    )
     detour = 2
     first_seconds = 90.0
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from lstm_triton_kernels.limit import Constants, Work, least_us_per_step
 
 from benchmarks import rows
@@ -18,6 +16,7 @@ from benchmarks.environment import Environment
 from benchmarks.providers import Provider
 from benchmarks.suites import STORAGE, TRAINING, Case, regime
 from benchmarks.worker import Measures
+from lstm_triton.cli.files import write_whole
 
 LONGEST_ROW = 180.0
 """Seconds after which a row is given up."""
@@ -166,21 +165,4 @@ def shown_algorithm(kernels: Sequence[str]) -> str:
 
 def save_kernels(path: Path, seen: dict[str, dict[str, object]]) -> None:
     """Write (anew) the file of the kernels that `torch.nn.LSTM` launched, by case: asked for, shown, names."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(seen, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def device_of(name: str) -> torch.device:
-    """The device to measure on; "auto" is the GPU if there is one. Raises ValueError if there is no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}: there are auto, cpu, cuda and cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"there is no {name}: PyTorch {torch.__version__} finds {torch.cuda.device_count()} GPUs")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"cannot measure on {name!r}, only on cpu, cuda or cuda:N")
-    return device
+    write_whole(path, (json.dumps(seen, indent=2) + "\n").encode())

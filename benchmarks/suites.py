@@ -73,9 +73,9 @@ class Case:
 def regime(case: Case, device_type: str) -> str:
     """The algorithm that PyTorch asks cuDNN for at the case's shape (of the standard variant).
 
-    As ATen's native/cudnn/RNN.cpp decides it (torch 2.11 to 2.13, `get_algo`) on a GPU of compute capability 8.0 or
-    9.0 with at least 98 multiprocessors: persistent for float16, one layer and direction, H <= 1024, H and I multiples
-    of 128, B a multiple of 8 up to 128, not packed; and, whatever the type, for H <= 192 forward and 128 backward.
+    As ATen's native/cudnn/RNN.cpp decides it (`get_algo`) on a large GPU of compute capability 8.0 or 9.0 (A100, H100):
+    persistent for float16, one layer and direction, H <= 1024, H and I multiples of 128, B a multiple of 8 up to 128,
+    not packed; and, whatever the type, for H <= 192 forward and 128 backward. What a run saw is in its `-kernels.json`.
     """
     if device_type == "cpu":
         return CPU

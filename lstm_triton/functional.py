@@ -94,7 +94,8 @@ def lstm(
     - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
 
     Types as in `lstm_cell`. Raises ValueError or RuntimeError as `torch.nn.LSTM` does for sizes and types that do not
-    fit and for T = 0; RuntimeError where the backend asked for cannot run; ValueError for an unknown variant.
+    fit and for T = 0; TypeError for a PackedSequence; RuntimeError where the backend asked for cannot run; ValueError
+    for an unknown variant.
     """
     spec = LSTMSpec(coupled, peephole, output_peephole)
     D = 2 if bidirectional else 1
@@ -106,6 +107,7 @@ def lstm(
     H = first.weight_hh.size(0) // len(spec.gates)
     check_weights([w for layer in layers for w in layer], spec, [I] * D + [D * P] * (D * (L - 1)), H, proj_size)
 
+    checks.padded(input)
     checks.lstm_input_dimensions(input)
     batched = input.dim() == 3
     x = input if batched else input.unsqueeze(1)

@@ -195,7 +195,6 @@ class LSTM(VariantModule):
 
         Raises ValueError or RuntimeError as `torch.nn.LSTM` does; TypeError for a PackedSequence.
         """
-        checks.padded(input)
         names = functional.state_dict_names(self.spec, self.num_layers, self.bidirectional, self.bias, self.proj_size)
         return functional.lstm(
             input,

@@ -1,7 +1,8 @@
 """The least time of one time step that a machine allows: bytes, operations and waits, from measured constants.
 
-A bound from below, for a layer however it is computed; the closer a measured step comes to it, the less there is left
-to gain. Sizes: T time steps, B batch rows, I input features, H hidden units (no projection), G gate blocks. It counts:
+A bound from below, for a layer that keeps its gates for the backward pass; the closer a measured step comes to it, the
+less there is left to gain. Sizes: T time steps, B batch rows, I input features, H hidden units (no projection), G gate
+blocks. It counts:
 
 - *throughput*: nothing runs faster than its operations at the measured matmul rate, nor than its bytes of device memory
   at the measured copy bandwidth. Forward: the products with W_ih and W_hh (and a full peephole's); x read and the
@@ -13,11 +14,11 @@ to gain. Sizes: T time steps, B batch rows, I input features, H hidden units (no
   gate gradients, B·G·H elements each. Weights that do not fit on all multiprocessors together stream through L2 in
   every step.
 
-A step takes at least the longer of the two. Layers in one direction can overlap (step t of layer 2 beside step t + 1
-of layer 1), so L of them have one chain; with two directions a layer needs all of the layer below, so each has its own;
-the two directions of a layer run side by side. Not counted, so that no machine reaches the limit: activations, reading
-the resident weights from shared memory, tiles of the tensor cores that few rows leave empty, the gradients of the
-weights.
+A step takes at least the longer of the two, and its share of one cooperative launch a pass. Layers in one direction can
+overlap (step t of layer 2 beside step t + 1 of layer 1), so L of them have one chain; with two directions a layer needs
+all of the layer below, so each has its own; the two directions of a layer run side by side. Not counted, so that no
+machine reaches the limit: activations, reading the resident weights from shared memory, tiles of the tensor cores that
+few rows leave empty, the gradients of the weights.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ WAIT_METHODS = ("counter", "data")
 """What `WAIT` may be."""
 
 TURNS = 1 << 20
-"""Patience of a real launch: a turn takes a round trip through L2, about half a microsecond, so about half a second."""
+"""Patience of a real launch: half a second, if a turn takes half a microsecond (an estimate; it was not measured)."""
 
 MOST_THREADS = tl.constexpr(1024)
 GAVE_UP_COUNT = tl.constexpr(1)

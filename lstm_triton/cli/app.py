@@ -21,6 +21,7 @@ from rich.text import Text
 
 from lstm_triton import VARIANTS, LSTMSpec, dispatch
 from lstm_triton.cli import INTERRUPTED, checkpoints, info, report
+from lstm_triton.cli.devices import parse_device
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.files import check_writable, write_whole
 from lstm_triton.cli.model import sample
@@ -218,23 +219,6 @@ def parse_variants(names: Sequence[str], output_current: bool) -> tuple[str, ...
     if output_current and not any(spec.peephole for spec in chosen):
         raise UserError(f"--output-peephole current needs a variant with a peephole, got {', '.join(found)}")
     return found
-
-
-def parse_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one. Raises UserError if there is no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}: there are auto, cpu, cuda and cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"cannot train on {name!r}, only on cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"there is no {name}: PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices"
-        )
-    return device
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> dispatch.Choice:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import RESULTS, ROOT, app, plots, report, rows, suites
+from benchmarks import RESULTS, ROOT, app, plots, readme, report, rows, suites
 from benchmarks.providers import PROVIDERS
 
 RECORDED = Path(__file__).parent.parent / "data" / "cpu-recorded.csv"
@@ -39,7 +39,7 @@ def test_what_is_unknown_is_answered_with_what_exists(tmp_path, option, wrong, k
     "arguments, words",
     [
         (("run", "--device", "tpu"), "unknown device 'tpu'"),
-        (("run", "--device", "meta"), "cannot measure on 'meta'"),
+        (("run", "--device", "meta"), "cannot run on 'meta'"),
         (("run", "--device", "cuda:99"), "there is no cuda:99"),
         (("run", "--device", "cpu", "--suite", "cpu", "--provider", "lstm_triton:torch"), "nothing to measure"),
         (("run", "--device", "cpu", "--budget", "0"), "--budget"),
@@ -133,5 +133,5 @@ def test_the_readme_is_what_the_committed_results_make_of_it(tmp_path):
     pictures = [(title, picture.name) for title, picture in plots.draw_all(found, tmp_path)]
     assert pictures and all((RESULTS / name).exists() for _, name in pictures)
     text = (ROOT / "README.md").read_text()
-    assert report.rewrite_block(text, app.readme_block(RESULTS, ROOT / "README.md", pictures)) == text
+    assert readme.rewrite_block(text, app.readme_block(RESULTS, ROOT / "README.md", pictures)) == text
     assert (RESULTS / "report.md").read_text() == report.markdown(found, known, [], pictures, app.leaves_out())

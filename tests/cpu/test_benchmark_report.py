@@ -13,8 +13,8 @@ from lstm_triton_kernels.limit import Constants
 from matplotlib import image
 from rich.console import Console
 
-from benchmarks import plots, report
-from benchmarks.report import BEGIN, END
+from benchmarks import markdown, plots, readme, report, summary
+from benchmarks.readme import BEGIN, END
 from benchmarks.rows import BASELINE, DamagedResults, Row
 
 GPU, CPU = "NVIDIA INVENTED 1", "Invented CPU, 1 threads"
@@ -86,7 +86,7 @@ ratios = st.floats(1e-3, 1e3)
 @given(st.lists(st.tuples(ratios, st.sampled_from([FORWARD, TRAINING]), st.sampled_from(["core", "odd"])), max_size=20))
 def test_a_mean_is_geometric_and_of_its_own_group_alone(drawn):
     rows = [row(ratio, mode=mode, suite=suite) for ratio, mode, suite in drawn]
-    means = report.geometric_means(rows)
+    means = summary.geometric_means(rows)
     groups = {(mode, suite) for _, mode, suite in drawn}
     assert {(mean.mode, mean.suite) for mean in means} == groups and len(means) == len(groups)
     for mean in means:
@@ -98,21 +98,21 @@ def test_a_mean_is_geometric_and_of_its_own_group_alone(drawn):
 
 @pytest.mark.parametrize("column", ["gpu", "suite", "regime", "mode", "strategy"])
 def test_rows_that_differ_in_what_a_mean_is_of_are_not_averaged(column):
-    means = report.geometric_means([row(2.0), row(8.0), replace(row(32.0), **{column: "another"})])
+    means = summary.geometric_means([row(2.0), row(8.0), replace(row(32.0), **{column: "another"})])
     assert sorted(mean.ratio for mean in means) == pytest.approx([4.0, 32.0])
 
 
 def test_rows_without_a_ratio_are_counted_and_kept_apart():
     failed, alone = row(error="failed: E: words"), row(ratio=None, H=512)
-    (mean,) = report.geometric_means([row(2.0), failed, row(0.5, H=128), alone, row(math.nan, H=64), row(0.0, H=32)])
+    (mean,) = summary.geometric_means([row(2.0), failed, row(0.5, H=128), alone, row(math.nan, H=64), row(0.0, H=32)])
     assert mean.ratio == pytest.approx(1.0)
     assert (mean.count, mean.total, mean.slower) == (2, 6, 1)
     assert mean.untimed == (failed,)
     assert {found.H for found in mean.unpaired} == {512, 64, 32}
-    assert report.mean_cell(mean) == "1.00 (2 of 6)"
-    (none,) = report.geometric_means([failed])
+    assert markdown.mean_cell(mean) == "1.00 (2 of 6)"
+    (none,) = summary.geometric_means([failed])
     assert (none.ratio, none.worst, none.count, none.total) == (None, None, 0, 1)
-    assert report.mean_cell(none) == "none of 1"
+    assert markdown.mean_cell(none) == "none of 1"
 
 
 def test_providers_stand_in_one_order_whichever_has_the_first_shape():
@@ -121,7 +121,7 @@ def test_providers_stand_in_one_order_whichever_has_the_first_shape():
         row(1.0, H=512),
         row(1.0, provider=("torchrl", "triton"), H=64),
     ]
-    assert [mean.name for mean in report.geometric_means(others)] == [
+    assert [mean.name for mean in summary.geometric_means(others)] == [
         "torch.nn.LSTM cudnn", "lstm_triton auto", "torchrl triton",
     ]  # fmt: skip
 
@@ -130,11 +130,11 @@ def test_providers_stand_in_one_order_whichever_has_the_first_shape():
 @settings(max_examples=25, deadline=None)
 def test_any_rows_make_texts_in_which_every_row_stands(drawn):
     rows = [row(ratio, gpu=gpu, H=64 * (n + 1), I=8) for n, (ratio, gpu) in enumerate(drawn)]
-    whole, brief = report.markdown(rows, {}, []), report.readme_block(rows, {}, "report.md")
+    whole, brief = report.markdown(rows, {}, []), readme.readme_block(rows, {}, "report.md")
     assert not re.search(r"\bnan\b|\binf\b|None of|\bNone\b(?!\.)", whole + brief)
     for one in rows:
         assert len(lines_with(whole, one.shape, one.dtype, "1.0e-03")) == 1
-    assert (report.NO_GPU in brief) == (not any(gpu == GPU for _, gpu in drawn))
+    assert (summary.NO_GPU in brief) == (not any(gpu == GPU for _, gpu in drawn))
     for line in lines_with(whole + "\n" + brief, "|"):
         assert line.startswith("| ") and line.endswith(" |")
 
@@ -142,17 +142,17 @@ def test_any_rows_make_texts_in_which_every_row_stands(drawn):
 def test_no_text_is_made_of_numbers_that_are_not_finite():
     bad = dict(ms=math.inf, us_per_step=math.nan, peak_mib=math.inf, limit_ratio=math.nan)
     rows = [row(math.nan, error=math.nan, **bad), row(math.inf, H=512)]
-    text = report.markdown(rows, {}, []) + report.readme_block(rows, {}, "r.md")
+    text = report.markdown(rows, {}, []) + readme.readme_block(rows, {}, "r.md")
     assert not re.search(r"\b(nan|inf)\b", text, re.IGNORECASE)
     assert "not finite" in text
 
 
 def test_nothing_at_all_is_said_in_words():
     assert "No row has been measured yet." in report.markdown([], {}, [])
-    brief = report.readme_block([], {}, "report.md")
-    assert report.NO_GPU in brief and "No CPU result yet." in brief
-    assert report.geometric_means([]) == []
-    assert report.short_table([]).row_count == 0
+    brief = readme.readme_block([], {}, "report.md")
+    assert summary.NO_GPU in brief and "No CPU result yet." in brief
+    assert summary.geometric_means([]) == []
+    assert summary.short_table([]).row_count == 0
 
 
 def test_the_report_says_where_and_with_what_was_measured():
@@ -166,7 +166,7 @@ def test_the_report_says_where_and_with_what_was_measured():
     assert "| 580.1 | 2.13.0 | 3.8.0 | 91002 | 0123456789 | 2026-01-02 to 2026-02-03 | 2 |" in text
     assert "| 580.1 | 2.14.0 | 3.8.0 | 91002 | abc+ | 2026-03-04 | 1 |" in text
     assert "device events" in text and "in turns" in text.replace("takes turns", "in turns")
-    assert report.NO_GPU not in text
+    assert summary.NO_GPU not in text
 
 
 def test_the_report_has_every_figure_of_a_row():
@@ -183,7 +183,7 @@ def test_the_report_has_every_figure_of_a_row():
 
 def test_the_slowest_row_is_named_in_both_texts():
     rows = [row(2.0), row(0.321, H=1536, dtype="bfloat16"), row(0.9, H=512), row(error="failed: x", H=2048)]
-    for text in (report.markdown(rows, {}, []), report.readme_block(rows, {}, "r.md")):
+    for text in (report.markdown(rows, {}, []), readme.readme_block(rows, {}, "r.md")):
         (line,) = lines_with(text, "0.321", "bfloat16", "standard T=64 B=16 I=256 H=1536", "2 of 3")
         assert "lstm_triton auto" in line
 
@@ -198,7 +198,7 @@ def test_rows_that_failed_are_named_with_their_words():
     assert lines_with(text, "H=64 ", f"7.50 ms, but no time of {BASELINE}")
     assert "1 failed, 1 out of memory, 1 timed alone, 1 wrong." in text
     assert "Of 5 rows 4 have no ratio: `lstm_triton auto` 1 failed, 1 out of memory, 1 timed alone, 1 wrong." in (
-        report.readme_block(rows, {}, "r.md")
+        readme.readme_block(rows, {}, "r.md")
     )
     assert "2.00 (1 of 5)" in text
 
@@ -256,19 +256,19 @@ def cpu_rows():
 
 
 def test_without_a_gpu_the_readme_claims_nothing_and_shows_the_cpu():
-    text = report.readme_block(cpu_rows(), {}, "results/report.md", [("p", "results/p.png")])
+    text = readme.readme_block(cpu_rows(), {}, "results/report.md", [("p", "results/p.png")])
     assert "No GPU result yet: no figure of speed against cuDNN is claimed." in text
     assert "| torch.nn.LSTM aten | T=64 B=16 I=256 H=256 | float32 | 10.0 | 1.00 | 20.0 | 1.00 |" in text
     assert "| lstm_triton auto full | T=64 B=16 I=256 H=256 | float32 | 20.0 | 0.500 | 40.0 | 0.500 |" in text
     assert "1 more shape is in the report" in text and "H=999" not in text
-    assert f"`lstm_triton auto` forward {report.number((0.8 * 0.5 * 1.25) ** (1 / 3))} (3)" in text
+    assert f"`lstm_triton auto` forward {summary.number((0.8 * 0.5 * 1.25) ** (1 / 3))} (3)" in text
     assert "[report.md](results/report.md)" in text
     assert "Plots: [p](results/p.png)." in text and "![" not in text
     assert "cudnn" not in text
 
 
 def test_a_cpu_row_without_a_time_says_why():
-    text = report.readme_block(
+    text = readme.readme_block(
         [*cpu_rows()[:-2], row(error="wrong: x", gpu=CPU, mode=TRAINING, variant="full")], {}, "r.md"
     )
     assert "| 20.0 | 0.500 | wrong |  |" in text
@@ -276,8 +276,8 @@ def test_a_cpu_row_without_a_time_says_why():
 
 def test_with_a_gpu_the_readme_has_its_means_and_the_cpu_in_brief():
     pictures = [("first", "a.png"), ("second", "b.png")]
-    text = report.readme_block([*gpu_rows(), *cpu_rows()], {GPU: CONSTANTS}, "r.md", pictures)
-    assert report.NO_GPU not in text
+    text = readme.readme_block([*gpu_rows(), *cpu_rows()], {GPU: CONSTANTS}, "r.md", pictures)
+    assert summary.NO_GPU not in text
     assert text.index(GPU) < text.index(CPU)
     assert "driver 580.1, PyTorch 2.13.0, Triton 3.8.0, cuDNN 91002, 2026-01-02" in text
     assert "| suite | regime | mode | lstm_triton auto | torchrl triton |" in text
@@ -290,7 +290,7 @@ def test_with_a_gpu_the_readme_has_its_means_and_the_cpu_in_brief():
 
 def test_two_machines_have_each_their_own():
     rows = [row(4.0), row(2.0, gpu="NVIDIA INVENTED 2")]
-    for text in (report.markdown(rows, {}, []), report.readme_block(rows, {}, "r.md")):
+    for text in (report.markdown(rows, {}, []), readme.readme_block(rows, {}, "r.md")):
         first, second = text.split("INVENTED 2")[:2]
         assert "4.00 (1)" in first and "2.00 (1)" in second and "4.00" not in second
 
@@ -301,16 +301,16 @@ text_without_markers = st.text().filter(lambda text: "benchmarks:" not in text)
 
 @given(text_without_markers, text_without_markers, text_without_markers, text_without_markers)
 def test_a_rewritten_block_leaves_all_else_as_it_was(before, old, after, block):
-    new = report.rewrite_block(f"{before}\n{BEGIN}\n{old}\n{END}\n{after}", block)
+    new = readme.rewrite_block(f"{before}\n{BEGIN}\n{old}\n{END}\n{after}", block)
     assert new.startswith(f"{before}\n{BEGIN}\n") and new.endswith(f"\n{END}\n{after}")
     between = new[len(f"{before}\n{BEGIN}\n") : -len(f"\n{END}\n{after}")]
     assert between.strip("\n") == block.strip("\n")
-    assert report.rewrite_block(new, block) == new
+    assert readme.rewrite_block(new, block) == new
 
 
 def test_a_block_is_rewritten_with_blank_lines_around_it():
-    assert report.rewrite_block(README, "new\nlines\n") == README.replace("\nold\n", "\n\nnew\nlines\n\n")
-    assert report.rewrite_block(report.rewrite_block(README, "new"), "") == README.replace("old", "")
+    assert readme.rewrite_block(README, "new\nlines\n") == README.replace("\nold\n", "\n\nnew\nlines\n\n")
+    assert readme.rewrite_block(readme.rewrite_block(README, "new"), "") == README.replace("old", "")
 
 
 @pytest.mark.parametrize(
@@ -327,30 +327,18 @@ def test_a_block_is_rewritten_with_blank_lines_around_it():
 )
 def test_wrong_markers_are_refused_by_name(text, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        report.rewrite_block(text, "new")
+        readme.rewrite_block(text, "new")
 
 
 def test_a_block_with_a_marker_is_refused():
     with pytest.raises(ValueError, match="itself contains"):
-        report.rewrite_block(README, f"a\n{END}\nb")
-
-
-def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path, monkeypatch):
-    path = tmp_path / "report.md"
-    report.write_whole(path, "old·")
-    report.write_whole(path, "new·")
-    assert path.read_bytes() == "new·".encode()
-    monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        report.write_whole(path, "half")
-    assert path.read_bytes() == "new·".encode()
-    assert list(tmp_path.iterdir()) == [path]
+        readme.rewrite_block(README, f"a\n{END}\nb")
 
 
 def test_the_short_table_shows_means_and_what_failed():
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     failed = row(error="out of memory: [bold]x[/nonsense]", H=64)
-    console.print(report.short_table([row(4.0), row(1.0, H=512), failed, row(1.0, provider=("[x]", "[/y]"))]))
+    console.print(summary.short_table([row(4.0), row(1.0, H=512), failed, row(1.0, provider=("[x]", "[/y]"))]))
     text = console.export_text()
     (line,) = lines_with(text, "lstm_triton auto")
     assert line.split()[-8:] == ["2.00", "1.00", "2", "1", "1", "out", "of", "memory"]
@@ -365,12 +353,12 @@ def test_the_short_table_shows_means_and_what_failed():
     ],
 )  # fmt: skip
 def test_numbers_have_three_digits(value, shown):
-    assert report.number(value) == shown
+    assert summary.number(value) == shown
 
 
 @given(st.floats(1e-12, 1e12))
 def test_a_shown_number_is_within_half_a_percent(value):
-    assert float(report.number(value).replace(",", "")) == pytest.approx(value, rel=0.005)
+    assert float(summary.number(value).replace(",", "")) == pytest.approx(value, rel=0.005)
 
 
 def pixels(png):

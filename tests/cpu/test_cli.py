@@ -17,6 +17,7 @@ from rich.console import Console
 
 from lstm_triton import VARIANTS, cli, dispatch
 from lstm_triton.cli import app, files, model, progress, report, text, training
+from lstm_triton.cli.errors import UserError
 
 TEXT = "".join(pydoc_data.topics.topics.values())[:6000]
 STEPS = 12
@@ -401,7 +402,7 @@ def test_checkpoint_of_another_run(train, change, message):
         (["--variant=peephole"], 1, "unknown variant 'peephole': there are standard, diagonal, "),
         (["--variant=coupled", "--output-peephole=current"], 1, "needs a variant with a peephole, got coupled"),
         (["--device=abacus"], 1, "unknown device 'abacus'"),
-        (["--device=meta"], 1, "cannot train on 'meta'"),
+        (["--device=meta"], 1, "cannot run on 'meta'"),
         (["--device=cuda:99"], 1, "there is no cuda:99"),
         (["--learning-rate=nan"], 1, "--learning-rate must be positive and finite, got nan"),
         (["--learning-rate=1e30"], 1, "the loss of "),
@@ -591,3 +592,16 @@ def test_few_plain_lines_off_a_terminal():
         r"step 25/25: torch\.nn\.LSTM [\d.]+ bits/char [\d,]+ chars/s; standard [\d.]+ bits/char [\d,]+ chars/s",
         lines[-1],
     )
+
+
+def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path, monkeypatch):
+    path = tmp_path / "alone" / "report.md"
+    path.parent.mkdir()
+    files.write_whole(path, b"old")
+    files.write_whole(path, b"new")
+    assert path.read_bytes() == b"new"
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(UserError, match="full"):
+        files.write_whole(path, b"half")
+    assert path.read_bytes() == b"new"
+    assert list(path.parent.iterdir()) == [path]

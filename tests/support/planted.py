@@ -57,11 +57,6 @@ def _hangs(run, x):
     time.sleep(600)
 
 
-def _slow(run, x):
-    time.sleep(0.02)
-    return run(x)
-
-
 class NoGradient(ModuleModel):
     """Forgets the gradients of the weights."""
 
@@ -76,4 +71,3 @@ RAISES = Planted("raises", _raises)
 MEMORY = Planted("memory", _memory)
 CRASHES = Planted("crashes", _crashes)
 HANGS = Planted("hangs", _hangs)
-SLOW = Planted("slow", _slow)
