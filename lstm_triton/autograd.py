@@ -8,8 +8,9 @@ directions, G gate blocks.
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import compress
 from typing import Any, Optional
 
@@ -19,23 +20,34 @@ from torch import Tensor
 from lstm_triton import layer, reference
 from lstm_triton.spec import LSTMSpec, LSTMWeights
 
-STEPS = {"triton": "lstm_triton_kernels.sequence_stepwise", "torch": "lstm_triton.eager"}
-"""Backend to the module that computes its steps; imported when first used, so that triton may be missing."""
+STEPS = {"stepwise": "lstm_triton_kernels.sequence_stepwise", "torch": "lstm_triton.eager"}
+"""Strategy to the module that computes its steps; imported when first used, so that triton may be missing."""
+
+
+def passes(strategy: str) -> tuple[Callable[..., layer.LayerResult], Callable[..., layer.LayerGradients]]:
+    """The forward and the backward pass of a layer by a strategy: "persistent", "stepwise" or "torch"."""
+    if strategy == "persistent":
+        persistent = importlib.import_module("lstm_triton.persistent")
+        return persistent.forward, persistent.backward
+    steps = importlib.import_module(STEPS[strategy])
+    return partial(layer.forward, steps=steps), partial(layer.backward, steps=steps)
 
 
 def lstm_layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, strategy: str,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H).
 
-    `weights` has one entry a direction; the second runs backwards in time. All of one type and device.
+    `weights` has one entry a direction; the second runs backwards in time. All of one type and device. With `recompute`
+    the gates are not kept for the backward pass, but computed again in it.
     """
     first = weights[0]
     parameters = (spec.name, first.bias_ih is not None, first.weight_hr is not None)
     flat = [w for direction in weights for w in direction.present().values()]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *flat)):
-        return LSTMLayerFunction.apply(parameters, backend, x, h_0, c_0, *flat)[:3]
-    return layer_forward(x, h_0, c_0, flat, *parameters, backend, False)[:3]
+        return LSTMLayerFunction.apply(parameters, strategy, recompute, x, h_0, c_0, *flat)[:3]
+    return layer_forward(x, h_0, c_0, flat, *parameters, strategy, False, False)[:3]
 
 
 def group(flat: Sequence[Any], spec: LSTMSpec, bias: bool, projection: bool) -> list[LSTMWeights]:
@@ -58,22 +70,19 @@ def computing_on(device: torch.device) -> Iterator[None]:
 @torch.library.custom_op("lstm_triton::layer_forward", mutates_args=())
 def layer_forward(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor],
-    variant: str, bias: bool, projection: bool, backend: str, save: bool,
+    variant: str, bias: bool, projection: bool, strategy: str, save: bool, recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The fields of `layer.LayerResult`; `weights`: D times what `LSTMSpec.parameter_names(bias, projection)` lists."""
     spec = LSTMSpec.parse(variant)
-    steps = importlib.import_module(STEPS[backend])
+    forward, _ = passes(strategy)
     with computing_on(x.device):
-        output, h_n, c_n, gates, cells = layer.forward(
-            x, h_0, c_0, group(weights, spec, bias, projection), spec, steps, save
-        )
-    return output, h_n, c_n, gates, cells
+        return forward(x, h_0, c_0, group(weights, spec, bias, projection), spec, save, recompute)
 
 
 @layer_forward.register_fake
-def _(x, h_0, c_0, weights, variant, bias, projection, backend, save):  # type: ignore[no-untyped-def]
+def _(x, h_0, c_0, weights, variant, bias, projection, strategy, save, recompute):  # type: ignore[no-untyped-def]
     spec = LSTMSpec.parse(variant)
-    shapes = layer.result_shapes(x, c_0, group(weights, spec, bias, projection), spec, save)
+    shapes = layer.result_shapes(x, c_0, group(weights, spec, bias, projection), spec, save, recompute)
     return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
 
 
@@ -82,19 +91,17 @@ def layer_backward(
     grad_output: Optional[Tensor], grad_h_n: Optional[Tensor], grad_c_n: Optional[Tensor],
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor],
     output: Tensor, gates: Tensor, cells: Tensor,
-    variant: str, bias: bool, projection: bool, backend: str, needs: Sequence[bool],
+    variant: str, bias: bool, projection: bool, strategy: str, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x, h_0, c_0 and each weight, of those for which `needs` (in that order) is true."""
     spec = LSTMSpec.parse(variant)
-    steps = importlib.import_module(STEPS[backend])
+    _, backward = passes(strategy)
     names = spec.parameter_names(bias, projection)
     grouped = group(weights, spec, bias, projection)
     needed = [needs[n : n + len(names)] for n in range(3, len(needs), len(names))]
     wanted = layer.Needs(needs[0], needs[1], needs[2], [list(compress(names, part)) for part in needed])
     with computing_on(x.device):
-        gradients = layer.backward(
-            grad_output, grad_h_n, grad_c_n, x, h_0, c_0, grouped, output, gates, cells, spec, steps, wanted
-        )
+        gradients = backward(grad_output, grad_h_n, grad_c_n, x, h_0, c_0, grouped, output, gates, cells, spec, wanted)
     flat = [gradients.x, gradients.h_0, gradients.c_0]
     flat += [direction.get(name) for direction in gradients.weights for name in names]
     distinct: list[Tensor] = []
@@ -108,23 +115,24 @@ def layer_backward(
 @layer_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
     grad_output, grad_h_n, grad_c_n, x, h_0, c_0, weights, output, gates, cells,
-    variant, bias, projection, backend, needs,
+    variant, bias, projection, strategy, needs,
 ):  # fmt: skip
     return [t.new_empty(t.shape) for t, needed in zip((x, h_0, c_0, *weights), needs, strict=True) if needed]
 
 
 class LSTMLayerFunction(torch.autograd.Function):
-    """apply((variant, bias, projection), backend, x, h_0, c_0, *weights) -> the fields of `layer.LayerResult`."""
+    """apply((variant, bias, projection), strategy, recompute, x, h_0, c_0, *weights) -> the fields of `LayerResult`."""
 
     @staticmethod
     def forward(
-        parameters: tuple[str, bool, bool], backend: str, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        return layer_forward(x, h_0, c_0, weights, *parameters, backend, True)
+        parameters: tuple[str, bool, bool], strategy: str, recompute: bool,
+        x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return layer_forward(x, h_0, c_0, weights, *parameters, strategy, True, recompute)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.parameters, ctx.backend, x, h_0, c_0, *weights = inputs
+        ctx.parameters, ctx.strategy, _, x, h_0, c_0, *weights = inputs
         hidden, _, _, gates, cells = output
         ctx.mark_non_differentiable(gates, cells)
         ctx.set_materialize_grads(False)
@@ -134,14 +142,14 @@ class LSTMLayerFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         hidden, gates, cells, x, h_0, c_0, *weights = ctx.saved_tensors
         grads = grads[:3]
-        needs = list(ctx.needs_input_grad[2:])
+        needs = list(ctx.needs_input_grad[3:])
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return None, None, *differentiable_gradients(grads, (x, h_0, c_0, *weights), needs, *ctx.parameters)
+            return None, None, None, *differentiable_gradients(grads, (x, h_0, c_0, *weights), needs, *ctx.parameters)
         saved = (x, h_0, c_0, weights, hidden, gates, cells)
-        computed = iter(layer_backward(*grads, *saved, *ctx.parameters, ctx.backend, needs))
-        return None, None, *(next(computed) if needed else None for needed in needs)
+        computed = iter(layer_backward(*grads, *saved, *ctx.parameters, ctx.strategy, needs))
+        return None, None, None, *(next(computed) if needed else None for needed in needs)
 
 
 def differentiable_gradients(

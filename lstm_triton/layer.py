@@ -34,7 +34,7 @@ class LayerResult(NamedTuple):
 
 
 def result_shapes(
-    x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, save: bool
+    x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, save: bool, recompute: bool
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shape and type of every field of LayerResult, from the arguments of `forward`."""
     T, B, _ = x.shape
@@ -44,16 +44,20 @@ def result_shapes(
         ((T, B, D * P), x.dtype),
         ((D, B, P), x.dtype),
         ((D, B, H), x.dtype),
-        ((D, T, B, len(spec.gates) * H) if save else (0,), x.dtype),
+        ((D, T, B, len(spec.gates) * H) if save and not recompute else (0,), x.dtype),
         ((D, T + 1, B, H) if save else (0,), accumulator_dtype(x.dtype)),
     )
 
 
 def forward(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, steps: ModuleType, save: bool
-) -> LayerResult:
-    """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H); `steps` is a module like `eager`; `save` for a backward pass."""
-    shapes = result_shapes(x, c_0, weights, spec, save)
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, save: bool, recompute: bool,
+    *, steps: ModuleType,
+) -> LayerResult:  # fmt: skip
+    """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H); `steps` is a module like `eager`.
+
+    `save` for a backward pass; with `recompute` that will compute the gates again, and they are not saved.
+    """
+    shapes = result_shapes(x, c_0, weights, spec, save, recompute)
     result = LayerResult(*(torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in shapes))
     T = x.shape[0]
     P = result.h_n.shape[-1]
@@ -62,7 +66,7 @@ def forward(
         w = direction_weights.map(Tensor.contiguous)
         reverse = direction == 1
         output = result.output[:, :, direction * P : (direction + 1) * P]
-        gates = result.gates[direction] if save else None
+        gates = result.gates[direction] if save and not recompute else None
         cells = result.cells[direction] if save else torch.empty(1, *c_0.shape[1:], dtype=shapes[4][1], device=x.device)
         cells[initial_slot(T, reverse, save)] = c_0[direction]
         gate_input = None if steps.fuses_input(T) else project_input(x, w)
@@ -93,7 +97,7 @@ class LayerGradients(NamedTuple):
 def backward(
     grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None,
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights],
-    output: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, steps: ModuleType, needs: Needs,
+    output: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, needs: Needs, *, steps: ModuleType,
 ) -> LayerGradients:  # fmt: skip
     """The gradients that `needs` names, from those of output, h_n and c_n (None: zero) and what `forward` saved."""
     T, B, I = x.shape  # noqa: E741
@@ -110,10 +114,16 @@ def backward(
         dc = torch.zeros(cells.shape[2:], dtype=cells.dtype, device=x.device)
         if grad_c_n is not None:
             dc += grad_c_n[direction]
-        d_gates = torch.empty_like(gates[direction])
+        own = output[:, :, columns]
+        states = cells[direction]
+        if gates.numel() == 0:  # not saved, or of no rows
+            saved = activated_gates(x, h_0[direction], own, states, w, spec, reverse)
+        else:
+            saved = gates[direction]
+        d_gates = torch.empty_like(saved)
         d_hidden = x.new_empty(T, B, P) if w.weight_hr is not None else None
         grad_direction = grad_output[:, :, columns] if grad_output is not None else None
-        steps.backward(grad_direction, dh, dc, w, spec, reverse, gates[direction], cells[direction], d_gates, d_hidden)
+        steps.backward(grad_direction, dh, dc, w, spec, reverse, saved, states, d_gates, d_hidden)
         grad_h_0.append(dh)
         grad_c_0.append(dc)
 
@@ -122,20 +132,8 @@ def backward(
             grad_rows = grad_x.view(T * B, I) if grad_x is not None else None
             grad_rows = d_rows @ w.weight_ih if grad_rows is None else grad_rows.addmm_(d_rows, w.weight_ih)
             grad_x = grad_rows.view(x.shape)
-        grad_weights.append(
-            weight_gradients(
-                wanted,
-                x,
-                h_0[direction],
-                output[:, :, columns],
-                d_gates,
-                d_hidden,
-                gates[direction],
-                cells[direction],
-                spec,
-                reverse,
-            )
-        )
+        of_direction = (d_gates, d_hidden, saved, states, spec, reverse)
+        grad_weights.append(weight_gradients(wanted, x, h_0[direction], own, *of_direction))
     return LayerGradients(
         grad_x,
         torch.stack(grad_h_0) if needs.h_0 else None,
@@ -147,10 +145,12 @@ def backward(
 def weight_gradients(
     wanted: Sequence[str], x: Tensor, h_0: Tensor, output: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
     gates: Tensor, cells: Tensor, spec: LSTMSpec, reverse: bool,
+    lengths: Tensor | None = None, resets: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The gradients of the parameters named in `wanted`, for one direction: sums over all T and B, each one GEMM.
 
-    x (T, B, I), h_0 (B, P), output (T, B, P), d_gates and gates (T, B, G·H), d_hidden (T, B, P), cells (T + 1, B, H).
+    x (T, B, I), h_0 (B, P), output (T, B, P), d_gates and gates (T, B, G·H), d_hidden (T, B, P), cells (T + 1, B, H);
+    lengths (B,) and resets (T, B) bool as in `reference.layer_states`, d_gates and output being zero beyond a length.
     """
     T, B, _ = d_gates.shape
     d_rows = d_gates.flatten(0, 1)
@@ -158,34 +158,102 @@ def weight_gradients(
     if "weight_ih" in wanted:
         gradients["weight_ih"] = d_rows.t() @ x.reshape(T * B, x.shape[2])
     if "weight_hh" in wanted:
-        d_first, d_rest = (d_gates[-1], d_gates[:-1]) if reverse else (d_gates[0], d_gates[1:])
-        h_rest = (output[1:] if reverse else output[:-1]).reshape((T - 1) * B, h_0.shape[1])
-        gradients["weight_hh"] = torch.addmm(d_first.t() @ h_0, d_rest.flatten(0, 1).t(), h_rest)
+        d_first = at_first_step(d_gates, reverse, lengths)
+        d_rest = (d_gates[:-1] if reverse else d_gates[1:]).flatten(0, 1)
+        h_rest = hidden_before_the_rest(output, reverse, resets).reshape((T - 1) * B, h_0.shape[1])
+        first = d_first.t() @ initial_hidden(h_0, reverse, lengths, resets)
+        gradients["weight_hh"] = torch.addmm(first, d_rest.t(), h_rest)
     if "bias_ih" in wanted or "bias_hh" in wanted:
         bias = d_rows.sum(0)
         gradients |= {name: bias for name in ("bias_ih", "bias_hh") if name in wanted}
     if "weight_hr" in wanted:
         gradients["weight_hr"] = projection_gradient(d_hidden, gates, cells, spec, reverse)
     if "weight_ch" in wanted:
-        gradients["weight_ch"] = peephole_gradient(d_gates, cells, spec, reverse)
+        gradients["weight_ch"] = peephole_gradient(d_gates, cells, spec, reverse, resets)
     return gradients
 
 
-def project_input(x: Tensor, w: LSTMWeights) -> Tensor:
+def project_input(x: Tensor, w: LSTMWeights, out: Tensor | None = None) -> Tensor:
     """The input side of all gates of all steps in one GEMM: x (T, B, I) -> (T, B, G·H), both biases included."""
     T, B, I = x.shape  # noqa: E741
     rows = x.reshape(T * B, I)
+    out = out.view(T * B, out.shape[2]) if out is not None else None
     if w.bias_ih is None or w.bias_hh is None:
-        projected = rows @ w.weight_ih.t()
+        projected = torch.mm(rows, w.weight_ih.t(), out=out)
     else:
-        projected = torch.addmm(w.bias_ih + w.bias_hh, rows, w.weight_ih.t())
+        projected = torch.addmm(w.bias_ih + w.bias_hh, rows, w.weight_ih.t(), out=out)
     return projected.view(T, B, projected.shape[1])
 
 
-def peephole_gradient(d_gates: Tensor, cells: Tensor, spec: LSTMSpec, reverse: bool) -> Tensor:
+def activated_gates(
+    x: Tensor, h_0: Tensor, output: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, reverse: bool,
+    lengths: Tensor | None = None, resets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The activated gates (T, B, G·H) of one direction, computed again from the states that `forward` left.
+
+    x (T, B, I), h_0 (B, P), output (T, B, P), cells (T + 1, B, H): all steps at once, two GEMMs instead of T.
+    """
+    gates = project_input(x, w)
+    h = previous_hidden(output, h_0, reverse, lengths, resets)
+    gates.view(-1, gates.shape[2]).addmm_(h.flatten(0, 1), w.weight_hh.t())
+    previous, current = previous_and_current(cells, reverse, resets)
+    v = spec.split_peephole(w.weight_ch) if w.weight_ch is not None else {}
+    for gate, block in spec.split_gates(gates).items():
+        if gate in v:
+            read = previous if gate in spec.previous_gates else current
+            block += (read.to(gates.dtype) @ v[gate].t()) if spec.full else (read * v[gate]).to(gates.dtype)
+        block.tanh_() if gate == "g" else block.sigmoid_()
+    return gates
+
+
+def previous_and_current(cells: Tensor, reverse: bool, resets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """c_{t-1} as step t read it and c_t, each (T, B, H), from cells (T + 1, B, H)."""
+    previous, current = (cells[1:], cells[:-1]) if reverse else (cells[:-1], cells[1:])
+    return (previous if resets is None else previous.masked_fill(resets[..., None], 0)), current
+
+
+def at_first_step(sequence: Tensor, reverse: bool, lengths: Tensor | None) -> Tensor:
+    """Of a sequence (T, B, ...) what stands at the step that each row begins with, (B, ...)."""
+    if not reverse:
+        return sequence[0]
+    if lengths is None:
+        return sequence[-1]
+    return sequence[lengths.long() - 1, torch.arange(len(lengths), device=sequence.device)]
+
+
+def initial_hidden(h_0: Tensor, reverse: bool, lengths: Tensor | None, resets: Tensor | None) -> Tensor:
+    """h_0 (B, P) as the first step of each row read it."""
+    return h_0 if resets is None else h_0.masked_fill(at_first_step(resets, reverse, lengths)[:, None], 0)
+
+
+def hidden_before_the_rest(output: Tensor, reverse: bool, resets: Tensor | None) -> Tensor:
+    """h_{t-1} (T - 1, B, P) as every step but the first of T read it; zero where a row's own first step comes later."""
+    rest = output[1:] if reverse else output[:-1]
+    if resets is None:
+        return rest
+    return rest.masked_fill((resets[:-1] if reverse else resets[1:])[..., None], 0)
+
+
+def previous_hidden(
+    output: Tensor, h_0: Tensor, reverse: bool, lengths: Tensor | None, resets: Tensor | None
+) -> Tensor:
+    """h_{t-1} (T, B, P) as every step read it."""
+    rest = hidden_before_the_rest(output, reverse, resets)
+    first = initial_hidden(h_0, reverse, lengths, resets)
+    if not reverse:
+        return torch.cat([first[None], rest])
+    hidden = torch.cat([rest, first[None]])
+    if lengths is not None:
+        hidden[lengths.long() - 1, torch.arange(len(lengths), device=hidden.device)] = first
+    return hidden
+
+
+def peephole_gradient(
+    d_gates: Tensor, cells: Tensor, spec: LSTMSpec, reverse: bool, resets: Tensor | None = None
+) -> Tensor:
     """The gradient of weight_ch from d_gates (T, B, G·H) and cells (T + 1, B, H): each block times the c it read."""
     d = spec.split_gates(d_gates)
-    previous, current = (cells[1:], cells[:-1]) if reverse else (cells[:-1], cells[1:])
+    previous, current = previous_and_current(cells, reverse, resets)
     blocks = []
     for gate in spec.peephole_gates:
         read = previous if gate in spec.previous_gates else current

@@ -53,18 +53,40 @@ def layer(
 
     x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H).
     """
-    outputs, last_h, last_c = [], [], []
+    output, _, h_n, c_n = layer_states(x, h_0, c_0, weights, spec)
+    return output, h_n, c_n
+
+
+def layer_states(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec,
+    lengths: Tensor | None = None, resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`layer` and every cell state: output (T, B, D·P), cells (T, B, D·H), h_n (D, B, P), c_n (D, B, H).
+
+    - lengths: (B,), steps of each row: beyond them the row keeps its state (the second direction has not started yet),
+      and its output and cells are zero
+    - resets: (T, B) bool, where the state is zero before that step, in each direction
+    """
+    outputs, cells, last_h, last_c = [], [], [], []
     for direction, direction_weights in enumerate(weights):
         h, c = h_0[direction], c_0[direction]
-        hidden = []
-        steps = x.unbind(0)
-        for x_t in reversed(steps) if direction else steps:
-            h, c = cell(x_t, h, c, direction_weights, spec)
+        hidden, states = [], []
+        for t in reversed(range(len(x))) if direction else range(len(x)):
+            kept_h, kept_c = h, c
+            if resets is not None:
+                h, c = (state.masked_fill(resets[t][:, None], 0) for state in (h, c))
+            h, c = cell(x[t], h, c, direction_weights, spec)
             hidden.append(h)
+            states.append(c)
+            if lengths is not None:
+                dead = (t >= lengths)[:, None]
+                hidden[-1], states[-1] = h.masked_fill(dead, 0), c.masked_fill(dead, 0)
+                h, c = torch.where(dead, kept_h, h), torch.where(dead, kept_c, c)
         outputs.append(torch.stack(hidden[::-1] if direction else hidden))
+        cells.append(torch.stack(states[::-1] if direction else states))
         last_h.append(h)
         last_c.append(c)
-    return torch.cat(outputs, -1), torch.stack(last_h), torch.stack(last_c)
+    return torch.cat(outputs, -1), torch.cat(cells, -1), torch.stack(last_h), torch.stack(last_c)
 
 
 def lstm(

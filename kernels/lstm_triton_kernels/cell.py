@@ -16,14 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lstm_triton_kernels.activations import sigmoid, tanh
+from lstm_triton_kernels.activations import tanh
+from lstm_triton_kernels.equations import (
+    cell_gradients,
+    load_blocks,
+    load_peephole,
+    next_cell,
+    output_gate,
+    output_gradients,
+    previous_cell_gradient,
+    store_gates,
+)
 from lstm_triton_kernels.plan import ceil_div, elementwise_plan
-
-
-@triton.jit
-def load_peephole(w_ch_ptr, block: tl.constexpr, unit, H):
-    """Block `block` of a diagonal w_ch (Q·H,) as a row (1, BLOCK_U) in its own type."""
-    return tl.load(w_ch_ptr + block * H + unit, mask=unit < H, other=0.0)[None, :]
 
 
 @triton.jit(do_not_specialize=["B", "t", "hidden_t", "previous", "current"])
@@ -46,36 +50,20 @@ def cell_forward_kernel(
     gate = row[:, None] * (F + 3) * H + unit[None, :]
     saved = t.to(tl.int64) * B * (F + 3) * H + gate
     c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=inside, other=0.0)
+    v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
 
     if UPDATE_CELL:
-        a_f = tl.load(preact_ptr + gate + F * H, mask=inside, other=0.0)
-        a_g = tl.load(preact_ptr + gate + (F + 1) * H, mask=inside, other=0.0)
-        if DIAGONAL:
-            a_f += load_peephole(w_ch_ptr, F, unit, H) * c_previous
-        f = sigmoid(a_f)
-        g = tanh(a_g)
-        if COUPLED:
-            i = 1.0 - f
-        else:
-            a_i = tl.load(preact_ptr + gate, mask=inside, other=0.0)
-            if DIAGONAL:
-                a_i += load_peephole(w_ch_ptr, 0, unit, H) * c_previous
-            i = sigmoid(a_i)
-        c = f * c_previous + i * g
+        a = load_blocks(preact_ptr + gate, H, inside, F + 2)
+        i, f, g, c = next_cell(a, v, c_previous, COUPLED, DIAGONAL)
         tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c, mask=inside)
         if SAVE_GATES:
-            if not COUPLED:
-                tl.store(gates_ptr + saved, i.to(gates_ptr.dtype.element_ty), mask=inside)
-            tl.store(gates_ptr + saved + F * H, f.to(gates_ptr.dtype.element_ty), mask=inside)
-            tl.store(gates_ptr + saved + (F + 1) * H, g.to(gates_ptr.dtype.element_ty), mask=inside)
+            store_gates(gates_ptr + saved, i, f, g, H, inside, COUPLED)
     else:
         c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=inside, other=0.0)
 
     if UPDATE_HIDDEN:
         a_o = tl.load(preact_ptr + gate + (F + 2) * H, mask=inside, other=0.0)
-        if DIAGONAL:
-            a_o += load_peephole(w_ch_ptr, F + 1, unit, H) * (c if OUTPUT_CURRENT else c_previous)
-        o = sigmoid(a_o)
+        o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
         h = o * tanh(c)
         h_out = hidden_ptr + hidden_t.to(tl.int64) * stride_ht + row[:, None] * stride_hb + unit[None, :]
         tl.store(h_out, h.to(hidden_ptr.dtype.element_ty), mask=inside)
@@ -109,40 +97,26 @@ def cell_backward_kernel(
         dh += tl.load(g_in, mask=inside, other=0.0).to(dc.dtype)
     o = tl.load(gates_ptr + gate + (F + 2) * H, mask=inside, other=0.0).to(dc.dtype)
     c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=inside, other=0.0)
-    tanh_c = tanh(c)
+    v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
 
-    d_o = dh * tanh_c * o * (1.0 - o)
-    if DIAGONAL:
-        v_o = load_peephole(w_ch_ptr, F + 1, unit, H)
+    d_o, dc_by_hidden = output_gradients(dh, o, c)
     if GRAD_HIDDEN:
         tl.store(d_gates_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=inside)
 
     if GRAD_CELL:
-        dc += dh * o * (1.0 - tanh_c * tanh_c)
+        dc += dc_by_hidden
         if DIAGONAL and OUTPUT_CURRENT:
-            dc += v_o * d_o
+            dc += v[F + 1] * d_o
         c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=inside, other=0.0)
         f = tl.load(gates_ptr + gate + F * H, mask=inside, other=0.0).to(dc.dtype)
         g = tl.load(gates_ptr + gate + (F + 1) * H, mask=inside, other=0.0).to(dc.dtype)
         if COUPLED:
             i = 1.0 - f
-            d_f = dc * (c_previous - g) * f * (1.0 - f)
         else:
             i = tl.load(gates_ptr + gate, mask=inside, other=0.0).to(dc.dtype)
-            d_i = dc * g * i * (1.0 - i)
-            d_f = dc * c_previous * f * (1.0 - f)
-            tl.store(d_gates_ptr + gate, d_i.to(d_gates_ptr.dtype.element_ty), mask=inside)
-        d_g = dc * i * (1.0 - g * g)
-        tl.store(d_gates_ptr + gate + F * H, d_f.to(d_gates_ptr.dtype.element_ty), mask=inside)
-        tl.store(d_gates_ptr + gate + (F + 1) * H, d_g.to(d_gates_ptr.dtype.element_ty), mask=inside)
-
-        dc_previous = dc * f
-        if DIAGONAL:
-            dc_previous += load_peephole(w_ch_ptr, F, unit, H) * d_f
-            if not COUPLED:
-                dc_previous += load_peephole(w_ch_ptr, 0, unit, H) * d_i
-            if not OUTPUT_CURRENT:
-                dc_previous += v_o * d_o
+        d_i, d_f, d_g = cell_gradients(dc, i, f, g, c_previous, COUPLED)
+        store_gates(d_gates_ptr + gate, d_i, d_f, d_g, H, inside, COUPLED)
+        dc_previous = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
         tl.store(dc_ptr + state, dc_previous, mask=inside)
 
 

@@ -6,7 +6,7 @@ own place for every t. A kernel is written once, with `WAIT: tl.constexpr`, "cou
     patience = limit
     for t in range(T):
         patience = exchange_wait(counter_ptr, t * programs, patience, error_ptr, WAIT)   # all have written h_{t-1}
-        h, patience = exchange_load(h_{t-1}, mask, patience, error_ptr, WAIT)            # as often as there are chunks
+        h, patience = exchange_load((h_{t-1},), (mask,), patience, error_ptr, WAIT)      # a tuple of blocks at once
         ...
         exchange_store(h_t, value, mask, WAIT)
         exchange_arrive(counter_ptr, WAIT)                                               # after the step's last store
@@ -55,6 +55,9 @@ WAIT_METHODS = ("counter", "data")
 TURNS = 1 << 20
 """Patience of a real launch: half a second, if a turn takes half a microsecond (an estimate; it was not measured)."""
 
+COUNTER_STRIDE = tl.constexpr(32)
+"""int32 from one counter to the next: each has a cache line of its own."""
+
 MOST_THREADS = tl.constexpr(1024)
 GAVE_UP_COUNT = tl.constexpr(1)
 GAVE_UP_DATA = tl.constexpr(2)
@@ -102,33 +105,52 @@ def publish(ptr, value, mask):
 
 
 @triton.jit
-def any_missing(bits):
-    """Whether an element of a block is unpublished: the same answer in every thread of the program.
+def any_missing(blocks):
+    """Whether an element of a tuple of blocks of one shape is unpublished: the same answer in every thread.
 
     A block of fewer elements than there are threads is loaded by several warps, each for itself, and the compiler
     reduces it within each, so they may disagree. A second reduction, over as many elements as a program can have
     threads, goes through shared memory.
     """
-    missing = tl.max((bits == -1).to(tl.int32))
-    if bits.numel < MOST_THREADS:
+    unpublished = blocks[0] == -1
+    for n in tl.static_range(1, len(blocks)):
+        unpublished = unpublished | (blocks[n] == -1)
+    missing = tl.max(unpublished.to(tl.int32))
+    if blocks[0].numel < MOST_THREADS:
         missing = tl.max(tl.full((MOST_THREADS,), 0, tl.int32) + missing)
     return missing > 0
 
 
 @triton.jit
-def load_when_published(ptr, mask, patience, error_ptr):
-    """Wait until the whole block at ptr is published; returns it (0 where masked) and the next wait's patience."""
-    BITS: tl.constexpr = bits_type(ptr.dtype.element_ty)
-    source = ptr.to(tl.pointer_type(BITS))
-    bits = tl.load(source, mask=mask, other=0, volatile=True)
+def load_bits(pointers, masks):
+    """The blocks at a tuple of pointers as integers, past the multiprocessor's own cache; 0 where masked."""
+    BITS: tl.constexpr = bits_type(pointers[0].dtype.element_ty)
+    blocks = ()
+    for n in tl.static_range(len(pointers)):
+        source = pointers[n].to(tl.pointer_type(BITS))
+        blocks = blocks + (tl.load(source, mask=masks[n], other=0, volatile=True),)  # noqa: RUF005
+    return blocks
+
+
+@triton.jit
+def load_when_published(pointers, masks, patience, error_ptr):
+    """Wait until all blocks at a tuple of pointers are published, all of one shape and type.
+
+    Returns them (0 where masked) and the next wait's patience. All are asked for before the first is looked at: they
+    cost one round trip together, and one look.
+    """
+    bits = load_bits(pointers, masks)
     missing = any_missing(bits)
     turns = tl.full((), 0, tl.int32)
     while missing & (turns < patience):
-        bits = tl.load(source, mask=mask, other=0, volatile=True)
+        bits = load_bits(pointers, masks)
         missing = any_missing(bits)
         turns += 1
     patience = give_up_if(missing, patience, error_ptr, GAVE_UP_DATA)
-    return bits.to(ptr.dtype.element_ty, bitcast=True), patience
+    blocks = ()
+    for n in tl.static_range(len(pointers)):
+        blocks = blocks + (bits[n].to(pointers[n].dtype.element_ty, bitcast=True),)  # noqa: RUF005
+    return blocks, patience
 
 
 @triton.jit
@@ -164,13 +186,19 @@ def exchange_wait(counter_ptr, target, patience, error_ptr, WAIT: tl.constexpr):
 
 
 @triton.jit
-def exchange_load(ptr, mask, patience, error_ptr, WAIT: tl.constexpr):
-    """Load a block that others store, after `exchange_wait`; returns it (0 where masked) and the next patience."""
+def exchange_load(pointers, masks, patience, error_ptr, WAIT: tl.constexpr):
+    """Load the blocks at a tuple of pointers, which others store, after `exchange_wait`.
+
+    Returns them as a tuple (0 where masked) and the next wait's patience.
+    """
     if WAIT == "data":
-        value, patience = load_when_published(ptr, mask, patience, error_ptr)
+        blocks, patience = load_when_published(pointers, masks, patience, error_ptr)
     else:
-        value = tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
-    return value, patience
+        blocks = ()
+        for n in tl.static_range(len(pointers)):
+            value = tl.load(pointers[n], mask=masks[n], other=0.0, cache_modifier=".cg")
+            blocks = blocks + (value,)  # noqa: RUF005
+    return blocks, patience
 
 
 def unpublish(buffer: Tensor) -> None:

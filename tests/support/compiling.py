@@ -7,6 +7,7 @@ without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -24,13 +25,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a program may use, by compute capability (CUDA C++ Programming Guide)."""
 
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid", "maxnreg")
 POINTER_TYPE = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
-    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 
 
@@ -102,21 +103,33 @@ def record_launches(kernels: dict[ModuleType, list[str]]) -> Iterator[set[Launch
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel needs and does: bytes of shared memory, registers and stack of a thread, instructions.
+    """What a compiled kernel needs and does: bytes of shared memory, registers and local memory of a thread.
 
-    ptx is the compiler's text before the assembler; cooperative whether all programs must be resident together.
+    stack is all the local memory there is: the only place that a spill can go to. ptx is the compiler's text before
+    the assembler; cooperative whether all programs must be resident together.
     """
 
     shared: int
     registers: int
     stack: int
-    instructions: Counter[str]
-    ptx: str = ""
-    cooperative: bool = False
+    cubin: bytes = field(repr=False)
+    ptx: str = field(repr=False)
+    cooperative: bool
+
+    @property
+    def tensor_core(self) -> frozenset[str]:
+        """The tensor-core instructions of the PTX: mma.sync, wgmma.mma_async or tcgen05.mma, with their types."""
+        return frozenset(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+", self.ptx))
+
+    @functools.cached_property
+    def instructions(self) -> Counter[str]:
+        """How often each instruction stands in the SASS. Disassembled when first read: slower than most compiles."""
+        sass = run_tool("nvdisasm", "-c", cubin=self.cubin)
+        return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", sass, re.MULTILINE))
 
 
 def compile_launch(kernel: Any, launch: Launch, capability: int) -> Compiled:
-    """Compile a recorded launch for compute capability `capability` (80, 90, 100)."""
+    """Compile a recorded launch for a compute capability of SHARED_MEMORY_LIMIT."""
     position = {name: n for n, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
@@ -125,21 +138,19 @@ def compile_launch(kernel: Any, launch: Launch, capability: int) -> Compiled:
         attrs={(position[name],): [["tt.divisibility", 16]] for name in launch.aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
-    usage, sass = disassemble(compiled.asm["cubin"])
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    cubin = compiled.asm["cubin"]
+    usage = run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert match is not None, usage
-    instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", sass, re.MULTILINE))
+    registers, stack, local = map(int, match.groups())
     cooperative = bool(compiled.metadata.launch_cooperative_grid)
-    shared = compiled.metadata.shared
-    return Compiled(shared, int(match[1]), int(match[2]), instructions, compiled.asm["ptx"], cooperative)
+    return Compiled(compiled.metadata.shared, registers, stack + local, cubin, compiled.asm["ptx"], cooperative)
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and SASS of a cubin, by the tools in triton's wheel."""
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+def run_tool(tool: str, option: str, *, cubin: bytes) -> str:
+    """What a tool in triton's wheel prints about a cubin."""
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = ([f"{tools}/cuobjdump", "--dump-resource-usage"], [f"{tools}/nvdisasm", "-c"])
-        outputs = [subprocess.run([*c, file.name], capture_output=True, text=True, check=True).stdout for c in commands]
-    return outputs[0], outputs[1]
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout

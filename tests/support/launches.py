@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from lstm_triton_kernels import cell, gates, sequence_stepwise
 
@@ -29,15 +34,16 @@ def launch_layer(
     shapes = spec.parameter_shapes(H, H, bias)
     weights = group([torch.zeros(shape, dtype=dtype) for shape in shapes.values()], spec, bias, False)
     x, state = torch.zeros(T, B, H, dtype=dtype), torch.zeros(1, B, H, dtype=dtype)
-    result = layer.forward(x, state, state, weights, spec, sequence_stepwise, save)
+    result = layer.forward(x, state, state, weights, spec, save, False, steps=sequence_stepwise)
     if save:
         needs = layer.Needs(False, False, False, [[]])
         grad_output = result.output if grad else None
         saved = (result.output, result.gates, result.cells)
-        layer.backward(grad_output, None, None, x, state, state, weights, *saved, spec, sequence_stepwise, needs)
+        layer.backward(grad_output, None, None, x, state, state, weights, *saved, spec, needs, steps=sequence_stepwise)
 
 
-def launches_of(dtype: torch.dtype, precision: str) -> set[Launch]:
+@functools.cache
+def launches_of(dtype: torch.dtype, precision: str) -> frozenset[Launch]:
     """For a storage type: every combination of flags with the largest blocks, and every block size, aligned or not."""
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
@@ -68,4 +74,33 @@ def launches_of(dtype: torch.dtype, precision: str) -> set[Launch]:
                 )
     finally:
         switch.fp32_precision = before
-    return launches
+    return frozenset(launches)
+
+
+def blocks(launch: Launch) -> tuple[tuple[str, Any], ...]:
+    """The block sizes of a launch, with its warps and stages."""
+    return tuple(item for item in launch.constants if item[0].startswith("BLOCK_")) + launch.options
+
+
+def pairs(launch: Launch) -> set[frozenset[Any]]:
+    """Every two choices that meet in a launch: the blocks, which integers are multiples of 16, each other constant."""
+    integers = {name for name, kind in launch.signature if not kind.startswith("*")}
+    choices = [item for item in launch.constants if not item[0].startswith("BLOCK_")]
+    choices += [("blocks", blocks(launch)), ("aligned", tuple(name for name in launch.aligned if name in integers))]
+    return {frozenset(pair) for pair in itertools.combinations(choices, 2)}
+
+
+def covering(launches: Iterable[Launch]) -> list[Launch]:
+    """A few launches of one kernel in which every two choices meet that meet in any of `launches`.
+
+    So every block size is among them, with every flag that it is launched with; where several would do, the one with
+    the most arguments, which keeps the most in registers.
+    """
+    constants = {launch: [kind for _, kind in launch.signature].count("constexpr") for launch in launches}
+    ordered = sorted(constants, key=lambda launch: (constants[launch], repr(launch)))
+    missing = set().union(*map(pairs, ordered))
+    chosen = []
+    while missing:
+        chosen.append(max(ordered, key=lambda launch: len(pairs(launch) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen

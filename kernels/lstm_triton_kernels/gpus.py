@@ -1,0 +1,91 @@
+"""What a plan must know of a GPU: its limits; and, for estimates alone, the rates of its data sheet."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from lstm_triton_kernels.limit import Constants
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One kind of GPU.
+
+    - capability: compute capability times ten; multiprocessors; shared_bytes: shared memory of one program, at most
+    - clock_ghz, tflop_per_s (dense, by type as in `limit.Constants`), memory_gb_per_s: of the data sheet, boost clock
+    """
+
+    name: str
+    capability: int
+    multiprocessors: int
+    shared_bytes: int
+    clock_ghz: float
+    tflop_per_s: Mapping[str, float]
+    memory_gb_per_s: float
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.capability, self.multiprocessors, self.shared_bytes))
+
+
+def _rates(half: float, tf32: float, float32: float, float64: float) -> dict[str, float]:
+    return {"float16": half, "bfloat16": half, "tf32": tf32, "float32": float32, "float64": float64}
+
+
+KIB = 1024
+GPUS: dict[str, GPU] = {
+    "a100": GPU("A100 SXM 80 GB", 80, 108, 163 * KIB, 1.41, _rates(312, 156, 19.5, 19.5), 2039),
+    "h100": GPU("H100 SXM", 90, 132, 227 * KIB, 1.83, _rates(989, 494, 67, 67), 3352),
+    "l4": GPU("L4", 89, 58, 99 * KIB, 2.04, _rates(121, 60, 30.3, 0.5), 300),
+    "rtx4090": GPU("RTX 4090", 89, 128, 99 * KIB, 2.52, _rates(165, 82.6, 82.6, 1.3), 1008),
+    "b200": GPU("B200", 100, 148, 227 * KIB, 1.85, _rates(2250, 1125, 75, 37), 8000),
+}
+"""GPUs that plans can be made for where none of them is at hand (limits: CUDA C++ Programming Guide)."""
+
+INTERPRETER = replace(GPUS["h100"], name="Triton's interpreter", multiprocessors=1)
+"""It runs the programs of a launch one after another: none may wait for another."""
+
+L2_BYTES_PER_CLOCK = 32
+"""Of each multiprocessor, all of them reading: half of what its port takes. An assumption, until `micro` is run."""
+
+WAIT_US = {"counter": 1.2, "data": 0.7}
+"""One wait of all programs for each other: two and one round trips through L2. An assumption, as above."""
+
+LAUNCH_US = 5.0
+"""A cooperative launch after another; an assumption, as above."""
+
+
+def nominal_constants(gpu: GPU) -> Constants:
+    """The constants of the limit from data sheet and assumptions, for estimates where nothing was measured."""
+    return Constants(
+        copy_gb_per_s=gpu.memory_gb_per_s,
+        matmul_tflop_per_s=gpu.tflop_per_s,
+        l2_read_gb_per_s=gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz,
+        launch_us=LAUNCH_US,
+        wait_us={method: {2: wait} for method, wait in WAIT_US.items()},
+        multiprocessors=gpu.multiprocessors,
+        on_chip_bytes=gpu.shared_bytes,
+    )
+
+
+@functools.lru_cache
+def gpu_of(device: torch.device) -> GPU:
+    """The GPU that a CUDA device is; limits as the driver tells them, rates of the nearest kind in the table.
+
+    A CPU is Triton's interpreter.
+    """
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    alike = min(GPUS.values(), key=lambda gpu: (abs(gpu.capability - capability), gpu.name))
+    return replace(
+        alike,
+        name=properties.name,
+        capability=capability,
+        multiprocessors=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_block_optin,
+    )

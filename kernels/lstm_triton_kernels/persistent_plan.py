@@ -1,0 +1,271 @@
+"""How a persistent launch is cut into programs: pure functions from sizes and a GPU's limits to a frozen plan.
+
+A plan is chosen among all that fit, by an estimate of the time of a step. The estimate is a model, of which only
+differences between plans matter; a GPU decides whether it orders them rightly (`make gpu` measures the candidates).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lstm_triton_kernels.gpus import GPU, L2_BYTES_PER_CLOCK, WAIT_US
+from lstm_triton_kernels.plan import ceil_div, next_power_of_2
+
+PERSISTENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+LARGEST_ALONE = 128
+"""Units that one program holds at most: beyond, the accumulators of a step do not fit its registers."""
+
+MOST_CHUNKS = 8
+"""Tiles of a block at most: every one is unrolled in the kernel, and compiling takes as long as they are many."""
+
+STAGED_CHUNKS = 3
+"""Left operands that the compiler may keep in shared memory at once, at most (tests/compile)."""
+
+REGISTER_BYTES = 144
+"""Of accumulators and gate inputs in a thread at most; beyond, some release of Triton spills (tests/compile)."""
+
+SHARED_BYTES_PER_CLOCK = 128
+EPILOGUE_US = 0.25
+"""Activations, sums over the warps, stores: of a row block. An assumption."""
+CHECK_US = 0.06
+"""Looking whether a chunk has arrived whole, where the data is its own flag. An assumption."""
+ALONE_US = 0.15
+"""Handing h from the registers to the next product. An assumption."""
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """What is to be computed: one pass over one layer.
+
+    - B, H, D: rows, units, directions; gates: G; matrices: of a full peephole, Q or 0
+    - dtype: of the storage; precision: of float32 products, "tf32" or "ieee"
+    """
+
+    B: int
+    H: int
+    D: int
+    gates: int
+    matrices: int
+    dtype: torch.dtype
+    precision: str
+    backward: bool
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of the storage type."""
+        return self.dtype.itemsize
+
+    @property
+    def rate(self) -> str:
+        """The name of the matmul rate, as in `limit.Constants`."""
+        name = str(self.dtype).removeprefix("torch.")
+        return "tf32" if name == "float32" and self.precision == "tf32" else name
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """Bytes of one batch row that every program reads in a step."""
+        if self.backward:
+            return self.gates * self.H * self.element_bytes
+        return self.H * (self.element_bytes + (4 if self.matrices else 0))
+
+
+@dataclass(frozen=True)
+class PersistentPlan:
+    """One persistent launch.
+
+    - block_u units and block_b rows in a program's tile, of which `rows` are used; block_k columns in a warp's part of
+      a chunk, `split` parts, `chunks` chunks (see resident.py)
+    - unit_programs, row_programs, directions: the grid; row_blocks: blocks of rows there are, at least row_programs
+    - wait: how programs wait for each other (sync.py), None where each holds all units
+    - exact: float32 products without tensor cores
+    - shared_bytes: shared memory of a program at most; estimate_us: of one step
+    """
+
+    block_u: int
+    block_b: int
+    block_k: int
+    split: int
+    chunks: int
+    rows: int
+    unit_programs: int
+    row_programs: int
+    directions: int
+    row_blocks: int
+    num_warps: int
+    wait: str | None
+    exact: bool
+    shared_bytes: int
+    estimate_us: float
+
+    @property
+    def alone(self) -> bool:
+        """Whether a program holds all units, and waits for nobody."""
+        return self.wait is None
+
+    @property
+    def programs(self) -> int:
+        """Programs of the launch."""
+        return self.unit_programs * self.row_programs * self.directions
+
+    @property
+    def blocks_per_program(self) -> int:
+        """Row blocks that the busiest program works through in a step."""
+        return ceil_div(self.row_blocks, self.row_programs)
+
+    @property
+    def key(self) -> tuple[int | str | None, ...]:
+        """What decides which kernel is compiled."""
+        one_block = self.blocks_per_program == 1
+        return (self.block_u, self.block_b, self.block_k, self.split, self.chunks, self.num_warps, self.wait, one_block)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What a user or a benchmark wants of a plan; None: whatever is estimated to be fastest."""
+
+    wait: str | None = None
+    block_u: int | None = None
+    block_b: int | None = None
+
+    def admits(self, plan: PersistentPlan) -> bool:
+        """Whether the plan is as wanted."""
+        wanted = ((self.wait, plan.wait), (self.block_u, plan.block_u), (self.block_b, plan.block_b))
+        return all(want is None or want == has for want, has in wanted)
+
+
+ANY = Preference()
+
+
+@functools.lru_cache(maxsize=4096)
+def persistent_plan(work: Recurrence, gpu: GPU, preference: Preference = ANY) -> PersistentPlan | str:
+    """The fastest plan by estimate; where there is none, a sentence why."""
+    obstacle = why_not(work)
+    if obstacle is not None:
+        return obstacle
+    plans = [plan for plan in candidates(work, gpu) if preference.admits(plan)]
+    if not plans:
+        least = work.H * work.H * (work.gates + work.matrices) * work.element_bytes * work.D
+        chip = gpu.multiprocessors * gpu.shared_bytes
+        return (
+            f"the recurrent weights, {least / 2**20:.1f} MiB, do not fit the shared memory of {gpu.multiprocessors} "
+            f"programs ({chip / 2**20:.1f} MiB) in tiles that leave room to work"
+            if preference == ANY
+            else f"no plan is {preference}"
+        )
+    return min(plans, key=lambda plan: (plan.estimate_us, plan.programs, plan.key[:6]))
+
+
+def why_not(work: Recurrence) -> str | None:
+    """What rules out a persistent plan on any GPU; None if nothing does."""
+    if work.dtype not in PERSISTENT_DTYPES:
+        return f"{str(work.dtype).removeprefix('torch.')} has no persistent kernel: its products would spill"
+    if work.B < 1:
+        return "there are no rows"
+    return None
+
+
+def candidates(work: Recurrence, gpu: GPU) -> Iterator[PersistentPlan]:
+    """Every plan that fits the GPU: all programs resident, shared memory and registers within their limits."""
+    if work.H <= LARGEST_ALONE:
+        yield from _alone(work, gpu)
+    for block_u in (8, 16, 32):
+        for block_b in (16, 32):
+            yield from _together(work, gpu, block_u, block_b, num_warps=8 if work.H > 256 else 4)
+
+
+def _alone(work: Recurrence, gpu: GPU) -> Iterator[PersistentPlan]:
+    """One program holds all units; the rows are shared out, in as many programs as it takes."""
+    units = max(16, next_power_of_2(work.H))
+    tiles = units * units * (work.gates + work.matrices) * work.element_bytes
+    for block_b in (16, 32):
+        num_warps = 4 if units <= 64 else 8
+        staging = block_b * units * (work.element_bytes + 4) * 2
+        accumulated = (2 * work.gates + work.matrices) * block_b * units * 4 // (32 * num_warps)
+        if tiles + staging > gpu.shared_bytes or accumulated > REGISTER_BYTES * 2:
+            continue
+        row_blocks = ceil_div(work.B, block_b)
+        turns = ceil_div(row_blocks * work.D, gpu.multiprocessors)
+        step = _product_us(work, gpu, tiles, block_b, units) + EPILOGUE_US + ALONE_US
+        yield PersistentPlan(
+            block_u=units,
+            block_b=block_b,
+            block_k=units,
+            split=1,
+            chunks=1,
+            rows=block_b,
+            unit_programs=1,
+            row_programs=row_blocks,
+            directions=work.D,
+            row_blocks=row_blocks,
+            num_warps=num_warps,
+            wait=None,
+            exact=work.rate == "float32",
+            shared_bytes=tiles + staging,
+            estimate_us=step * turns,
+        )
+
+
+def _together(work: Recurrence, gpu: GPU, block_u: int, block_b: int, num_warps: int) -> Iterator[PersistentPlan]:
+    """Every program holds block_u units, and waits for those that hold the others."""
+    unit_programs = ceil_div(work.H, block_u)
+    row_room = gpu.multiprocessors // (unit_programs * work.D)
+    split = num_warps
+    block_k = _block_k(work, split, block_b)
+    chunks = ceil_div(work.H, split * block_k)
+    accumulators = work.gates + work.matrices * work.backward
+    accumulated = (accumulators * split + work.gates) * block_b * block_u * 4 // (32 * num_warps)
+    tiles = chunks * split * block_k * block_u * (work.gates + work.matrices) * work.element_bytes
+    exchanged = 4 if work.matrices and not work.backward else work.element_bytes  # c is read in float32
+    staging = STAGED_CHUNKS * split * block_b * block_k * exchanged + split * block_b * block_u * 4 + 4096
+    if unit_programs == 1 or row_room < 1 or chunks > MOST_CHUNKS or accumulated > REGISTER_BYTES:
+        return
+    if tiles + staging > gpu.shared_bytes:
+        return
+    rows = min(block_b, ceil_div(work.B, row_room))
+    row_blocks = ceil_div(work.B, rows)
+    row_programs = min(row_room, row_blocks)
+    turns = ceil_div(row_blocks, row_programs)
+    loads = chunks * (work.gates if work.backward else 2 if work.matrices else 1)
+    read = unit_programs * work.D * work.B * work.exchanged_bytes
+    read_us = read / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
+    block_us = _product_us(work, gpu, tiles, block_b, block_u) + EPILOGUE_US
+    for wait, wait_us in WAIT_US.items():
+        checks = CHECK_US * loads if wait == "data" else 0.0
+        yield PersistentPlan(
+            block_u=block_u,
+            block_b=block_b,
+            block_k=block_k,
+            split=split,
+            chunks=chunks,
+            rows=rows,
+            unit_programs=unit_programs,
+            row_programs=row_programs,
+            directions=work.D,
+            row_blocks=row_blocks,
+            num_warps=num_warps,
+            wait=wait,
+            exact=work.rate == "float32",
+            shared_bytes=tiles + staging,
+            # The programs of a row block wait once a step; other blocks are worked on meanwhile.
+            estimate_us=max(wait_us + checks + block_us, turns * (checks + block_us)) + read_us,
+        )
+
+
+def _block_k(work: Recurrence, split: int, block_b: int) -> int:
+    """Columns of a warp's part of a chunk: the least padding, then the fewest chunks."""
+    widest = 32 if work.element_bytes == 4 or block_b > 16 else 64
+    sizes = [size for size in (64, 32, 16) if size <= widest]
+    return min(sizes, key=lambda size: (ceil_div(work.H, split * size) * size, -size))
+
+
+def _product_us(work: Recurrence, gpu: GPU, tiles: int, block_b: int, units: int) -> float:
+    """The product of a row block with the resident tiles: reading them, or multiplying, whichever takes longer."""
+    read = tiles / (SHARED_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
+    operations = 2 * block_b * units * max(16, work.H) * (work.gates + work.matrices)
+    multiply = operations / (gpu.tflop_per_s[work.rate] / gpu.multiprocessors * 1e6)
+    return max(read, 2 * multiply)  # one warp group's mma instructions reach about half of the rate

@@ -1,0 +1,95 @@
+"""What the host knows of persistent launches: whether one gave up waiting, and whose turn it is on a device.
+
+A launch that gives up writes a word of pinned host memory. The host reads it whenever the library is called next,
+which costs no synchronisation, and inside a captured CUDA graph no node; a replayed launch writes the same word.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GAVE_UP = {1: "a count was not reached", 2: "values were not published"}
+"""Bit of the word (sync.py) to what it means."""
+
+WORDS = 1024
+"""Launches that are told apart: the word of a launch is used again after so many others."""
+
+
+class Flags:
+    """The words of one device, and the names of the launches that may write them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.words = torch.zeros(WORDS, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.seen = self.words.numpy()
+        self.names = [""] * WORDS
+        self.next = 0
+
+    def take(self, name: str) -> Tensor:
+        """The word (1,) int32 of a new launch."""
+        index = self.next
+        self.next = (index + 1) % WORDS
+        self.names[index] = name
+        return self.words[index : index + 1]
+
+    def check(self) -> None:
+        """Raises RuntimeError naming the launches that gave up since the last check."""
+        if not self.seen.any():
+            return
+        failed = [(index, int(self.seen[index])) for index in self.seen.nonzero()[0]]
+        self.seen[:] = 0
+        launches = "; ".join(
+            f"{self.names[index]} ({' and '.join(words for bit, words in GAVE_UP.items() if code & bit)})"
+            for index, code in failed
+        )
+        raise RuntimeError(
+            f"programs of a persistent launch waited for each other in vain; the results are invalid: {launches}"
+        )
+
+
+_flags: dict[torch.device, Flags] = {}
+_last: dict[torch.device, tuple[Any, torch.cuda.Event]] = {}
+_lock = threading.Lock()
+
+
+def flags_of(device: torch.device) -> Flags:
+    """The flags of a device, made when first asked for."""
+    with _lock:
+        if device not in _flags:
+            _flags[device] = Flags(device)
+        return _flags[device]
+
+
+def check_launches() -> None:
+    """Raises RuntimeError if a persistent launch that has ended gave up waiting; waits for no device.
+
+    The library does this whenever it is called; after the last call, synchronize, then call this.
+    """
+    for flags in list(_flags.values()):
+        flags.check()
+
+
+@contextmanager
+def turn(device: torch.device) -> Iterator[None]:
+    """Inside, the calling stream launches programs that wait for each other, after all such launches before it.
+
+    Two of them at once could each hold the multiprocessors that the other needs. The launch itself asks the driver to
+    start all programs together or none (it is cooperative); this keeps two streams of this process from meeting at all.
+    While a CUDA graph is captured, only the launch's own guarantee holds: a capture may not depend on work outside it.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    with _lock:
+        stream = torch.cuda.current_stream(device)
+        if device in _last and _last[device][0] != stream:
+            stream.wait_event(_last[device][1])
+        yield
+        event = torch.cuda.Event()
+        event.record(stream)
+        _last[device] = (stream, event)
