@@ -32,7 +32,7 @@ test-interpreted: setup
 	TRITON_INTERPRET=1 $(TEST) -n $(WORKERS) tests/interpreted
 
 test-compile: setup
-	$(TEST) -n $(WORKERS) tests/compile
+	$(TEST) -n $(WORKERS) --maxschedchunk 1 tests/compile
 
 # On a machine with a GPU, from the checkout, with the Python that is there.
 gpu-test:

@@ -1,8 +1,11 @@
 """An LSTM for PyTorch whose recurrence runs in Triton kernels: standard, coupled and peephole variants.
 
 `LSTM` and `LSTMCell` are used like `torch.nn.LSTM` and `torch.nn.LSTMCell`; `functional` has the same on explicit
-tensors; `backend` chooses the implementation.
+tensors; `backend` chooses the implementation; `check_launches` asks whether a launch
+gave up.
 """
+
+from lstm_triton_kernels.watch import check_launches
 
 from lstm_triton import functional
 from lstm_triton.dispatch import backend
@@ -11,4 +14,14 @@ from lstm_triton.spec import VARIANTS, LSTMSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "VARIANTS", "CoupledLSTM", "LSTMCell", "LSTMSpec", "PeepholeLSTM", "backend", "functional"]
+__all__ = [
+    "LSTM",
+    "VARIANTS",
+    "CoupledLSTM",
+    "LSTMCell",
+    "LSTMSpec",
+    "PeepholeLSTM",
+    "backend",
+    "check_launches",
+    "functional",
+]

@@ -15,17 +15,27 @@ from itertools import compress
 from typing import Any, Optional
 
 import torch
+from lstm_triton_kernels.gpus import gpu_of
+from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 
-from lstm_triton import layer, reference
+from lstm_triton import layer, reference, selection
 from lstm_triton.spec import LSTMSpec, LSTMWeights
 
 STEPS = {"stepwise": "lstm_triton_kernels.sequence_stepwise", "torch": "lstm_triton.eager"}
 """Strategy to the module that computes its steps; imported when first used, so that triton may be missing."""
 
 
-def passes(strategy: str) -> tuple[Callable[..., layer.LayerResult], Callable[..., layer.LayerGradients]]:
-    """The forward and the backward pass of a layer by a strategy: "persistent", "stepwise" or "torch"."""
+def passes(
+    strategy: str, x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, training: bool
+) -> tuple[Callable[..., layer.LayerResult], Callable[..., layer.LayerGradients]]:
+    """The forward and the backward pass of a layer by a strategy: "auto", "persistent", "stepwise" or "torch".
+
+    What the one saves the other can read, whatever strategy each of them is.
+    """
+    if strategy != "torch":
+        sizes = selection.layer_of(x, c_0, weights, spec, training)
+        strategy = selection.kernels(strategy if sizes.B > 0 else "stepwise", sizes, gpu_of(x.device)).name
     if strategy == "persistent":
         persistent = importlib.import_module("lstm_triton.persistent")
         return persistent.forward, persistent.backward
@@ -73,10 +83,12 @@ def layer_forward(
     variant: str, bias: bool, projection: bool, strategy: str, save: bool, recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The fields of `layer.LayerResult`; `weights`: D times what `LSTMSpec.parameter_names(bias, projection)` lists."""
+    check_launches()
     spec = LSTMSpec.parse(variant)
-    forward, _ = passes(strategy)
+    grouped = group(weights, spec, bias, projection)
+    forward, _ = passes(strategy, x, c_0, grouped, spec, save)
     with computing_on(x.device):
-        return forward(x, h_0, c_0, group(weights, spec, bias, projection), spec, save, recompute)
+        return forward(x, h_0, c_0, grouped, spec, save, recompute)
 
 
 @layer_forward.register_fake
@@ -94,10 +106,11 @@ def layer_backward(
     variant: str, bias: bool, projection: bool, strategy: str, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x, h_0, c_0 and each weight, of those for which `needs` (in that order) is true."""
+    check_launches()
     spec = LSTMSpec.parse(variant)
-    _, backward = passes(strategy)
     names = spec.parameter_names(bias, projection)
     grouped = group(weights, spec, bias, projection)
+    _, backward = passes(strategy, x, c_0, grouped, spec, True)
     needed = [needs[n : n + len(names)] for n in range(3, len(needs), len(names))]
     wanted = layer.Needs(needs[0], needs[1], needs[2], [list(compress(names, part)) for part in needed])
     with computing_on(x.device):

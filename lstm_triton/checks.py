@@ -52,6 +52,12 @@ def lstm_arguments(
         raise ValueError("proj_size has to be smaller than hidden_size")
 
 
+def flag(name: str, value: Any) -> None:
+    """Raises TypeError unless the value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+
+
 def padded(input: Any) -> None:
     """Raises TypeError for a PackedSequence, which the library does not take yet."""
     if isinstance(input, PackedSequence):

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from lstm_triton_kernels.gpus import gpu_of
 from torch import Tensor
 
-from lstm_triton import aten, autograd, checks, dispatch
+from lstm_triton import aten, autograd, checks, dispatch, selection
 from lstm_triton.spec import LSTMSpec, LSTMWeights, OutputPeephole, Peephole, state_dict_name
 
 
@@ -83,6 +84,8 @@ def lstm(
     coupled: bool = False,
     peephole: Peephole | None = None,
     output_peephole: OutputPeephole = "previous",
+    strategy: str = "auto",
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A stack of layers over a whole sequence: (output, (h_n, c_n)).
 
@@ -91,13 +94,17 @@ def lstm(
     - weights: for each layer, for each direction: weight_ih (G·H, I or D·P), weight_hh (G·H, P), with `bias` bias_ih
       and bias_hh (G·H,), with `proj_size` weight_hr (P, H), with `peephole` weight_ch, diagonal (Q·H,) or full (Q·H, H)
     - dropout: probability of zeroing an element of the output of each layer but the last, where `training`
+    - strategy: "persistent" (all steps in one launch, the recurrent weights on the chip), "stepwise" (a launch a step),
+      "cudnn" (`torch.nn.LSTM`'s own operator; the standard variant on CUDA), or "auto": the fastest as far as is known
+    - recompute: do not keep the activated gates for the backward pass, but compute them again in it from h_t and c_t
     - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
 
     Types as in `lstm_cell`. Raises ValueError or RuntimeError as `torch.nn.LSTM` does for sizes and types that do not
-    fit and for T = 0; TypeError for a PackedSequence; RuntimeError where the backend asked for cannot run; ValueError
-    for an unknown variant.
+    fit and for T = 0; TypeError for a PackedSequence; RuntimeError with the reason where the backend or
+    strategy asked for cannot run; ValueError for an unknown variant or strategy.
     """
     spec = LSTMSpec(coupled, peephole, output_peephole)
+    selection.check_strategy(strategy)
     D = 2 if bidirectional else 1
     L = num_layers
     layers = group_layers(weights, spec, L, D, bias, proj_size)
@@ -126,13 +133,14 @@ def lstm(
     layers = [cast[n : n + D] for n in range(0, D * L, D)]
     checks.same_kind(x, (h_0, c_0), "hidden")
     checks.same_kind(x, [p for layer in layers for w in layer for p in w.present().values()], "parameter")
+    selection.check_runnable(strategy, x.device, x.dtype, spec)
 
     last_h, last_c = [], []
     for n, layer in enumerate(layers):
         if n > 0 and dropout > 0:
             x = F.dropout(x, dropout, training)
         states = slice(n * D, (n + 1) * D)
-        x, h_n, c_n = run_layer(x, h_0[states], c_0[states], layer, spec)
+        x, h_n, c_n = run_layer(x, h_0[states], c_0[states], layer, spec, strategy, recompute)
         last_h.append(h_n)
         last_c.append(c_n)
     h_n, c_n = (last_h[0], last_c[0]) if L == 1 else (torch.cat(last_h), torch.cat(last_c))
@@ -142,13 +150,30 @@ def lstm(
 
 
 def run_layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer on the chosen backend; x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output, h_n, c_n."""
-    backend = dispatch.choose(x.device, x.dtype).name
-    if backend == "torch" and aten.serves(x, spec):
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, strategy: str = "auto",
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One layer by the chosen backend and strategy; x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output, h_n, c_n."""
+    backend = dispatch.choose(x.device, x.dtype).name if strategy == "auto" else "triton"
+    if backend == "torch":
+        if aten.serves(x, spec):
+            return aten.lstm_layer(x, h_0, c_0, weights)
+        return autograd.lstm_layer(x, h_0, c_0, weights, spec, "torch", recompute)
+    if strategy == "cudnn" or (strategy == "auto" and prefers_cudnn(x, h_0, c_0, weights, spec)):
         return aten.lstm_layer(x, h_0, c_0, weights)
-    return autograd.lstm_layer(x, h_0, c_0, weights, spec, backend)
+    return autograd.lstm_layer(x, h_0, c_0, weights, spec, strategy, recompute)
+
+
+def prefers_cudnn(x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec) -> bool:
+    """Whether `auto` leaves the layer to cuDNN: not where the kernels were asked for, nor under torch.compile."""
+    if torch.compiler.is_compiling() or dispatch.requested() == "triton":
+        return False
+    if selection.why_not_cudnn(x.device, spec) is not None or x.shape[1] == 0:
+        return False
+    tensors = (x, h_0, c_0, *(w for direction in weights for w in direction.present().values()))
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    layer = selection.layer_of(x, c_0, weights, spec, training)
+    return selection.strategy_of("auto", layer, gpu_of(x.device), cudnn_may=True).name == "cudnn"
 
 
 def group_layers(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lstm_triton import checks, functional
+from lstm_triton import checks, functional, selection
 from lstm_triton.spec import LSTMSpec, OutputPeephole, Peephole, state_dict_name
 
 
@@ -135,6 +135,7 @@ class LSTM(VariantModule):
     - coupled: the input gate is 1 - f (CIFG, Greff et al. 2017)
     - peephole: None, "diagonal" (V elementwise, Gers & Schmidhuber 2000) or "full" (V a matrix)
     - output_peephole: the output gate reads the "previous" or the "current" cell state
+    - strategy, recompute: how it is computed, as in `functional.lstm`; attributes that may be set at any time
 
     Parameters of layer k (suffix `_reverse` for the second direction), G gate blocks in the order i, f, g, o (coupled:
     f, g, o), Q peephole blocks i, f, o (coupled: f, o), P = proj_size or else H, D directions:
@@ -144,8 +145,11 @@ class LSTM(VariantModule):
     - weight_hr_l{k}: (P, H), with proj_size
     - weight_ch_l{k}: diagonal (Q·H,), full (Q·H, H)
 
-    Raises TypeError and ValueError as `torch.nn.LSTM` does, ValueError for an unknown variant.
+    Raises TypeError and ValueError as `torch.nn.LSTM` does, ValueError for an unknown variant or strategy.
     """
+
+    strategy: str = "auto"
+    recompute: bool = False
 
     def __init__(
         self,
@@ -163,9 +167,13 @@ class LSTM(VariantModule):
         coupled: bool = False,
         peephole: Peephole | None = None,
         output_peephole: OutputPeephole = "previous",
+        strategy: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         checks.lstm_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        selection.check_strategy(strategy)
+        checks.flag("recompute", recompute)
         spec = LSTMSpec(coupled, peephole, output_peephole)
         self._set_variant(spec)
         self.input_size = input_size
@@ -176,6 +184,8 @@ class LSTM(VariantModule):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = proj_size
+        self.strategy = strategy
+        self.recompute = recompute
         directions = 2 if bidirectional else 1
         for layer in range(num_layers):
             size = input_size if layer == 0 else directions * (proj_size or hidden_size)
@@ -210,6 +220,8 @@ class LSTM(VariantModule):
             coupled=self.coupled,
             peephole=self.peephole,
             output_peephole=self.output_peephole,
+            strategy=self.strategy,
+            recompute=self.recompute,
         )
 
     def extra_repr(self) -> str:
@@ -218,7 +230,9 @@ class LSTM(VariantModule):
         options = "".join(
             f", {name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default
         )
-        return f"{self.input_size}, {self.hidden_size}{options}{self._variant_repr()}"
+        how = f", strategy={self.strategy!r}" if self.strategy != "auto" else ""
+        how += ", recompute=True" if self.recompute else ""
+        return f"{self.input_size}, {self.hidden_size}{options}{self._variant_repr()}{how}"
 
 
 class CoupledLSTM(LSTM):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from lstm_triton_kernels import sequence_persistent
 from lstm_triton_kernels.gpus import gpu_of
-from lstm_triton_kernels.persistent_plan import PersistentPlan, persistent_plan
-from lstm_triton_kernels.plan import accumulator_dtype
+from lstm_triton_kernels.persistent_plan import PersistentPlan, Recurrence, persistent_plan
+from lstm_triton_kernels.plan import accumulator_dtype, matmul_precision
 from torch import Tensor
 
 from lstm_triton import layer
@@ -23,7 +23,7 @@ from lstm_triton.spec import LSTMSpec, LSTMWeights
 def plan(c_0: Tensor, dtype: torch.dtype, spec: LSTMSpec, backward: bool) -> PersistentPlan:
     """The plan of a pass for states (D, B, H). Raises RuntimeError with the reason where there is none."""
     D, B, H = c_0.shape
-    work = sequence_persistent.recurrence(spec, B, H, D, dtype, backward)
+    work = Recurrence.of(spec, B, H, D, dtype, matmul_precision(), backward)
     found = persistent_plan(work, gpu_of(c_0.device), sequence_persistent.preference())
     if isinstance(found, str):
         raise RuntimeError(f"strategy 'persistent' cannot run here: {found}")
@@ -34,7 +34,7 @@ def forward(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, save: bool, recompute: bool,
     lengths: Tensor | None = None, resets: Tensor | None = None,
 ) -> LayerResult:  # fmt: skip
-    """As `layer.forward`; lengths (B,) and resets (T, B) bool as in `reference.layer_states`, on the tensors' device."""
+    """As `layer.forward`; lengths (B,) and resets (T, B) bool as in `reference.layer_states`, on the device of x."""
     T, B, _ = x.shape
     D, _, H = c_0.shape
     gates = torch.empty(D, T, B, len(spec.gates) * H, dtype=x.dtype, device=x.device)
@@ -75,7 +75,10 @@ def backward(
         ])  # fmt: skip
     w_hh, w_ch = recurrent_weights(weights)
     d_gates, dc = sequence_persistent.backward(
-        *(None if grad is None else grad.contiguous() for grad in (grad_output, grad_cells, grad_h_n, grad_c_n)),
+        contiguous(grad_output),
+        contiguous(grad_cells),
+        contiguous(grad_h_n),
+        contiguous(grad_c_n),
         gates,
         cells,
         w_hh,
@@ -120,6 +123,11 @@ def recurrent_weights(weights: Sequence[LSTMWeights]) -> tuple[Tensor, Tensor | 
 def together(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors along a new first axis; one alone is not copied if it is contiguous."""
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].contiguous()[None]
+
+
+def contiguous(gradient: Tensor | None) -> Tensor | None:
+    """A gradient that there is, as the kernels read it."""
+    return None if gradient is None else gradient.contiguous()
 
 
 def as_bytes(resets: Tensor | None) -> Tensor | None:

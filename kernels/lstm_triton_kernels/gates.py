@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from lstm_triton_kernels.plan import MatmulPlan, accumulator_dtype, ceil_div, matmul_plan
+from lstm_triton_kernels.plan import MatmulPlan, accumulator_dtype, ceil_div, matmul_plan, matmul_precision
 
 
 @triton.jit
@@ -110,11 +110,6 @@ TRITON_TYPE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-
-
-def matmul_precision() -> str:
-    """How float32 operands are multiplied: "tf32" or "ieee", as PyTorch's own switch for CUDA matmuls says."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def dot_constants(dtype: torch.dtype, plan: MatmulPlan, precision: str) -> dict[str, Any]:

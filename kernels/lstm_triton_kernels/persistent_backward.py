@@ -46,9 +46,7 @@ def load_saved(
     live = (lives & (n < length) & (n >= 0))[:, None] & (unit < H)[None, :]
     size = B.to(tl.int64) * H
     tile = row[:, None] * H + unit[None, :]
-    saved = load_blocks(
-        at_time(gates_ptr, t, G * size, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :], H, live, G
-    )
+    saved = load_blocks(at_time(gates_ptr, t, G * size, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :], H, live, G)
     c_previous = tl.load(at_time(before_ptr, t, size, HAS_LENGTHS) + tile, mask=live, other=0.0)
     c = tl.load(at_time(current_ptr, t, size, HAS_LENGTHS) + tile, mask=live, other=0.0)
     grads = ()
@@ -71,8 +69,8 @@ def persistent_backward_kernel(
     HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_CELLS: tl.constexpr,
     HAS_GRAD_H_N: tl.constexpr, HAS_GRAD_C_N: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
     ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0 (without a full peephole's part).
 
@@ -95,7 +93,6 @@ def persistent_backward_kernel(
 
     gates_size = B.to(tl.int64) * G * H
     cells_size = B.to(tl.int64) * H
-    sequence_size = B.to(tl.int64) * D * H
     d_gates_ptr += side * T * gates_size
     gates_ptr += side * T * gates_size
     before_ptr = cells_ptr + (side * (T + 1) + side) * cells_size  # c_{t-1} stands at index t of it
@@ -154,9 +151,7 @@ def persistent_backward_kernel(
         next_row, next_lives, next_length = row, lives, length
         if not ONE_BLOCK:
             next_block = block + (turn + 1 - done_next * blocks) * tl.num_programs(1)
-            next_row, next_lives, next_length = rows_of_block(
-                next_block, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS
-            )
+            next_row, next_lives, next_length = rows_of_block(next_block, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS)
         saved_next, c_next, grads_next = load_saved(
             gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
             next_lives, next_length, unit, B, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
@@ -191,14 +186,15 @@ def persistent_backward_kernel(
             counter_ptr = counters_ptr + b * COUNTER_STRIDE
             patience = exchange_wait(counter_ptr, done * tl.num_programs(0), patience, error_ptr, WAIT)
             for g in tl.static_range(G):
-                pointers, masks = left_operands(d_after + g * H, H, reading, 0, CHUNKS, SPLIT, BLOCK_K)
-                left, patience = exchange_load(pointers, masks, patience, error_ptr, WAIT)
-                for chunk in tl.static_range(CHUNKS):
-                    d = left[chunk].to(DOT)
-                    acc = add_to_one(acc, d, w[g * CHUNKS + chunk], chunk % 2, PRECISION)
-                    if FULL and g != G - 2:
-                        v_tile = v_full[peephole_block(g, G) * CHUNKS + chunk]
-                        acc_c = add_to_one(acc_c, d, v_tile, 0, PRECISION)
+                for first in tl.static_range(0, CHUNKS, GROUP):
+                    pointers, masks = left_operands(d_after + g * H, H, reading, first, GROUP, SPLIT, BLOCK_K)
+                    left, patience = exchange_load(pointers, masks, patience, error_ptr, WAIT)
+                    for m in tl.static_range(GROUP):
+                        d = left[m].to(DOT)
+                        acc = add_to_one(acc, d, w[g * CHUNKS + first + m], (g * CHUNKS + first + m) % 2, PRECISION)
+                        if FULL and g != G - 2:
+                            v_tile = v_full[peephole_block(g, G) * CHUNKS + first + m]
+                            acc_c = add_to_one(acc_c, d, v_tile, 0, PRECISION)
         dh = sum_parts(acc[0] + acc[1], SPLIT)
         if FULL:
             dc += sum_parts(acc_c[0], SPLIT)

@@ -1,8 +1,8 @@
 """All time steps of a layer, forward, in one launch: the recurrent weights never leave the chip.
 
 Shapes: T time steps, B batch rows, H hidden units, D directions, G gate blocks in the order i, f, g, o (coupled: f, g,
-o), Q peephole blocks i, f, o (coupled: f, o). Program (part of the units, first row block, direction) owns BLOCK_U units
-with all their gates, and the row blocks from its first one on, as many apart as there are programs on that axis.
+o), Q peephole blocks i, f, o (coupled: f, o). Program (part of the units, first row block, direction) owns BLOCK_U
+units with all their gates, and the row blocks from its first one on, as many apart as there are programs on that axis.
 
 A step of a program: load the gate inputs of its units; wait for h_{t-1} of all units; multiply it with the resident
 weights; update c, which is the program's own; publish h_t of its units. In the buffer of hidden states every h_t has
@@ -34,6 +34,7 @@ from lstm_triton_kernels.resident import (
 from lstm_triton_kernels.rows import at_time, left_at_time, row_values, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import COUNTER_STRIDE, exchange_arrive, exchange_load, exchange_store, exchange_wait
 
+
 @triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "patience"])
 def persistent_forward_kernel(
     gates_ptr, hidden_ptr, cells_ptr, h_n_ptr, c_n_ptr, h_0_ptr, c_0_ptr, w_hh_ptr, w_ch_ptr, lengths_ptr, resets_ptr,
@@ -42,8 +43,8 @@ def persistent_forward_kernel(
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     SAVE_GATES: tl.constexpr, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
     ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
 
@@ -54,6 +55,7 @@ def persistent_forward_kernel(
     - lengths: (B,) int32 or int64; resets: (T, B) uint8; counters: one a direction and row block, zero; error: int32
 
     The output gate of a full peephole reads c_{t-1}. ONE_BLOCK: no program has a second row block.
+    GROUP chunks, a divisor of CHUNKS, are read at once.
     """
     G: tl.constexpr = 3 if COUPLED else 4
     Q: tl.constexpr = 2 if COUPLED else 3
@@ -140,9 +142,7 @@ def persistent_forward_kernel(
         next_row, next_lives, next_length = row, lives, length
         if not ONE_BLOCK:
             next_block = block + (turn + 1 - after * blocks) * tl.num_programs(1)
-            next_row, next_lives, next_length = rows_of_block(
-                next_block, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS
-            )
+            next_row, next_lives, next_length = rows_of_block(next_block, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS)
         next_t = time_of_step(after, next_length, reverse)
         next_tile = next_row[:, None] * G * H + unit[None, :]
         next_live = (next_lives & (after < next_length))[:, None] & (unit < H)[None, :]
@@ -177,18 +177,20 @@ def persistent_forward_kernel(
             h_before = left_at_time(hidden_ptr, before, hidden_size, SPLIT, HAS_LENGTHS) + left_row * D * H
             counter_ptr = counters_ptr + b * COUNTER_STRIDE
             patience = exchange_wait(counter_ptr, (n + 1) * tl.num_programs(0), patience, error_ptr, WAIT)
-            pointers, masks = left_operands(h_before, H, reading, 0, CHUNKS, SPLIT, BLOCK_K)
-            left, patience = exchange_load(pointers, masks, patience, error_ptr, WAIT)
-            for chunk in tl.static_range(CHUNKS):
-                acc = add_to_all(acc, left[chunk].to(DOT), w, chunk, CHUNKS, PRECISION)
+            for first in tl.static_range(0, CHUNKS, GROUP):
+                pointers, masks = left_operands(h_before, H, reading, first, GROUP, SPLIT, BLOCK_K)
+                left, patience = exchange_load(pointers, masks, patience, error_ptr, WAIT)
+                for m in tl.static_range(GROUP):
+                    acc = add_to_all(acc, left[m].to(DOT), w, first + m, CHUNKS, PRECISION)
             if FULL:
                 c_before = left_at_time(cells_ptr, t + direction, cells_size, SPLIT, HAS_LENGTHS) + left_row * H
-                pointers, masks = left_operands(c_before, H, reading, 0, CHUNKS, SPLIT, BLOCK_K)
-                states, patience = exchange_load(pointers, masks, patience, error_ptr, WAIT)
-                for chunk in tl.static_range(CHUNKS):
-                    for q in tl.static_range(Q):
-                        v_tile = v_full[q * CHUNKS + chunk]
-                        acc = add_to_one(acc, states[chunk].to(DOT), v_tile, peephole_gate(q, G), PRECISION)
+                for first in tl.static_range(0, CHUNKS, GROUP):
+                    pointers, masks = left_operands(c_before, H, reading, first, GROUP, SPLIT, BLOCK_K)
+                    states, patience = exchange_load(pointers, masks, patience, error_ptr, WAIT)
+                    for m in tl.static_range(GROUP):
+                        for q in tl.static_range(Q):
+                            v_tile = v_full[q * CHUNKS + first + m]
+                            acc = add_to_one(acc, states[m].to(DOT), v_tile, peephole_gate(q, G), PRECISION)
         sums = ()
         for g in tl.static_range(G):
             sums = sums + (a[g].to(ACC) + sum_parts(acc[g], SPLIT),)  # noqa: RUF005

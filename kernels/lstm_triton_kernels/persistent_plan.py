@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,11 +21,8 @@ PERSISTENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_ALONE = 128
 """Units that one program holds at most: beyond, the accumulators of a step do not fit its registers."""
 
-MOST_CHUNKS = 8
+MOST_CHUNKS = 4
 """Tiles of a block at most: every one is unrolled in the kernel, and compiling takes as long as they are many."""
-
-STAGED_CHUNKS = 3
-"""Left operands that the compiler may keep in shared memory at once, at most (tests/compile)."""
 
 REGISTER_BYTES = 144
 """Of accumulators and gate inputs in a thread at most; beyond, some release of Triton spills (tests/compile)."""
@@ -34,6 +32,8 @@ EPILOGUE_US = 0.25
 """Activations, sums over the warps, stores: of a row block. An assumption."""
 CHECK_US = 0.06
 """Looking whether a chunk has arrived whole, where the data is its own flag. An assumption."""
+GROUP_US = {"counter": 0.05, "data": 0.3}
+"""Reading what others wrote in one group more: with the counter the loads overlap, else each is a round trip."""
 ALONE_US = 0.15
 """Handing h from the registers to the next product. An assumption."""
 
@@ -54,6 +54,12 @@ class Recurrence:
     dtype: torch.dtype
     precision: str
     backward: bool
+
+    @classmethod
+    def of(cls, spec: Any, B: int, H: int, D: int, dtype: torch.dtype, precision: str, backward: bool) -> Recurrence:
+        """Of a variant."""
+        matrices = len(spec.peephole_gates) if spec.full else 0
+        return cls(B, H, D, len(spec.gates), matrices, dtype, precision, backward)
 
     @property
     def element_bytes(self) -> int:
@@ -79,7 +85,7 @@ class PersistentPlan:
     """One persistent launch.
 
     - block_u units and block_b rows in a program's tile, of which `rows` are used; block_k columns in a warp's part of
-      a chunk, `split` parts, `chunks` chunks (see resident.py)
+      a chunk, `split` parts, `chunks` chunks (see resident.py), of which `group` are read at once
     - unit_programs, row_programs, directions: the grid; row_blocks: blocks of rows there are, at least row_programs
     - wait: how programs wait for each other (sync.py), None where each holds all units
     - exact: float32 products without tensor cores
@@ -91,6 +97,7 @@ class PersistentPlan:
     block_k: int
     split: int
     chunks: int
+    group: int
     rows: int
     unit_programs: int
     row_programs: int
@@ -121,7 +128,8 @@ class PersistentPlan:
     def key(self) -> tuple[int | str | None, ...]:
         """What decides which kernel is compiled."""
         one_block = self.blocks_per_program == 1
-        return (self.block_u, self.block_b, self.block_k, self.split, self.chunks, self.num_warps, self.wait, one_block)
+        tile = (self.block_u, self.block_b, self.block_k, self.split, self.chunks, self.group)
+        return (*tile, self.num_warps, self.wait, self.exact, one_block)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,17 @@ def persistent_plan(work: Recurrence, gpu: GPU, preference: Preference = ANY) ->
             if preference == ANY
             else f"no plan is {preference}"
         )
-    return min(plans, key=lambda plan: (plan.estimate_us, plan.programs, plan.key[:6]))
+    usual = [plan for plan in plans if plan.wait in (None, usual_wait(work, plan))]
+    return min(usual or plans, key=lambda plan: (plan.estimate_us, plan.programs, plan.key[:6]))
+
+
+def usual_wait(work: Recurrence, plan: PersistentPlan) -> str:
+    """How to wait, until a GPU has decided.
+
+    By the data, one round trip through L2, where it is looked at once a step; by the counter, two, where the data comes
+    in one group a gate, or where other row blocks are worked on meanwhile.
+    """
+    return "counter" if work.backward or plan.blocks_per_program > 1 else "data"
 
 
 def why_not(work: Recurrence) -> str | None:
@@ -197,6 +215,7 @@ def _alone(work: Recurrence, gpu: GPU) -> Iterator[PersistentPlan]:
             block_k=units,
             split=1,
             chunks=1,
+            group=1,
             rows=block_b,
             unit_programs=1,
             row_programs=row_blocks,
@@ -217,31 +236,36 @@ def _together(work: Recurrence, gpu: GPU, block_u: int, block_b: int, num_warps:
     split = num_warps
     block_k = _block_k(work, split, block_b)
     chunks = ceil_div(work.H, split * block_k)
-    accumulators = work.gates + work.matrices * work.backward
+    accumulators = 2 + (work.matrices > 0) if work.backward else work.gates
     accumulated = (accumulators * split + work.gates) * block_b * block_u * 4 // (32 * num_warps)
     tiles = chunks * split * block_k * block_u * (work.gates + work.matrices) * work.element_bytes
-    exchanged = 4 if work.matrices and not work.backward else work.element_bytes  # c is read in float32
-    staging = STAGED_CHUNKS * split * block_b * block_k * exchanged + split * block_b * block_u * 4 + 4096
     if unit_programs == 1 or row_room < 1 or chunks > MOST_CHUNKS or accumulated > REGISTER_BYTES:
-        return
-    if tiles + staging > gpu.shared_bytes:
         return
     rows = min(block_b, ceil_div(work.B, row_room))
     row_blocks = ceil_div(work.B, rows)
     row_programs = min(row_room, row_blocks)
     turns = ceil_div(row_blocks, row_programs)
-    loads = chunks * (work.gates if work.backward else 2 if work.matrices else 1)
     read = unit_programs * work.D * work.B * work.exchanged_bytes
     read_us = read / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
     block_us = _product_us(work, gpu, tiles, block_b, block_u) + EPILOGUE_US
+    widest = 4 if work.matrices and not work.backward else work.element_bytes  # c is read in float32
     for wait, wait_us in WAIT_US.items():
-        checks = CHECK_US * loads if wait == "data" else 0.0
+        group = chunks
+        staging = (group * block_k * widest + block_u * 4) * split * block_b + 4096
+        if tiles + staging > gpu.shared_bytes:
+            group = 1
+            staging = (group * block_k * widest + block_u * 4) * split * block_b + 4096
+        if tiles + staging > gpu.shared_bytes:
+            continue
+        groups = ceil_div(chunks, group) * (work.gates if work.backward else 2 if work.matrices else 1)
+        reading_us = GROUP_US[wait] * (groups - 1) + (CHECK_US * groups if wait == "data" else 0.0)
         yield PersistentPlan(
             block_u=block_u,
             block_b=block_b,
             block_k=block_k,
             split=split,
             chunks=chunks,
+            group=group,
             rows=rows,
             unit_programs=unit_programs,
             row_programs=row_programs,
@@ -252,7 +276,7 @@ def _together(work: Recurrence, gpu: GPU, block_u: int, block_b: int, num_warps:
             exact=work.rate == "float32",
             shared_bytes=tiles + staging,
             # The programs of a row block wait once a step; other blocks are worked on meanwhile.
-            estimate_us=max(wait_us + checks + block_us, turns * (checks + block_us)) + read_us,
+            estimate_us=max(wait_us + reading_us + block_us, turns * (reading_us + block_us)) + read_us,
         )
 
 

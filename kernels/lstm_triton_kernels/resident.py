@@ -88,9 +88,7 @@ def zero_accumulators(
 
 
 @triton.jit
-def left_operands(
-    ptr, H, reads, FIRST: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def left_operands(ptr, H, reads, FIRST: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
     """Pointers and masks of chunks FIRST to FIRST + CHUNKS - 1 of rows that begin at ptr, of which `reads` are read."""
     pointers, masks = (), ()
     for chunk in tl.static_range(FIRST, FIRST + CHUNKS):

@@ -11,9 +11,7 @@ from lstm_triton_kernels.resident import left_rows
 
 
 @triton.jit
-def rows_of_block(
-    block, rows, B, lengths_ptr, T, BLOCK_B: tl.constexpr, HAS_LENGTHS: tl.constexpr
-):
+def rows_of_block(block, rows, B, lengths_ptr, T, BLOCK_B: tl.constexpr, HAS_LENGTHS: tl.constexpr):
     """The batch rows of a row block, which has `rows` of them, as (BLOCK_B,); which of them there are; their steps."""
     n = tl.arange(0, BLOCK_B)
     row = block * rows + n

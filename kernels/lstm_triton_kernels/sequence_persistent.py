@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lstm_triton_kernels.cell import variant_constants
-from lstm_triton_kernels.gates import INTERPRETED, TRITON_TYPE, matmul_precision
+from lstm_triton_kernels.gates import INTERPRETED, TRITON_TYPE
 from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
-from lstm_triton_kernels.persistent_plan import ANY, PersistentPlan, Preference, Recurrence
-from lstm_triton_kernels.plan import accumulator_dtype
+from lstm_triton_kernels.persistent_plan import ANY, PersistentPlan, Preference
+from lstm_triton_kernels.plan import accumulator_dtype, matmul_precision
 from lstm_triton_kernels.sync import COUNTER_STRIDE, TURNS, unpublish
 from lstm_triton_kernels.watch import flags_of, turn
 
@@ -55,12 +55,6 @@ def preference() -> Preference:
     return _preferences[-1] if _preferences else ANY
 
 
-def recurrence(spec: Any, B: int, H: int, D: int, dtype: torch.dtype, backward: bool) -> Recurrence:
-    """What a plan is made for."""
-    matrices = len(spec.peephole_gates) if spec.full else 0
-    return Recurrence(B, H, D, len(spec.gates), matrices, dtype, matmul_precision(), backward)
-
-
 def forward(
     gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_ch: Tensor | None, spec: Any, plan: PersistentPlan,
     *, save: bool, save_gates: bool, lengths: Tensor | None = None, resets: Tensor | None = None,
@@ -70,7 +64,8 @@ def forward(
     - gates: (D, T, B, G·H), the input side of the gates; with `save_gates` the activated gates take its place
     - h_0, c_0: (D, B, H); w_hh: (D, G·H, H); w_ch: diagonal (D, Q·H), full (D, Q·H, H); all contiguous
     - save: keep every c_t
-    - lengths: (B,) int32 or int64, 1 to T: steps of each row; output and cells are zero beyond, h_n and c_n the row's last
+    - lengths: (B,) int32 or int64, 1 to T, steps of each row; beyond, output and cells are zero, and h_n and c_n are
+      the row's last
     - resets: (T, B) uint8: the state is zero before step t of row b where it is not 0
     """
     D, T, B, _ = gates.shape
@@ -190,6 +185,7 @@ def dot_constants(dtype: torch.dtype, plan: PersistentPlan) -> dict[str, Any]:
         ACC=TRITON_TYPE[accumulator_dtype(dtype)],
         PRECISION=matmul_precision() if dtype == torch.float32 else "ieee",
         CHUNKS=plan.chunks,
+        GROUP=plan.group,
         SPLIT=plan.split,
         BLOCK_B=plan.block_b,
         BLOCK_U=plan.block_u,

@@ -16,7 +16,9 @@ def check_operators(spec: LSTMSpec, backend: str) -> None:
         parameters = (spec.name, case.bias, case.proj_size > 0, {"triton": "stepwise"}.get(backend, backend))
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         for save in (True, False):
-            torch.library.opcheck(autograd.layer_forward, (x, h_0, c_0, weights, *parameters, save, False), test_utils=checks)
+            torch.library.opcheck(
+                autograd.layer_forward, (x, h_0, c_0, weights, *parameters, save, False), test_utils=checks
+            )
         output, h_n, c_n, gates, cells = autograd.layer_forward(x, h_0, c_0, weights, *parameters, True, False)
         saved = (x, h_0, c_0, weights, output, gates, cells)
         everything = [True] * (3 + len(weights))

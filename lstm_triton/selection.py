@@ -1,0 +1,196 @@
+"""Which strategy computes a layer: the persistent kernels, the stepwise ones, or PyTorch's own operator; and why.
+
+Pure functions of sizes, variant, type and GPU. `dispatch.py` has chosen the backend before: the strategies are those of
+the `triton` backend, and cuDNN, which `auto` takes for the standard variant where it expects it to be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lstm_triton_kernels.gpus import GPU
+from lstm_triton_kernels.persistent_plan import PersistentPlan, Recurrence, persistent_plan
+from lstm_triton_kernels.plan import matmul_precision
+from torch import Tensor
+
+from lstm_triton import dispatch
+from lstm_triton.spec import LSTMSpec, LSTMWeights
+
+STRATEGIES = ("auto", "persistent", "stepwise", "cudnn")
+
+STEPWISE_US = 5.0
+"""A step in two launches, replayed from a CUDA graph, when the products take no time. An assumption, not measured."""
+
+
+class Choice(NamedTuple):
+    """A strategy, and a sentence why."""
+
+    name: str
+    reason: str
+
+
+class Layer(NamedTuple):
+    """The sizes of one layer: T steps, B rows, H units, D directions, whether it is projected, and what is asked of it.
+
+    precision: of float32 products, "tf32" or "ieee"; training: whether a backward pass will follow.
+    """
+
+    spec: LSTMSpec
+    T: int
+    B: int
+    H: int
+    D: int
+    projected: bool
+    dtype: torch.dtype
+    precision: str
+    training: bool
+
+
+def layer_of(x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, training: bool) -> Layer:
+    """The sizes of a layer with input x (T, B, I) and initial cell states c_0 (D, B, H)."""
+    D, B, H = c_0.shape
+    projected = weights[0].weight_hr is not None
+    return Layer(spec, x.shape[0], B, H, D, projected, x.dtype, matmul_precision(), training)
+
+
+@dataclass(frozen=True)
+class Slower:
+    """What a committed results file showed: where the persistent kernels are slower than `torch.nn.LSTM`.
+
+    Bounds are inclusive; dtype as in a results file; `source` is the file in benchmarks/results.
+    """
+
+    gpu: str
+    dtype: str
+    H: tuple[int, int]
+    B: tuple[int, int]
+    training: bool
+    source: str
+
+    def holds(self, layer: Layer, gpu: GPU, dtype: str) -> bool:
+        """Whether it was shown for this layer on this GPU."""
+        return (
+            self.gpu in gpu.name
+            and self.dtype == dtype
+            and self.H[0] <= layer.H <= self.H[1]
+            and self.B[0] <= layer.B <= self.B[1]
+            and self.training == layer.training
+        )
+
+
+SHOWN_SLOWER: tuple[Slower, ...] = ()
+"""No result of a GPU is committed yet."""
+
+
+def recurrence(layer: Layer, backward: bool) -> Recurrence:
+    """What a plan is made for."""
+    return Recurrence.of(layer.spec, layer.B, layer.H, layer.D, layer.dtype, layer.precision, backward)
+
+
+def plans(layer: Layer, gpu: GPU) -> dict[str, PersistentPlan | str]:
+    """The plan of each pass, "forward" and, in training, "backward"; a sentence why where there is none."""
+    passes = {"forward": False, "backward": True} if layer.training else {"forward": False}
+    return {name: persistent_plan(recurrence(layer, backward), gpu) for name, backward in passes.items()}
+
+
+def why_not_persistent(layer: Layer, gpu: GPU) -> str | None:
+    """What keeps the persistent kernels from computing this layer; None if nothing does."""
+    if layer.projected:
+        return "a projection needs a product between two steps, which no persistent kernel has"
+    if layer.spec.full and layer.spec.output_current:
+        return "a full peephole on c_t needs a product within the step, which no persistent kernel has"
+    for name, plan in plans(layer, gpu).items():
+        if isinstance(plan, str):
+            return f"{name} pass: {plan}"
+    return None
+
+
+def why_rather_not_persistent(layer: Layer, gpu: GPU) -> str | None:
+    """Why `auto` does without the persistent kernels where they could run; None if it does not."""
+    if layer.T == 1:
+        return "a single step has no weights to keep"
+    for name, plan in plans(layer, gpu).items():
+        work = recurrence(layer, backward=name == "backward")
+        other = stepwise_estimate_us(work, gpu)
+        if isinstance(plan, PersistentPlan) and plan.estimate_us > other:
+            return (
+                f"{name} pass: {plan.estimate_us:.1f} us a step by estimate, for {plan.row_blocks} blocks of rows in "
+                f"{plan.row_programs} groups of programs; a launch a step {other:.1f} us"
+            )
+    return None
+
+
+def stepwise_estimate_us(work: Recurrence, gpu: GPU) -> float:
+    """A step in launches of its own: their time, and the recurrent product at half of the full rate."""
+    operations = 2 * work.B * work.H * work.H * (work.gates + work.matrices) * work.D
+    return STEPWISE_US * work.D + operations / (0.5 * gpu.tflop_per_s[work.rate] * 1e6)
+
+
+def kernels(strategy: str, layer: Layer, gpu: GPU) -> Choice:
+    """Which kernels compute the layer, "persistent" or "stepwise", for the strategy "auto" or one of these.
+
+    Raises RuntimeError with the reason where "persistent" was asked for and cannot run.
+    """
+    if strategy == "stepwise":
+        return Choice("stepwise", "asked for")
+    obstacle = why_not_persistent(layer, gpu)
+    if strategy == "persistent":
+        if obstacle is not None:
+            raise RuntimeError(f"strategy 'persistent' cannot run here: {obstacle}")
+        return Choice("persistent", "asked for")
+    obstacle = obstacle or why_rather_not_persistent(layer, gpu)
+    if obstacle is not None:
+        return Choice("stepwise", obstacle)
+    return Choice("persistent", "a plan fits, and no committed result shows anything faster")
+
+
+def strategy_of(strategy: str, layer: Layer, gpu: GPU, cudnn_may: bool) -> Choice:
+    """`kernels`, or "cudnn": where that was asked for, or where `auto` expects it to be faster and `cudnn_may` run.
+
+    Raises RuntimeError with the reason where what was asked for cannot run.
+    """
+    if strategy == "cudnn":
+        return Choice("cudnn", "asked for")
+    chosen = kernels(strategy, layer, gpu)
+    if strategy != "auto" or not cudnn_may or not layer.spec.standard:
+        return chosen
+    if chosen.name == "stepwise":
+        return Choice("cudnn", f"no persistent kernel, and cuDNN has the standard variant: {chosen.reason}")
+    dtype = recurrence(layer, False).rate
+    for shown in SHOWN_SLOWER:
+        if shown.holds(layer, gpu, dtype):
+            return Choice("cudnn", f"{shown.source} shows it to be faster here")
+    return chosen
+
+
+def why_not_cudnn(device: torch.device, spec: LSTMSpec) -> str | None:
+    """What keeps `torch.nn.LSTM`'s own operator from computing a layer with cuDNN; None if nothing does."""
+    if device.type != "cuda":
+        return f"it computes on CUDA devices, not on {device.type}"
+    if not spec.standard:
+        return f"it has the standard variant alone, not {spec.name!r}"
+    if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
+        return "cuDNN is not available, or switched off"
+    return None
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raises ValueError for an unknown name."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+
+
+def check_runnable(strategy: str, device: torch.device, dtype: torch.dtype, spec: LSTMSpec) -> None:
+    """Raises RuntimeError with the reason where the strategy that was asked for cannot run on such tensors at all."""
+    obstacle = None
+    if strategy == "cudnn":
+        obstacle = why_not_cudnn(device, spec)
+    elif strategy != "auto":
+        obstacle = dispatch.why_not_triton(device, dtype)
+        if obstacle is None and dispatch.requested() == "torch":
+            obstacle = "backend 'torch' was asked for"
+    if obstacle is not None:
+        raise RuntimeError(f"strategy {strategy!r} cannot run here: {obstacle}")
