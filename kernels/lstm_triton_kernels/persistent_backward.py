@@ -83,7 +83,6 @@ def persistent_backward_kernel(
     Q: tl.constexpr = 2 if COUPLED else 3
     direction = tl.program_id(2)
     reverse = direction == 1
-    D = tl.num_programs(2)
     side = direction.to(tl.int64)
     unit = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
     w = load_tiles(w_hh_ptr + side * G * H * H, unit, H, G, CHUNKS, True, SPLIT, BLOCK_K, DOT)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lstm_triton_kernels.cell import variant_constants
 from lstm_triton_kernels.gates import INTERPRETED, TRITON_TYPE
+from lstm_triton_kernels.gpus import gpu_of
 from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
 from lstm_triton_kernels.persistent_plan import ANY, PersistentPlan, Preference
@@ -84,7 +85,7 @@ def forward(
             assert cells is not None
             unpublish(cells)
     with turn(gates.device) if not plan.alone else nullcontext():
-        persistent_forward_kernel[grid(plan)](
+        persistent_forward_kernel[grid(plan, gates.device)](
             gates_ptr=gates,
             hidden_ptr=hidden,
             cells_ptr=cells,
@@ -122,7 +123,7 @@ def backward(
     if plan.wait == "data":
         unpublish(d_gates)
     with turn(gates.device) if not plan.alone else nullcontext():
-        persistent_backward_kernel[grid(plan)](
+        persistent_backward_kernel[grid(plan, gates.device)](
             d_gates_ptr=d_gates,
             dc_ptr=dc,
             gates_ptr=gates,
@@ -144,8 +145,16 @@ def backward(
     return d_gates, dc
 
 
-def grid(plan: PersistentPlan) -> tuple[int, int, int]:
-    """Programs: parts of the units, groups of row blocks, directions."""
+def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:
+    """Programs: parts of the units, groups of row blocks, directions.
+
+    Raises RuntimeError where programs that wait for each other could not all be resident.
+    """
+    if not plan.alone and device.type == "cuda" and plan.programs > gpu_of(device).multiprocessors:
+        raise RuntimeError(
+            f"{plan.programs} programs that wait for each other do not fit the {gpu_of(device).multiprocessors} "
+            f"multiprocessors of {device}"
+        )
     return (plan.unit_programs, plan.row_programs, plan.directions)
 
 

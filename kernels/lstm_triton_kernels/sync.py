@@ -49,6 +49,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lstm_triton_kernels.watch import reasons
+
 WAIT_METHODS = ("counter", "data")
 """What `WAIT` may be."""
 
@@ -211,6 +213,4 @@ def raise_if_gave_up(error: Tensor, launch: str) -> None:
     """RuntimeError naming the launch if a wait of it gave up; error (1,) int32. Waits for the device."""
     code = int(error.item())
     if code:
-        bits = {GAVE_UP_COUNT.value: "a count was not reached", GAVE_UP_DATA.value: "values were not published"}
-        reasons = " and ".join(reason for bit, reason in bits.items() if code & bit)
-        raise RuntimeError(f"{launch}: its programs waited for each other in vain ({reasons}); the results are invalid")
+        raise RuntimeError(f"{launch}: its programs waited for each other in vain ({reasons(code)}); no result is valid")

@@ -21,6 +21,11 @@ WORDS = 1024
 """Launches that are told apart: the word of a launch is used again after so many others."""
 
 
+def reasons(code: int) -> str:
+    """What a word that is not 0 says."""
+    return " and ".join(words for bit, words in GAVE_UP.items() if code & bit)
+
+
 class Flags:
     """The words of one device, and the names of the launches that may write them."""
 
@@ -43,10 +48,7 @@ class Flags:
             return
         failed = [(index, int(self.seen[index])) for index in self.seen.nonzero()[0]]
         self.seen[:] = 0
-        launches = "; ".join(
-            f"{self.names[index]} ({' and '.join(words for bit, words in GAVE_UP.items() if code & bit)})"
-            for index, code in failed
-        )
+        launches = "; ".join(f"{self.names[index]} ({reasons(code)})" for index, code in failed)
         raise RuntimeError(
             f"programs of a persistent launch waited for each other in vain; the results are invalid: {launches}"
         )

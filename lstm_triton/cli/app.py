@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lstm_triton import VARIANTS, LSTMSpec, dispatch
-from lstm_triton.cli import INTERRUPTED, checkpoints, info, report
+from lstm_triton.cli import INTERRUPTED, checkpoints, info, plans, report
 from lstm_triton.cli.devices import parse_device
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.files import check_writable, write_whole
@@ -65,11 +65,81 @@ def _console() -> Console:
 
 
 @app.command(name="info")
-def info_command() -> None:
-    """Print versions, devices, and which backend runs on each device and why."""
+def info_command(
+    hidden: Annotated[
+        int | None, typer.Option(min=1, max=plans.LARGEST_SIZE, help="Hidden units of the layer to explain.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, max=plans.LARGEST_SIZE, help="Batch rows.", show_default=str(plans.DEFAULT_BATCH)),
+    ] = None,
+    inputs: Annotated[
+        int | None,
+        typer.Option("--input", min=1, max=plans.LARGEST_SIZE, help="Input features.", show_default="as --hidden"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=plans.LARGEST_SIZE, help="Time steps.", show_default=str(plans.DEFAULT_STEPS)),
+    ] = None,
+    bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Both directions.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"One of: {', '.join(plans.DTYPES)}.", show_default=plans.DEFAULT_DTYPE)
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help=f"One of: {', '.join(VARIANT_NAMES)}.", show_default="standard")
+    ] = None,
+    proj: Annotated[
+        int | None, typer.Option(min=0, max=plans.LARGEST_SIZE, help="Size of a projection.", show_default="0, none")
+    ] = None,
+    inference: Annotated[bool, typer.Option("--inference", help="No backward pass will follow.")] = False,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"GPU to plan for; repeat for several. One of: {', '.join(plans.GPUS)}; or all.",
+            show_default=f"the one that is here, else {plans.ASSUMED_GPU}",
+        ),
+    ] = None,
+) -> None:
+    """Print versions, devices, and which backend runs on each device and why.
+
+    With --hidden instead: how one LSTM layer is computed on a GPU, and why. The GPU need not be here.
+    Nothing runs, nothing is measured; all other options describe the layer.
+    """
     console = _console()
-    console.print(info.versions_table())
-    console.print(info.devices_table())
+    if hidden is None:
+        given = {
+            "--batch": batch,
+            "--input": inputs,
+            "--steps": steps,
+            "--bidirectional": bidirectional,
+            "--dtype": dtype,
+            "--variant": variant,
+            "--proj": proj,
+            "--inference": inference,
+            "--gpu": gpu,
+        }
+        alone = [option for option, value in given.items() if value]
+        if alone:
+            raise UserError(f"{', '.join(alone)}: add --hidden N, the size of the layer to explain")
+        console.print(info.versions_table())
+        console.print(info.devices_table())
+        return
+    asked = plans.question(
+        hidden,
+        batch or plans.DEFAULT_BATCH,
+        inputs,
+        steps or plans.DEFAULT_STEPS,
+        bidirectional,
+        plans.DEFAULT_DTYPE if dtype is None else dtype,
+        "standard" if variant is None else variant,
+        proj or 0,
+        inference,
+    )
+    chosen, note = plans.targets(gpu or ())
+    if note is not None:
+        console.print(note, highlight=False, markup=False)
+    for section in plans.sections(asked, chosen):
+        console.print(info.facts_table(section.title, section.rows))
 
 
 @app.command()

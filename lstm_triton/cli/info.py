@@ -1,12 +1,14 @@
-"""What `lstm-triton info` prints: versions, devices, and the backend that runs on each of them."""
+"""What `lstm-triton info` prints: versions, devices, and the backend that runs on each of them; tables of facts."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib import import_module
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 import lstm_triton
 from lstm_triton import dispatch
@@ -52,10 +54,7 @@ def backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 def versions_table() -> Table:
     """One row per version."""
-    table = Table(title="versions", show_header=False)
-    for name, version in versions().items():
-        table.add_row(name, version)
-    return table
+    return facts_table("versions", versions().items())
 
 
 def devices_table() -> Table:
@@ -63,4 +62,14 @@ def devices_table() -> Table:
     table = Table("device", "what it is", "backend", "why", title="devices, and the backend for float32")
     for device, description in devices().items():
         table.add_row(str(device), description, *backend(device, torch.float32))
+    return table
+
+
+def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Two columns: names, which stay whole, and texts, which wrap."""
+    table = Table(title=title, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, Text(text))
     return table

@@ -56,7 +56,7 @@ def recurrence_kernel(
             if FAULT == "no wait":
                 h = tl.load(source)
             else:
-                h, patience = exchange_load(source, every < UNITS, patience, error_ptr, WAIT)
+                (h,), patience = exchange_load((source,), (every < UNITS,), patience, error_ptr, WAIT)
             total = tl.sum(h.to(tl.float32), 0).to(tl.int32)
             result = ((total * (unit + 1) + t) % MODULUS).to(tl.float32)
             out = h_ptr + (t + 1) * step_size + group * UNITS + unit
@@ -170,7 +170,7 @@ def pass_on_kernel(
         publish(exchange_ptr + mine, tl.load(in_ptr + mine), element < SIZE)
     else:
         tl.store(exchange_ptr + mine, tl.load(in_ptr + mine))
-    value, _ = load_when_published(exchange_ptr + other, element < SIZE, limit, error_ptr)
+    (value,), _ = load_when_published((exchange_ptr + other,), (element < SIZE,), limit, error_ptr)
     tl.store(out_ptr + other, value)
 
 

@@ -31,6 +31,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
     cell: bool = False
+    strategy: str = "auto"
     layout: str = "contiguous"
     """how the input is laid out: "contiguous", "transposed" (columns far apart), "expanded" (all rows one)"""
 
@@ -38,7 +39,7 @@ class Case:
         flags = [self.spec.name, str(self.dtype).removeprefix("torch."), f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"]
         flags += [f"L{self.L}"] * (self.L > 1) + ["both-directions"] * self.bidirectional + ["cell"] * self.cell
         flags += ["no-bias"] * (not self.bias) + [f"P{self.proj_size}"] * (self.proj_size > 0)
-        flags += [self.layout] * (self.layout != "contiguous")
+        flags += [self.layout] * (self.layout != "contiguous") + [self.strategy] * (self.strategy != "auto")
         return "-".join(flags)
 
     @property
@@ -103,7 +104,7 @@ def call(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> t
         return functional.lstm_cell(x, (h_0, c_0), **named, **case.variant)
     output, (h_n, c_n) = functional.lstm(
         x, (h_0, c_0), weights, num_layers=case.L, bias=case.bias, bidirectional=case.bidirectional,
-        proj_size=case.proj_size, **case.variant,
+        proj_size=case.proj_size, strategy=case.strategy, **case.variant,
     )  # fmt: skip
     return output, h_n, c_n
 

@@ -1,0 +1,474 @@
+import os
+import re
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lstm_triton_kernels.gpus import GPUS, nominal_constants
+from lstm_triton_kernels.limit import Work, least_us_per_step
+from lstm_triton_kernels.persistent_plan import PersistentPlan
+from rich.console import Console
+
+from lstm_triton import VARIANTS, cli, dispatch, selection
+from lstm_triton.cli import app, info, plans
+from lstm_triton.cli.errors import UserError
+
+H100 = plans.Target(GPUS["h100"])
+BF16 = plans.question(768, dtype="bf16")
+PASSES = {"forward": False, "backward": True}
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_for(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def program(capsys):
+    """Run `lstm-triton info` in this process: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["info", *arguments])
+        return exit_info.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def cuda_device(monkeypatch):
+    """As if the current CUDA device were an A100 with fewer multiprocessors, and cuDNN were there."""
+    gpu = replace(GPUS["a100"], name="A100 of a test", multiprocessors=100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(plans, "gpu_of", lambda device: gpu)
+    return gpu
+
+
+def facts(asked, target=H100, backward=False):
+    return dict(plans.pass_facts(asked, target, backward))
+
+
+def plan_of(asked, target=H100, name="forward"):
+    plan = selection.plans(asked.layer, target.gpu)[name]
+    assert isinstance(plan, PersistentPlan), plan
+    return plan
+
+
+def numbers(text):
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def cells(output):
+    """The rows of all printed tables: name to text, wrapped lines joined; later tables win."""
+    found, name = {}, ""
+    for line in output.splitlines():
+        parts = [part.strip() for part in line.split("│")]
+        if len(parts) == 4:
+            name = parts[1] or name
+            found[name] = f"{found[name]} {parts[2]}" if not parts[1] else parts[2]
+    return found
+
+
+# A plan in words
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name, backward", PASSES.items())
+@pytest.mark.parametrize(
+    "asked",
+    [
+        plans.question(500, dtype="bf16"),
+        plans.question(300, batch=1, dtype="tf32", variant="coupled"),
+        plans.question(256, batch=200, dtype="fp16", variant="full", bidirectional=True),
+        plans.question(64, batch=5000, dtype="bf16", variant="diagonal+current"),
+    ],
+    ids=["bf16", "coupled", "full", "alone"],
+)
+def test_the_words_say_what_the_plan_says(asked, name, backward, gpu):
+    target = plans.Target(GPUS[gpu])
+    plan = plan_of(asked, target, name)
+    layer, said = asked.layer, facts(asked, target, backward)
+
+    programs, units, rows, directions, multiprocessors = numbers(said["programs"])[:5]
+    assert programs == units * rows * directions == plan.programs
+    assert (units, rows, directions) == (plan.unit_programs, plan.row_programs, layer.D)
+    assert multiprocessors == target.gpu.multiprocessors
+    assert ("all run at once" in said["programs"]) == (programs <= multiprocessors)
+    assert plan.alone or programs <= multiprocessors
+
+    assert numbers(said["tile"]) == [plan.block_u, plan.block_b]
+    if not plan.alone:
+        assert numbers(said["units"])[:3] == [layer.H, plan.unit_programs, plan.block_u]
+    assert numbers(said["rows"])[:4] == [layer.B, plan.row_blocks, min(plan.rows, layer.B), plan.block_b]
+    assert numbers(said["warps"]) == [plan.num_warps, 32 * plan.num_warps]
+    columns = plan.chunks * plan.split * plan.block_k
+    assert columns >= layer.H
+    assert f"{columns} columns" in said["product"]
+    assert said["wait"].startswith(f"{plan.wait or 'none'}: ")
+    assert ("one program holds all units" in said["wait"]) == plan.alone
+
+    used, limit = re.findall(r"([\d.]+) KiB", said["shared memory"])
+    assert float(used) == pytest.approx(plan.shared_bytes / 1024, abs=0.06)
+    assert float(limit) == target.gpu.shared_bytes / 1024
+    assert float(used) <= float(limit)
+
+    resident = float(re.match(r"([\d.]+) KiB stay", said["weights"])[1]) * 1024
+    weights = layer.H * layer.H * (len(layer.spec.gates) + 3 * layer.spec.full) * layer.dtype.itemsize
+    assert weights <= resident * plan.unit_programs * 1.001
+    assert resident < plan.shared_bytes
+
+    registers, most = numbers(said["registers"])
+    assert 0 < registers <= most
+    assert said["estimate"].startswith(f"{plan.estimate_us:.2f} us a step")
+
+
+def test_alone_on_more_programs_than_multiprocessors():
+    asked = plans.question(32, batch=4096, dtype="bf16")
+    plan = plan_of(asked)
+    assert plan.alone and plan.programs > 132
+    assert "so the programs take 2 turns" in facts(asked)["programs"]
+    assert facts(asked)["wait"] == "none: one program holds all units"
+
+
+@pytest.mark.parametrize(
+    "options, backward, reason",
+    [
+        (dict(hidden=500, batch=4), False, r"data: a program reads h until .* one block of rows"),
+        (dict(hidden=500, batch=4, variant="full"), False, "data: a program reads h and c until"),
+        (dict(hidden=500, batch=4), True, "counter: .* gradients are read gate by gate"),
+        (dict(hidden=500, batch=400), False, "counter: .* other blocks of rows meanwhile"),
+    ],
+)
+def test_why_programs_wait_as_they_do(options, backward, reason):
+    assert re.search(reason, facts(plans.question(**options, dtype="bf16"), backward=backward)["wait"])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_wait_that_is_not_the_usual_one_is_the_fastest_by_estimate(backward):
+    plan = plan_of(BF16, name="backward" if backward else "forward")
+    other = replace(plan, wait="data" if backward else "counter")
+    words = plans.wait_words(selection.recurrence(BF16.layer, backward), other)
+    assert words.endswith("by estimate the fastest")
+    assert words.startswith(f"{other.wait}: ")
+
+
+def test_units_and_rows_that_do_not_divide():
+    said = facts(plans.question(501, batch=16 * 200 + 5, dtype="bf16"))
+    parts, part, last = numbers(said["units"])[1:]
+    assert (parts - 1) * part + last == 501
+    batch, blocks, used, _, last, _ = numbers(said["rows"])
+    assert (blocks - 1) * used + last == batch == 3205
+
+
+def test_exact_float32_uses_no_tensor_cores():
+    assert facts(plans.question(200, dtype="fp32"))["product"].endswith("without tensor cores")
+    assert facts(plans.question(200, dtype="tf32"))["product"].endswith("on tensor cores")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_limit_is_that_of_the_model(training, directions):
+    asked = plans.question(384, batch=24, inputs=100, steps=7, dtype="tf32", variant="coupled+full", bidirectional=directions == 2)  # fmt: skip # noqa: E501
+    work = Work(7, 24, 100, 384, 1, directions, "tf32", 4, gates=3, full_peephole_blocks=2, training=training)
+    least = directions * least_us_per_step(work, nominal_constants(GPUS["l4"]))
+    said = facts(asked, plans.Target(GPUS["l4"]), backward=training)["limit"]
+    assert said.startswith(f"{least:.2f} us a step at least, {'forward and backward together' if training else 'forward alone'}")  # fmt: skip # noqa: E501
+    assert "from data sheet and assumptions, nothing measured" in said
+
+
+# Which strategy, and why
+
+
+def test_the_strategy_and_its_reason_are_those_of_the_selection():
+    for hidden in (1, 500, 768, 4096):
+        for target in map(plans.Target, GPUS.values()):
+            for variant in ("standard", "coupled", "full+current"):
+                asked = plans.question(hidden, dtype="bf16", variant=variant)
+                name, reason = selection.strategy_of("auto", asked.layer, target.gpu, cudnn_may=True)
+                said = dict(plans.strategy_facts(asked, target))
+                assert said["auto takes"].startswith(f"{name}: ")
+                assert said["why"] == reason
+                assert (facts(asked, target).get("runs") == "yes") == (name == "persistent")
+
+
+@pytest.mark.parametrize(
+    "options, gpu, reason, instead",
+    [
+        (dict(hidden=4096, batch=4096, dtype="bf16"), "h100", "the recurrent weights, 128.0 MiB, do not fit", "cudnn"),
+        (dict(hidden=2000, dtype="fp32", variant="coupled"), "l4", "do not fit", "stepwise"),
+        (dict(hidden=64, dtype="float64"), "rtx4090", "float64 has no persistent kernel", "cudnn"),
+        (dict(hidden=64, dtype="fp64", variant="diagonal"), "a100", "float64 has no persistent kernel", "stepwise"),
+        (dict(hidden=64, variant="coupled+full+current"), "h100", "a full peephole on c_t needs a product", "stepwise"),
+        (dict(hidden=64, proj=8), "b200", "a projection needs a product between two steps", "cudnn"),
+        (dict(hidden=64, proj=8, variant="coupled"), "b200", "a projection needs a product", "stepwise"),
+        (dict(hidden=4096, proj=8, variant="coupled"), "h100", "a projection needs a product", "stepwise"),
+    ],
+)
+def test_why_there_is_no_plan_and_what_runs_instead(options, gpu, reason, instead):
+    for backward in (False, True):
+        said = facts(plans.question(**options), plans.Target(GPUS[gpu]), backward)
+        assert list(said) == ["plan", "why", "instead", "limit"]
+        assert said["plan"] == "there is no persistent plan"
+        assert said["why"].startswith(reason) or reason in said["why"]
+        assert said["instead"].startswith(f"{instead}: ")
+        assert said["limit"].startswith("none: ") == ("proj" in options)
+
+
+def test_a_plan_that_auto_does_not_take_is_shown_and_said_to_wait_for_a_wish():
+    asked = plans.question(64, steps=1, dtype="bf16")
+    assert dict(plans.strategy_facts(asked, H100))["why"].endswith("a single step has no weights to keep")
+    said = facts(asked)
+    assert said["runs"].startswith("not with auto, which takes cudnn")
+    assert "programs" in said
+
+
+def test_a_plan_of_one_pass_does_not_run_where_the_other_has_none(monkeypatch):
+    genuine = selection.plans
+    monkeypatch.setattr(selection, "plans", lambda *sizes: genuine(*sizes) | {"backward": "there is no room"})
+    assert facts(BF16)["runs"].startswith("no: both passes")
+    assert facts(BF16)["runs"].endswith("cudnn runs")
+    assert "why" not in facts(BF16)
+    assert facts(BF16, backward=True)["why"] == "there is no room"
+
+
+def test_sections():
+    titles = [section.title for section in plans.sections(BF16, [H100, plans.Target(GPUS["l4"])])]
+    of_gpu = ["what runs", "forward pass", "backward pass"]
+    assert titles == ["the layer", *(f"{name}: {title}" for name in ("H100 SXM", "L4") for title in of_gpu)]
+    alone = plans.question(768, inference=True)
+    assert [s.title for s in plans.sections(alone, [H100])] == titles[:3]
+
+
+def test_layer_facts():
+    asked = plans.question(12, 1, 3, 1, bidirectional=True, dtype="tf32", variant="coupled", proj=5, inference=True)
+    said = dict(plans.layer_facts(asked))
+    assert said["variant"] == "coupled"
+    assert said["sizes"] == "12 hidden units, 3 inputs"
+    assert said["projection"] == "to 5"
+    assert said["sequence"] == "1 batch row of 1 step"
+    assert said["directions"] == "two"
+    assert "tf32" in said["dtype"]
+    assert said["for"].startswith("inference")
+    assert "projection" not in dict(plans.layer_facts(BF16))
+
+
+@pytest.mark.parametrize("name, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp64", "float64")])
+def test_both_names_of_a_type_are_one(name, dtype):
+    assert plans.question(8, dtype=name) == plans.question(8, dtype=dtype)
+    assert plans.question(8, dtype=name).layer.dtype == getattr(torch, dtype)
+
+
+# The GPU
+
+
+def test_without_a_device_one_is_assumed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen, note = plans.targets([])
+    assert chosen == [H100]
+    assert note is not None and "no CUDA device here" in note and "h100" in note
+
+
+def test_names_are_taken_once_and_all_is_the_table():
+    assert plans.targets(["l4", "h100", "l4"]) == ([plans.Target(GPUS["l4"]), H100], None)
+    assert [target.gpu for target in plans.targets(["all", "h100"])[0]] == list(GPUS.values())
+
+
+def test_the_device_that_is_here(cuda_device):
+    (target,), note = plans.targets([])
+    assert (target.gpu, str(target.device), note) == (cuda_device, "cuda:1", None)
+    assert numbers(facts(BF16, target)["programs"])[4] == 100
+    assert facts(BF16, target)["runs"] == "yes"
+    huge = plans.question(4096)
+    assert plans.choice(huge, target).name == "cudnn"
+
+
+def test_no_cudnn_on_the_device_that_is_here(cuda_device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    (target,), _ = plans.targets([])
+    assert plans.choice(plans.question(4096), target).name == "stepwise"
+
+
+def test_the_backend_that_was_asked_for_decides_on_the_device_that_is_here(cuda_device, monkeypatch):
+    (target,), _ = plans.targets([])
+    with dispatch.backend("torch"):
+        assert plans.choice(BF16, target) == ("torch", "asked for")
+        assert facts(BF16, target)["runs"].startswith("no: no kernel of this library runs here (asked for)")
+        assert plans.choice(BF16, H100).name == "persistent"
+    with dispatch.backend("triton"):
+        assert plans.choice(plans.question(4096), target).name == "stepwise"
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "tpu")
+    assert plans.choice(BF16, target).name == "none"
+
+
+def test_a_device_that_is_too_old(cuda_device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    (target,), _ = plans.targets([])
+    said = dict(plans.strategy_facts(BF16, target))
+    assert said["auto takes"].startswith("torch: ")
+    assert "compute capability 7.5" in said["why"]
+
+
+# The command
+
+
+def test_info_of_a_layer(program):
+    code, output, errors = program("--hidden=768", "--batch=16", "--dtype=bf16", "--gpu=h100")
+    assert (code, errors) == (0, "")
+    titles = ["the layer", "H100 SXM: what runs", "H100 SXM: forward pass", "H100 SXM: backward pass"]
+    assert [line.strip() for line in output.splitlines() if line[:1] == " "] == titles
+    assert all(len(line) <= app.PLAIN_WIDTH for line in output.splitlines())
+    assert "no CUDA device" not in output
+    printed = cells(output)
+    for name, text in plans.pass_facts(BF16, H100, backward=True):
+        assert printed[name] == text
+    assert printed["auto takes"].startswith("persistent: ")
+
+
+def test_every_option_reaches_the_question(program, monkeypatch):
+    seen = []
+    genuine = plans.sections
+    monkeypatch.setattr(plans, "sections", lambda *arguments: seen.append(arguments) or genuine(*arguments))
+    options = ["--batch=3", "--input=5", "--steps=7", "--bidirectional", "--dtype=tf32", "--variant=full", "--proj=2"]
+    assert program("--hidden=9", *options, "--inference", "--gpu=l4", "--gpu=a100")[0] == 0
+    assert program("--hidden=9", "--gpu=l4")[0] == 0
+    expected = plans.question(9, 3, 5, 7, True, "tf32", "full", 2, True)
+    assert seen[0] == (expected, [plans.Target(GPUS["l4"]), plans.Target(GPUS["a100"])])
+    assert seen[1] == (
+        plans.question(9, 16, 9, 512, False, "float32", "standard", 0, False),
+        [plans.Target(GPUS["l4"])],
+    )
+
+
+def test_info_says_which_gpu_is_assumed(program, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, output, _ = program("--hidden=8")
+    assert code == 0
+    assert output.startswith("There is no CUDA device here. The plan is for h100")
+    assert "H100 SXM: forward pass" in output
+
+
+def test_info_without_hidden_is_as_ever(program):
+    code, output, _ = program()
+    assert code == 0
+    assert "versions" in output and "devices, and the backend for float32" in output
+    assert "pass" not in output
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--hidden=8", "--dtype=float8"], 1, "unknown dtype 'float8': there are bf16, bfloat16, "),
+        (["--hidden=8", "--variant=peephole"], 1, "unknown variant 'peephole': there are standard, diagonal, "),
+        (["--hidden=8", "--gpu=v100"], 1, "unknown GPU 'v100': there are a100, h100, l4, rtx4090, b200, and all"),
+        (["--hidden=8", "--proj=8"], 1, "--proj must be smaller than --hidden 8, got 8"),
+        (["--batch=8", "--gpu=h100"], 1, "--batch, --gpu: add --hidden N"),
+        (["--inference"], 1, "--inference: add --hidden N"),
+        (["--hidden=0"], 2, "--hidden"),
+        (["--hidden=many"], 2, "--hidden"),
+        (["--hidden=8", "--batch=0"], 2, "--batch"),
+        (["--hidden=8", "--steps=0"], 2, "--steps"),
+        (["--hidden=8", "--input=0"], 2, "--input"),
+        (["--hidden=8", "--proj=-1"], 2, "--proj"),
+        ([f"--hidden={10**400}"], 2, "--hidden"),
+        (["--hidden=8", "--layers=2"], 2, "--layers"),
+    ],
+)
+def test_bad_options_are_one_line(program, arguments, code, message):
+    actual, output, errors = program(*arguments)
+    assert (actual, output, len(errors.splitlines())) == (code, "", 1), errors
+    assert errors.startswith("error: ")
+    assert message in errors
+
+
+def test_bad_names_are_user_errors():
+    for options in (dict(dtype="int8"), dict(variant="none"), dict(proj=9)):
+        with pytest.raises(UserError):
+            plans.question(8, **options)
+    with pytest.raises(UserError):
+        plans.targets(["h100", "h1"])
+
+
+def render(found, width):
+    console = Console(file=StringIO(), width=width)
+    for section in found:
+        console.print(info.facts_table(section.title, section.rows))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 110])
+def test_nothing_is_cut_off_in_a_narrow_terminal(width):
+    found = plans.sections(BF16, [H100])
+    output = render(found, width)
+    assert max(map(len, output.splitlines())) <= width
+    assert "…" not in output
+    assert cells(output)["wait"].split() == dict(found[-1].rows)["wait"].split()
+
+
+def test_markup_in_a_text_is_printed_as_it_is():
+    assert "a [bold] wish [/]" in render([plans.Section("title", [("name", "a [bold] wish [/]")])], 80)
+
+
+SIZES = st.integers(1, 5000)
+
+
+@settings(max_examples=int(os.environ.get("LSTM_TRITON_EXAMPLES", "60")), deadline=None)
+@given(
+    hidden=SIZES,
+    batch=SIZES,
+    steps=SIZES,
+    bidirectional=st.booleans(),
+    dtype=st.sampled_from(list(plans.DTYPES)),
+    variant=st.sampled_from([spec.name for spec in VARIANTS]),
+    projected=st.booleans(),
+    inference=st.booleans(),
+    gpu=st.sampled_from(list(GPUS)),
+)
+def test_any_layer_on_any_gpu_is_explained(projected, gpu, hidden, **options):
+    asked = plans.question(hidden, proj=hidden // 2 if projected else 0, **options)
+    target = plans.Target(GPUS[gpu])
+    found = plans.sections(asked, [target])
+    assert len(found) == 3 if options["inference"] else 4
+    assert all(name and text for section in found for name, text in section.rows)
+    assert max(map(len, render(found, 60).splitlines())) <= 60
+    name = plans.choice(asked, target).name
+    for section in found[2:]:
+        said = dict(section.rows)
+        assert ("programs" in said) != ("instead" in said)
+        assert (said.get("runs") == "yes") == (name == "persistent")
+        if "programs" in said:
+            programs, _, _, _, multiprocessors = numbers(said["programs"])[:5]
+            assert programs <= multiprocessors or said["wait"].startswith("none: ")
+            registers, most = numbers(said["registers"])
+            assert registers <= most
+
+
+@pytest.mark.parametrize("size", [1, plans.LARGEST_SIZE])
+def test_the_smallest_and_the_largest_sizes_are_explained(size):
+    asked = plans.question(size, size, size, size, bidirectional=True, dtype="fp16")
+    assert len(plans.sections(asked, plans.targets(["all"])[0])) == 1 + 3 * len(GPUS)
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (1, "1 byte"),
+        (1023, "1023 bytes"),
+        (1024, "1 KiB"),
+        (227 * 1024, "227 KiB"),
+        (3 << 19, "1.5 MiB"),
+        (5 << 30, "5 GiB"),
+    ],
+)
+def test_bytes_for_people(count, text):
+    assert plans.size(count) == text
+
+
+@pytest.mark.parametrize("us, text", [(1.234, "1.23 us"), (123.4, "123 us"), (12_345_678.0, "12,346 ms")])
+def test_microseconds_for_people(us, text):
+    assert plans.time(us) == text

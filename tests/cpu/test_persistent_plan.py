@@ -1,0 +1,359 @@
+"""How a persistent launch is cut into programs: every plan that the planner may make, against what the kernels assume."""
+
+import dataclasses
+import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from lstm_triton_kernels import gpus
+from lstm_triton_kernels.gpus import GPU, GPUS, INTERPRETER, KIB, gpu_of, nominal_constants
+from lstm_triton_kernels.limit import Work, least_us_per_step
+from lstm_triton_kernels.persistent_plan import (
+    ANY,
+    MOST_CHUNKS,
+    PERSISTENT_DTYPES,
+    PersistentPlan,
+    Preference,
+    Recurrence,
+    candidates,
+    persistent_plan,
+    usual_wait,
+    why_not,
+)
+
+from lstm_triton import VARIANTS, LSTMSpec
+
+H100 = GPUS["h100"]
+ANCHOR = Recurrence(16, 768, 1, 4, 0, torch.bfloat16, "ieee", backward=False)
+
+works = st.builds(
+    Recurrence,
+    B=st.one_of(st.integers(1, 64), st.integers(1, 5000)),
+    H=st.one_of(st.integers(1, 140), st.integers(1, 1100), st.integers(1, 5000)),
+    D=st.sampled_from((1, 2)), gates=st.sampled_from((3, 4)), matrices=st.sampled_from((0, 2, 3)),
+    dtype=st.sampled_from(PERSISTENT_DTYPES), precision=st.sampled_from(("ieee", "tf32")), backward=st.booleans(),
+)  # fmt: skip
+machines = st.sampled_from((*GPUS.values(), INTERPRETER))
+thorough = settings(max_examples=250, deadline=None, derandomize=True)
+
+
+def units_of(plan: PersistentPlan, part: int, H: int) -> list[int]:
+    """The units that programs with this first index own: the kernels' `unit`, masked."""
+    return [unit for n in range(plan.block_u) if (unit := part * plan.block_u + n) < H]
+
+
+def row_blocks_of(plan: PersistentPlan, group: int) -> list[int]:
+    """The row blocks that programs with this second index work through, by the time loop's arithmetic."""
+    blocks = 1 if plan.blocks_per_program == 1 else -(-(plan.row_blocks - group) // plan.row_programs)
+    return [group + turn * plan.row_programs for turn in range(blocks)]
+
+
+def rows_of(plan: PersistentPlan, block: int, B: int) -> list[int]:
+    """The batch rows of a row block, as in `rows_of_block`."""
+    return [row for n in range(plan.block_b) if n < plan.rows and (row := block * plan.rows + n) < B]
+
+
+def broken_rules(plan: PersistentPlan, work: Recurrence, gpu: GPU) -> list[str]:
+    """What the kernels and the GPU demand, and the plan does not keep."""
+    sizes = (plan.block_u, plan.block_b, plan.block_k, plan.split, plan.num_warps)
+    chunk = plan.split * plan.block_k
+    columns = plan.chunks * chunk
+    tiles = columns * plan.block_u * (work.gates + work.matrices) * work.element_bytes
+    rules = {
+        "powers of two": all(size == 2 ** round(math.log2(size)) for size in sizes),
+        "large enough for a product": min(plan.block_b, plan.block_k) >= 16 and plan.block_u >= 8,
+        "columns": columns >= work.H and columns - work.H < chunk,
+        "group": 1 <= plan.group <= plan.chunks <= MOST_CHUNKS and plan.chunks % plan.group == 0,
+        "warps": 1 <= plan.num_warps <= 8 and plan.split in (1, plan.num_warps),
+        "shared memory": tiles < plan.shared_bytes <= gpu.shared_bytes,
+        "resident": plan.alone or plan.programs <= gpu.multiprocessors,
+        "directions": plan.directions == work.D,
+        "waits": plan.wait in ("counter", "data") if plan.unit_programs > 1 else plan.wait is None,
+        "no idle program": plan.row_programs <= plan.row_blocks and (plan.unit_programs - 1) * plan.block_u < work.H,
+        "exact": plan.exact == (work.dtype == torch.float32 and work.precision == "ieee"),
+        "estimate": 0 < plan.estimate_us < math.inf,
+    }
+    return [rule for rule, kept in rules.items() if not kept]
+
+
+@thorough
+@given(works, machines)
+def test_every_unit_and_every_row_has_exactly_one_program(work, gpu):
+    for plan in candidates(work, gpu):
+        units = [unit for part in range(plan.unit_programs) for unit in units_of(plan, part, work.H)]
+        assert sorted(units) == list(range(work.H)), plan
+        blocks = [block for group in range(plan.row_programs) for block in row_blocks_of(plan, group)]
+        assert sorted(blocks) == list(range(plan.row_blocks)), plan
+        rows = [row for block in blocks for row in rows_of(plan, block, work.B)]
+        assert sorted(rows) == list(range(work.B)), plan
+        assert all(rows_of(plan, block, work.B) for block in blocks), f"an empty block of rows: {plan}"
+
+
+@thorough
+@given(works, machines)
+def test_the_loops_over_row_blocks_agree(work, gpu):
+    """The initial states are published by a `range` with a step; the time loop counts turns."""
+    for plan in candidates(work, gpu):
+        by_group = [list(range(group, plan.row_blocks, plan.row_programs)) for group in range(plan.row_programs)]
+        assert by_group == [row_blocks_of(plan, group) for group in range(plan.row_programs)]
+        assert plan.blocks_per_program == max(map(len, by_group))
+
+
+@thorough
+@given(works, machines)
+def test_every_candidate_keeps_within_the_limits(work, gpu):
+    for plan in candidates(work, gpu):
+        assert not broken_rules(plan, work, gpu), plan
+
+
+def test_a_broken_rule_is_seen():
+    """Test of the test: a plan that is wrong in one field breaks a rule."""
+    plan = persistent_plan(ANCHOR, H100)
+    assert not broken_rules(plan, ANCHOR, H100)
+    wrong = [
+        dict(block_u=12), dict(block_k=8), dict(chunks=2), dict(chunks=4), dict(group=2), dict(num_warps=16),
+        dict(shared_bytes=48 * KIB), dict(shared_bytes=228 * KIB), dict(row_programs=2), dict(directions=2),
+        dict(unit_programs=133), dict(wait=None), dict(exact=True), dict(estimate_us=math.inf),
+    ]  # fmt: skip
+    for fields in wrong:
+        assert broken_rules(replace(plan, **fields), ANCHOR, H100), fields
+
+
+@thorough
+@given(works, machines)
+def test_the_plan_is_the_fastest_of_the_usual_candidates_each_time(work, gpu):
+    plan = persistent_plan(work, gpu)
+    plans = list(candidates(work, gpu))
+    if isinstance(plan, str):
+        assert not plans and plan.strip()
+        assert "MiB" in plan and f"{gpu.multiprocessors} programs" in plan
+    else:
+        usual = [p for p in plans if p.alone or p.wait == usual_wait(work, p)]
+        assert plan in usual
+        assert plan.estimate_us == min(p.estimate_us for p in usual)
+    persistent_plan.cache_clear()
+    assert persistent_plan(work, gpu) == plan
+
+
+@thorough
+@given(works, machines)
+def test_a_larger_gpu_never_loses_a_plan(work, gpu):
+    assume(isinstance(persistent_plan(work, gpu), PersistentPlan))
+    for more in (dict(multiprocessors=2 * gpu.multiprocessors), dict(shared_bytes=gpu.shared_bytes + 64 * KIB)):
+        assert isinstance(persistent_plan(work, replace(gpu, **more)), PersistentPlan), more
+
+
+preferences = st.builds(
+    Preference,
+    wait=st.sampled_from((None, "counter", "data")),
+    block_u=st.sampled_from((None, 8, 16, 32, 64)),
+    block_b=st.sampled_from((None, 16, 32)),
+)
+
+
+@thorough
+@given(works, machines, preferences)
+def test_a_preference_is_honoured_or_refused(work, gpu, preference):
+    plan = persistent_plan(work, gpu, preference)
+    wanted = {name: value for name, value in dataclasses.asdict(preference).items() if value is not None}
+    as_wanted = [p for p in candidates(work, gpu) if all(getattr(p, name) == value for name, value in wanted.items())]
+    if isinstance(plan, str):
+        assert not as_wanted
+        assert preference == ANY or repr(preference) in plan
+    else:
+        assert plan in as_wanted
+        assert plan.estimate_us <= min(p.estimate_us for p in as_wanted if p.wait == plan.wait)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("wait", ["counter", "data"])
+def test_either_wait_can_be_had(wait, backward):
+    plan = persistent_plan(replace(ANCHOR, backward=backward), H100, Preference(wait=wait))
+    assert plan.wait == wait
+
+
+@given(works, machines)
+def test_float64_and_no_rows_are_refused_with_a_reason(work, gpu):
+    assert why_not(work) is None
+    assert persistent_plan(replace(work, dtype=torch.float64), gpu).startswith("float64 has no persistent kernel")
+    assert persistent_plan(replace(work, B=0), gpu) == "there are no rows"
+
+
+@pytest.mark.parametrize("gpu", [H100, INTERPRETER], ids=lambda gpu: gpu.name)
+def test_no_units_are_refused_with_a_reason(gpu):
+    """`LSTMCell(3, 0)` is allowed, and asks for a plan."""
+    assert isinstance(persistent_plan(replace(ANCHOR, H=0), gpu), str)
+
+
+@pytest.mark.parametrize("H, B", [(16, 2_200_000), (32, 3_000_000), (128, 2_100_000)])
+def test_a_launch_has_no_more_programs_than_its_axis_takes(H, B):
+    """CUDA allows 65,535 on all axes of a grid but the first."""
+    for dtype in (torch.float16, torch.float32):
+        plan = persistent_plan(replace(ANCHOR, H=H, B=B, dtype=dtype), H100)
+        assert isinstance(plan, str) or max(plan.row_programs, plan.directions) <= 65_535
+
+
+@pytest.mark.parametrize("H, B", [(128, 5_000_000), (768, 800_000), (1024, 600_000)])
+def test_offsets_within_a_step_fit_32_bits(H, B):
+    """A persistent kernel computes row · G · H in 32 bits."""
+    plan = persistent_plan(replace(ANCHOR, H=H, B=B), H100)
+    assert isinstance(plan, str) or B * ANCHOR.gates * H <= 2**31
+
+
+def test_a_plan_is_a_value():
+    plan = persistent_plan(ANCHOR, H100)
+    persistent_plan.cache_clear()
+    again = persistent_plan(ANCHOR, H100)
+    assert plan is not again and plan == again and len({plan, again}) == 1 and plan.key == again.key
+    for value, field in ((plan, "rows"), (ANCHOR, "B"), (ANY, "wait"), (H100, "shared_bytes")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, field, 1)
+    assert len({H100, replace(H100), INTERPRETER}) == 2
+
+
+KNOWN = [
+    # work, GPU, then what is expected: the programs (units, groups of row blocks, directions), units of one, and more
+    ("h100", dict(), (96, 1, 1), dict(block_u=8, rows=16, row_blocks=1, split=8, block_k=32, chunks=3, wait="data")),
+    ("a100", dict(), (96, 1, 1), dict(block_u=8, rows=16, row_blocks=1, wait="data")),
+    ("h100", dict(B=1), (96, 1, 1), dict(block_u=8, rows=1, row_blocks=1, wait="data")),
+    ("h100", dict(backward=True), (48, 2, 1), dict(block_u=16, rows=8, row_blocks=2, wait="counter")),
+    ("h100", dict(D=2), (48, 1, 2), dict(block_u=16, rows=16, row_blocks=1, wait="data")),
+    ("h100", dict(H=1024), (128, 1, 1), dict(block_u=8, chunks=2, block_k=64, wait="data")),
+    ("h100", dict(H=1024, dtype=torch.float32), (128, 1, 1), dict(block_u=8, chunks=4, block_k=32, exact=True)),
+    ("h100", dict(H=1024, dtype=torch.float32, precision="tf32"), (128, 1, 1), dict(exact=False)),
+    ("h100", dict(H=128, B=64), (1, 4, 1), dict(block_u=128, block_b=16, row_blocks=4, wait=None, num_warps=8)),
+    ("h100", dict(H=64, B=64, D=2), (1, 4, 2), dict(block_u=64, block_k=64, split=1, wait=None, num_warps=4)),
+    ("h100", dict(H=1, B=1), (1, 1, 1), dict(block_u=16, block_k=16, wait=None)),
+    ("h100", dict(H=2048, gates=3), (128, 1, 1), dict(block_u=16, group=1, chunks=4)),
+    ("l4", dict(H=512), (32, 1, 1), dict(block_u=16, row_blocks=1)),
+]
+
+
+@pytest.mark.parametrize("name, work, grid, fields", KNOWN, ids=lambda value: str(value))
+def test_known_plans(name, work, grid, fields):
+    plan = persistent_plan(replace(ANCHOR, **work), GPUS[name])
+    assert (plan.unit_programs, plan.row_programs, plan.directions) == grid
+    assert {field: getattr(plan, field) for field in fields} == fields
+
+
+def test_many_rows_are_worked_through_in_turns():
+    plan = persistent_plan(replace(ANCHOR, B=4096), H100)
+    assert plan.programs <= 132 and plan.rows == plan.block_b and plan.blocks_per_program > 1
+    assert plan.wait == "counter"
+
+
+@pytest.mark.parametrize(
+    "name, work, said",
+    [
+        ("h100", dict(H=2048), r"the recurrent weights, 32\.0 MiB, do not fit .* 132 programs \(29\.3 MiB\)"),
+        ("h100", dict(H=2048, D=2, gates=3), r"48\.0 MiB"),
+        ("h100", dict(H=5000), r"190\.7 MiB"),
+        ("l4", dict(H=1024), r"8\.0 MiB, do not fit .* 58 programs \(5\.6 MiB\)"),
+    ],
+)
+def test_weights_that_fit_nowhere_are_told_in_numbers(name, work, said):
+    plan = persistent_plan(replace(ANCHOR, **work), GPUS[name])
+    assert isinstance(plan, str)
+    assert re.search(said, plan), plan
+
+
+def test_the_estimate_of_the_anchor_by_hand():
+    plan = persistent_plan(ANCHOR, H100)
+    reading = 768 * 8 * 4 * 2 / (128 * 1.83e3)  # each program its tiles from shared memory
+    multiplying = 2 * (2 * 16 * 8 * 768 * 4) / (989e6 / 132)  # at half of the rate: the longer of the two, just
+    states = 96 * 16 * 768 * 2 / (132 * 32 * 1.83e3)  # all h through L2
+    assert reading < multiplying
+    assert plan.estimate_us == pytest.approx(0.7 + 0.06 + 0.25 + multiplying + states, rel=1e-12)
+    assert plan.shared_bytes == 768 * 8 * 4 * 2 + (768 * 2 + 8 * 4 * 8) * 16 + 4096
+
+
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
+def test_a_variant_as_work(spec):
+    work = Recurrence.of(spec, 3, 5, 2, torch.float32, "tf32", True)
+    assert (work.B, work.H, work.D, work.backward) == (3, 5, 2, True)
+    assert work.gates == (3 if spec.coupled else 4)
+    assert work.matrices == (0 if spec.peephole != "full" else 2 if spec.coupled else 3)
+    assert work.exchanged_bytes == work.gates * 5 * 4
+    assert replace(work, backward=False).exchanged_bytes == 5 * (8 if spec.full else 4)
+
+
+def test_rates_are_named_as_in_the_limit():
+    def rates(dtype):
+        return [replace(ANCHOR, dtype=dtype, precision=precision).rate for precision in ("ieee", "tf32")]
+
+    assert rates(torch.float32) == ["float32", "tf32"]
+    assert rates(torch.bfloat16) == ["bfloat16"] * 2 and rates(torch.float16) == ["float16"] * 2
+
+
+def test_a_cpu_is_the_interpreter():
+    assert gpu_of(torch.device("cpu")) is INTERPRETER
+    assert INTERPRETER.multiprocessors == 1
+
+
+@thorough
+@given(works, preferences)
+def test_the_interpreter_never_gets_a_plan_that_waits(work, preference):
+    plan = persistent_plan(work, INTERPRETER, preference)
+    assert isinstance(plan, str) or (plan.alone and plan.unit_programs == 1)
+    assert all(plan.alone for plan in candidates(work, INTERPRETER))
+
+
+def test_small_layers_run_in_the_interpreter():
+    for spec in (LSTMSpec(), LSTMSpec(coupled=True, peephole="full")):
+        for H, backward in ((1, False), (16, True), (33, True), (64, True)):
+            work = Recurrence.of(spec, 100, H, 2, torch.float32, "ieee", backward)
+            assert persistent_plan(work, INTERPRETER).alone
+
+
+@pytest.mark.parametrize(
+    "name, capability, multiprocessors, shared_bytes, alike",
+    [
+        ("NVIDIA H200", (9, 0), 132, 232_448, "h100"),
+        ("NVIDIA A100-SXM4-40GB", (8, 0), 108, 166_912, "a100"),
+        ("NVIDIA A10", (8, 6), 72, 101_376, "l4"),
+        ("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376, "b200"),
+    ],
+)
+def test_a_device_has_the_drivers_limits_and_the_rates_of_its_kind(
+    name, capability, multiprocessors, shared_bytes, alike, monkeypatch
+):
+    properties = SimpleNamespace(
+        name=name, major=capability[0], minor=capability[1], multi_processor_count=multiprocessors,
+        shared_memory_per_block_optin=shared_bytes,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gpu_of.cache_clear()
+    try:
+        gpu = gpu_of(torch.device("cuda", 0))
+    finally:
+        gpu_of.cache_clear()
+    assert (gpu.name, gpu.capability) == (name, 10 * capability[0] + capability[1])
+    assert (gpu.multiprocessors, gpu.shared_bytes) == (multiprocessors, shared_bytes)
+    assert (gpu.tflop_per_s, gpu.clock_ghz) == (GPUS[alike].tflop_per_s, GPUS[alike].clock_ghz)
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
+def test_nominal_constants_are_those_of_the_gpu(gpu):
+    constants = nominal_constants(gpu)
+    assert constants.multiprocessors == gpu.multiprocessors and constants.on_chip_bytes == gpu.shared_bytes
+    assert constants.copy_gb_per_s == gpu.memory_gb_per_s
+    assert constants.l2_read_gb_per_s > gpu.memory_gb_per_s
+    assert {name: next(iter(by.values())) for name, by in constants.wait_us.items()} == gpus.WAIT_US
+    every = {replace(ANCHOR, dtype=d, precision=p).rate for d in PERSISTENT_DTYPES for p in ("ieee", "tf32")}
+    assert every | {"float64"} == constants.matmul_tflop_per_s.keys()
+    assert gpu.tflop_per_s["float16"] >= gpu.tflop_per_s["tf32"] >= gpu.tflop_per_s["float32"]
+
+
+@pytest.mark.parametrize("H", [256, 512, 768, 1024])
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
+def test_no_estimate_is_below_the_limit_from_the_same_constants(gpu, H):
+    work = replace(ANCHOR, H=H)
+    plan = persistent_plan(work, gpu)
+    if isinstance(plan, PersistentPlan):
+        least = Work(T=10**9, B=16, I=1, H=H, L=1, D=1, dtype="bfloat16", element_bytes=2)
+        assert 0 < least_us_per_step(least, nominal_constants(gpu)) <= plan.estimate_us

@@ -1,0 +1,596 @@
+"""Which strategy computes a layer, what the user's choice is worth, and what is said where it cannot be had."""
+
+import copy
+import pickle
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lstm_triton_kernels.gpus import GPUS, INTERPRETER, gpu_of
+from lstm_triton_kernels.persistent_plan import PersistentPlan
+
+import lstm_triton
+from lstm_triton import VARIANTS, CoupledLSTM, LSTMSpec, aten, autograd, dispatch, functional, layer, selection
+from lstm_triton.selection import Choice, Layer, Slower
+from tests.support.parity import Case, errors, expected_results, laid_out, random_inputs, results
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+H100 = GPUS["h100"]
+STANDARD, COUPLED = LSTMSpec(), LSTMSpec(coupled=True)
+FULL, FULL_CURRENT = LSTMSpec(peephole="full"), LSTMSpec(peephole="full", output_peephole="current")
+ANCHOR = Layer(STANDARD, 1024, 16, 768, 1, False, torch.bfloat16, "ieee", training=False)
+FITS = "a plan fits, and no committed result shows anything faster"
+
+OBSTACLES = [
+    (dict(projected=True), "a projection needs a product between two steps, which no persistent kernel has"),
+    (dict(spec=FULL_CURRENT, H=64), "a full peephole on c_t needs a product within the step"),
+    (dict(spec=replace(FULL_CURRENT, coupled=True), H=64), "a full peephole on c_t needs a product within the step"),
+    (dict(dtype=torch.float64), "forward pass: float64 has no persistent kernel"),
+    (dict(H=2048), r"forward pass: the recurrent weights, 32\.0 MiB, do not fit"),
+    (dict(B=0), "forward pass: there are no rows"),
+]
+SLOW = [
+    (dict(T=1), "a single step has no weights to keep"),
+    (
+        dict(B=4096),
+        r"forward pass: \d+\.\d us a step by estimate, for 256 blocks of rows in 2 groups of programs; .* us",
+    ),
+]
+
+
+def of(fields):
+    return ANCHOR._replace(**fields)
+
+
+layers = st.builds(
+    Layer,
+    spec=st.sampled_from(VARIANTS), T=st.sampled_from((1, 2, 1024)), B=st.sampled_from((0, 1, 16, 300, 4096)),
+    H=st.one_of(st.integers(1, 128), st.integers(1, 2500)), D=st.sampled_from((1, 2)), projected=st.booleans(),
+    dtype=st.sampled_from((torch.float16, torch.bfloat16, torch.float32, torch.float64)),
+    precision=st.sampled_from(("ieee", "tf32")), training=st.booleans(),
+)  # fmt: skip
+machines = st.sampled_from((*GPUS.values(), INTERPRETER))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(layers, machines, st.booleans())
+def test_the_users_choice_wins_or_is_an_error_and_auto_always_finds_something(sizes, gpu, cudnn_may):
+    asked = Choice("stepwise", "asked for")
+    assert (
+        selection.strategy_of("stepwise", sizes, gpu, cudnn_may) == asked == selection.kernels("stepwise", sizes, gpu)
+    )
+    assert selection.strategy_of("cudnn", sizes, gpu, cudnn_may) == ("cudnn", "asked for")
+    obstacle = selection.why_not_persistent(sizes, gpu)
+    for decide in (selection.kernels, lambda *given: selection.strategy_of(*given, cudnn_may)):
+        if obstacle is None:
+            assert decide("persistent", sizes, gpu) == ("persistent", "asked for")
+        else:
+            with pytest.raises(RuntimeError) as raised:
+                decide("persistent", sizes, gpu)
+            assert str(raised.value) == f"strategy 'persistent' cannot run here: {obstacle}"
+    chosen = selection.kernels("auto", sizes, gpu)
+    rather = obstacle or selection.why_rather_not_persistent(sizes, gpu)
+    assert chosen == (("persistent", FITS) if rather is None else ("stepwise", rather))
+    best = selection.strategy_of("auto", sizes, gpu, cudnn_may)
+    if cudnn_may and sizes.spec.standard and chosen.name == "stepwise":
+        assert best.name == "cudnn" and best.reason.endswith(chosen.reason)
+    else:
+        assert best == chosen
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(layers, machines)
+def test_a_layer_without_obstacle_has_every_plan(sizes, gpu):
+    if selection.why_not_persistent(sizes, gpu) is None:
+        plans = selection.plans(sizes, gpu)
+        assert list(plans) == (["forward", "backward"] if sizes.training else ["forward"])
+        assert all(isinstance(plan, PersistentPlan) and plan.directions == sizes.D for plan in plans.values())
+
+
+@pytest.mark.parametrize("fields, reason", OBSTACLES)
+def test_what_keeps_the_persistent_kernels_from_running(fields, reason):
+    assert re.match(reason, selection.why_not_persistent(of(fields), H100))
+    with pytest.raises(RuntimeError, match=f"strategy 'persistent' cannot run here: {reason}"):
+        selection.kernels("persistent", of(fields), H100)
+    chosen = selection.kernels("auto", of(fields), H100)
+    assert chosen.name == "stepwise" and re.match(reason, chosen.reason)
+
+
+@pytest.mark.parametrize("fields, reason", SLOW)
+def test_where_auto_does_without_them_they_can_be_had(fields, reason):
+    assert selection.why_not_persistent(of(fields), H100) is None
+    assert re.fullmatch(reason, selection.why_rather_not_persistent(of(fields), H100))
+    assert selection.kernels("auto", of(fields), H100).name == "stepwise"
+    assert selection.kernels("persistent", of(fields), H100) == ("persistent", "asked for")
+
+
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
+def test_auto_takes_the_persistent_kernels_where_a_plan_fits(spec):
+    sizes = of(dict(spec=spec, H=256, training=True))
+    if spec.full and spec.output_current:
+        assert selection.strategy_of("auto", sizes, H100, cudnn_may=True).name == "stepwise"
+    else:
+        assert selection.strategy_of("auto", sizes, H100, cudnn_may=True) == ("persistent", FITS)
+
+
+def test_a_pass_without_a_plan_is_named(monkeypatch):
+    """Found by search: this layer's backward pass fits, its forward pass does not. The other way round by a fake."""
+    sizes = of(dict(spec=LSTMSpec(coupled=True, peephole="full"), H=912, D=2, dtype=torch.float16, training=True))
+    assert not isinstance(selection.plans(sizes._replace(spec=COUPLED), H100)["forward"], str)
+    plan = selection.persistent_plan
+
+    def no_backward(work, gpu):
+        return "it does not fit" if work.backward else plan(work, gpu)
+
+    monkeypatch.setattr(selection, "persistent_plan", no_backward)
+    assert selection.why_not_persistent(ANCHOR, H100) is None
+    assert selection.why_not_persistent(of(dict(training=True)), H100) == "backward pass: it does not fit"
+
+
+def test_a_slow_backward_pass_alone_decides_for_training(monkeypatch):
+    plan = selection.persistent_plan
+
+    def slow_backward(work, gpu):
+        found = plan(work, gpu)
+        return replace(found, estimate_us=1e3) if work.backward else found
+
+    monkeypatch.setattr(selection, "persistent_plan", slow_backward)
+    assert selection.why_rather_not_persistent(ANCHOR, H100) is None
+    assert "backward pass: 1000.0 us" in selection.why_rather_not_persistent(of(dict(training=True)), H100)
+
+
+def test_the_stepwise_estimate_by_hand():
+    work = selection.recurrence(of(dict(spec=FULL, D=2)), backward=False)
+    operations = 2 * 16 * 768 * 768 * (4 + 3) * 2
+    wanted = 2 * selection.STEPWISE_US + operations / (0.5 * 989e6)
+    assert selection.stepwise_estimate_us(work, H100) == pytest.approx(wanted, rel=1e-12)
+
+
+NO_PLAN = [fields for fields, _ in OBSTACLES + SLOW if "spec" not in fields]
+
+
+@pytest.mark.parametrize("fields", NO_PLAN, ids=str)
+def test_auto_takes_cudnn_for_the_standard_variant_alone(fields):
+    chosen = selection.strategy_of("auto", of(fields), H100, cudnn_may=True)
+    assert chosen.name == "cudnn"
+    assert chosen.reason.startswith("no persistent kernel, and cuDNN has the standard variant: ")
+    assert chosen.reason.endswith(selection.kernels("auto", of(fields), H100).reason)
+    assert selection.strategy_of("auto", of(fields), H100, cudnn_may=False).name == "stepwise"
+    for spec in VARIANTS:
+        if not spec.standard:
+            assert selection.strategy_of("auto", of(fields | dict(spec=spec)), H100, cudnn_may=True).name == "stepwise"
+
+
+SHOWN = Slower("H100", "bfloat16", (512, 1024), (8, 16), training=False, source="h100-1.csv")
+INSIDE = [dict(), dict(H=512), dict(H=1024), dict(B=8), dict(H=512, B=8), dict(H=1024, B=16), dict(D=2), dict(T=2)]
+OUTSIDE = [
+    dict(H=511), dict(H=1025), dict(B=7), dict(B=17), dict(training=True), dict(dtype=torch.float16),
+    dict(dtype=torch.float32), dict(dtype=torch.float32, precision="tf32"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def shown_slower(monkeypatch):
+    def show(*entries):
+        monkeypatch.setattr(selection, "SHOWN_SLOWER", entries)
+
+    return show
+
+
+@pytest.mark.parametrize("fields", INSIDE, ids=str)
+def test_auto_takes_cudnn_where_a_result_shows_it_faster(fields, shown_slower):
+    assert selection.strategy_of("auto", of(fields), H100, cudnn_may=True) == ("persistent", FITS)
+    shown_slower(replace(SHOWN, gpu="B200"), SHOWN)
+    chosen = selection.strategy_of("auto", of(fields), H100, cudnn_may=True)
+    assert chosen == ("cudnn", "h100-1.csv shows it to be faster here")
+    assert selection.strategy_of("auto", of(fields), replace(H100, name="NVIDIA H100 80GB HBM3"), True).name == "cudnn"
+    assert selection.strategy_of("auto", of(fields), replace(H100, name="NVIDIA H200"), True).name == "persistent"
+    assert selection.strategy_of("auto", of(fields), H100, cudnn_may=False).name == "persistent"
+    assert selection.strategy_of("auto", of(fields | dict(spec=COUPLED)), H100, True).name == "persistent"
+    for asked in ("persistent", "stepwise", "cudnn"):
+        assert selection.strategy_of(asked, of(fields), H100, cudnn_may=True) == (asked, "asked for")
+    # What cuDNN is to be compared with elsewhere: the kernels among themselves know nothing of it.
+    assert selection.kernels("auto", of(fields), H100).name == "persistent"
+
+
+@pytest.mark.parametrize("fields", OUTSIDE, ids=str)
+def test_a_result_says_nothing_beyond_its_range(fields, shown_slower):
+    shown_slower(SHOWN)
+    assert selection.strategy_of("auto", of(fields), H100, cudnn_may=True) == ("persistent", FITS)
+
+
+def test_results_in_tf32_and_float32_are_apart(shown_slower):
+    for dtype, precision in (("tf32", "tf32"), ("float32", "ieee")):
+        shown_slower(replace(SHOWN, dtype=dtype))
+        found = {
+            p: selection.strategy_of("auto", of(dict(dtype=torch.float32, precision=p)), H100, True).name
+            for p in ("tf32", "ieee")
+        }
+        assert found == {p: "cudnn" if p == precision else "persistent" for p in found}
+
+
+def test_the_committed_results_name_gpus_types_and_files():
+    for shown in selection.SHOWN_SLOWER:
+        assert shown.dtype in H100.tflop_per_s and shown.H[0] <= shown.H[1] and shown.B[0] <= shown.B[1]
+        assert shown.source.endswith(".csv")
+
+
+def test_the_sizes_of_a_layer():
+    case = Case(COUPLED, T=3, B=2, I=5, H=7, bidirectional=True, proj_size=4, dtype=torch.float32)
+    x, _, c_0, *flat = (t.detach() for t in random_inputs(case).values())
+    weights = autograd.group(flat, COUPLED, True, True)
+    expected = Layer(COUPLED, 3, 2, 7, 2, True, torch.float32, selection.matmul_precision(), True)
+    assert selection.layer_of(x, c_0, weights, COUPLED, True) == expected
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = "tf32"
+        assert selection.layer_of(x, c_0, weights, COUPLED, False) == expected._replace(
+            precision="tf32", training=False
+        )
+    finally:
+        switch.fp32_precision = before
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    with torch.backends.cudnn.flags(enabled=True):
+        yield
+
+
+def test_what_keeps_cudnn_from_running(cudnn, monkeypatch):
+    assert selection.why_not_cudnn(CUDA, STANDARD) is None
+    assert selection.why_not_cudnn(CPU, STANDARD) == "it computes on CUDA devices, not on cpu"
+    for spec in VARIANTS:
+        if not spec.standard:
+            wanted = f"it has the standard variant alone, not {spec.name!r}"
+            assert selection.why_not_cudnn(CUDA, spec) == wanted
+    with torch.backends.cudnn.flags(enabled=False):
+        assert selection.why_not_cudnn(CUDA, STANDARD) == "cuDNN is not available, or switched off"
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert selection.why_not_cudnn(CUDA, STANDARD) == "cuDNN is not available, or switched off"
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+
+    def be(*pair):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: pair)
+
+    be(9, 0)
+    return be
+
+
+@pytest.mark.parametrize("strategy", ["persistent", "stepwise"])
+def test_the_kernels_run_where_the_backend_does(strategy, capability, monkeypatch):
+    def refused(reason, device=CUDA, dtype=torch.float32):
+        with pytest.raises(RuntimeError, match=f"^strategy '{strategy}' cannot run here: {reason}"):
+            selection.check_runnable(strategy, device, dtype, COUPLED)
+
+    selection.check_runnable(strategy, CUDA, torch.float32, COUPLED)
+    refused("CPU tensors need TRITON_INTERPRET=1", device=CPU)
+    refused("the kernels compute in .*, got torch.complex64", dtype=torch.complex64)
+    refused("the kernels run on CUDA devices, not on mps", device=torch.device("mps"))
+    for name in ("triton", "auto"):
+        with lstm_triton.backend(name):
+            selection.check_runnable(strategy, CUDA, torch.float32, COUPLED)
+    with lstm_triton.backend("torch"):
+        refused("backend 'torch' was asked for")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "torch")
+    refused("backend 'torch' was asked for")
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE)
+    capability(7, 5)
+    refused(r"cuda:0 has compute capability 7\.5")
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    refused("triton is not installed")
+
+
+def test_cudnn_and_auto_need_no_kernels(capability, cudnn, monkeypatch):
+    capability(7, 5)
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    selection.check_runnable("cudnn", CUDA, torch.float32, STANDARD)
+    with lstm_triton.backend("torch"):
+        selection.check_runnable("cudnn", CUDA, torch.float32, STANDARD)
+    with pytest.raises(RuntimeError, match=r"^strategy 'cudnn' cannot run here: it has .* not 'coupled'"):
+        selection.check_runnable("cudnn", CUDA, torch.float32, COUPLED)
+    for device in (CPU, CUDA):
+        selection.check_runnable("auto", device, torch.complex64, COUPLED)
+
+
+WHY_NOT_HERE = {
+    "persistent": "CPU tensors need TRITON_INTERPRET=1",
+    "stepwise": "CPU tensors need TRITON_INTERPRET=1",
+    "cudnn": "it computes on CUDA devices, not on cpu",
+}
+
+
+@pytest.mark.parametrize("strategy", WHY_NOT_HERE)
+@pytest.mark.parametrize("spec", [STANDARD, COUPLED], ids=lambda spec: spec.name)
+def test_a_strategy_that_cannot_run_on_the_cpu_says_why(spec, strategy):
+    module = lstm_triton.LSTM(3, 4, coupled=spec.coupled, strategy=strategy)
+    x = torch.zeros(2, 1, 3)
+    said = f"strategy '{strategy}' cannot run here: {WHY_NOT_HERE[strategy]}"
+    for call in (
+        lambda: functional.lstm(x, None, list(module.parameters()), coupled=spec.coupled, strategy=strategy),
+        lambda: module(x),
+        lambda: module.requires_grad_(False)(x),
+        lambda: module(x[:1, :0]),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            call()
+    with lstm_triton.backend("torch"), pytest.raises(RuntimeError, match=f"strategy '{strategy}' cannot run here"):
+        module(x)
+    module.strategy = "auto"
+    module(x)
+
+
+def test_unknown_strategies_list_what_exists():
+    said = r"strategy must be one of 'auto', 'persistent', 'stepwise', 'cudnn', got "
+    module, x = lstm_triton.LSTM(3, 4), torch.zeros(2, 1, 3)
+    for unknown in ("fast", "", None, "Persistent", 3):
+        with pytest.raises(ValueError, match=said + re.escape(repr(unknown))):
+            selection.check_strategy(unknown)
+        with pytest.raises(ValueError, match=said):
+            functional.lstm(x, None, list(module.parameters()), strategy=unknown)
+        with pytest.raises(ValueError, match=said):
+            lstm_triton.LSTM(3, 4, strategy=unknown)
+    module.strategy = "fast"
+    with pytest.raises(ValueError, match=said):
+        module(x)
+    for known in selection.STRATEGIES:
+        selection.check_strategy(known)
+        assert lstm_triton.LSTM(3, 4, strategy=known).strategy == known
+
+
+@pytest.mark.parametrize("value", [1, 0, None, "yes", 0.5])
+def test_recompute_is_a_bool(value):
+    with pytest.raises(TypeError, match="recompute"):
+        lstm_triton.LSTM(3, 4, recompute=value)
+
+
+# Who computes a call, with everything replaced that asks a device.
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The tensors pass for those of an H100 that has cuDNN; what would compute is noted: (module, strategy)."""
+    calls = []
+
+    def note(name):
+        def compute(x, h_0, c_0, weights, *rest):
+            calls.append((name, rest[1]) if name == "kernels" else (name, None))
+            return x.new_zeros(*x.shape[:2], c_0.shape[0] * c_0.shape[2]), h_0, c_0
+
+        return compute
+
+    def chosen(device, dtype):
+        name = dispatch.requested()
+        return dispatch.Choice("triton" if name == "auto" else name, "")
+
+    monkeypatch.setattr(dispatch, "choose", chosen)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(selection, "why_not_cudnn", lambda device, spec: None if spec.standard else "a variant")
+    monkeypatch.setattr(functional, "gpu_of", lambda device: H100)
+    monkeypatch.setattr(aten, "lstm_layer", note("cudnn"))
+    monkeypatch.setattr(autograd, "lstm_layer", note("kernels"))
+
+    def run(T=3, B=2, L=1, grad=True, dtype=torch.float32, **options):
+        module = lstm_triton.LSTM(3, 8, L, dtype=dtype, **options).requires_grad_(grad)
+        calls.clear()
+        module(torch.zeros(T, B, 3, dtype=dtype))
+        assert len(calls) == L and len(set(calls)) == 1
+        return calls[0]
+
+    return run
+
+
+def test_each_strategy_reaches_who_computes_it(called):
+    assert called() == ("kernels", "auto")
+    assert called(L=3) == ("kernels", "auto")
+    assert called(T=1) == called(dtype=torch.float64) == ("cudnn", None)
+    assert called(T=1, coupled=True) == called(dtype=torch.float64, coupled=True) == ("kernels", "auto")
+    for strategy in ("persistent", "stepwise"):
+        for options in (dict(), dict(T=1), dict(coupled=True), dict(grad=False), dict(L=2)):
+            assert called(strategy=strategy, **options) == ("kernels", strategy)
+    assert called(strategy="cudnn") == called(strategy="cudnn", L=2) == ("cudnn", None)
+
+
+def test_auto_leaves_to_cudnn_neither_what_was_asked_of_the_kernels_nor_an_empty_batch(called):
+    assert called(T=1) == ("cudnn", None)
+    assert called(T=1, B=0) == ("kernels", "auto")
+    with lstm_triton.backend("triton"):
+        assert called(T=1) == ("kernels", "auto")
+    with lstm_triton.backend("torch"):
+        assert called(T=1) == ("cudnn", None)  # PyTorch's own operator
+        assert called(T=1, coupled=True) == ("kernels", "torch")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_auto_asks_for_the_passes_that_will_run(training, called, shown_slower):
+    shown_slower(Slower("H100", "float32", (8, 8), (2, 2), training, "a.csv"))
+    assert called(grad=True) == (("cudnn", None) if training else ("kernels", "auto"))
+    assert called(grad=False) == (("kernels", "auto") if training else ("cudnn", None))
+    with torch.no_grad():
+        assert called(grad=True) == (("kernels", "auto") if training else ("cudnn", None))
+
+
+def test_the_operators_run_what_the_selection_says(monkeypatch):
+    case = Case(COUPLED, T=3, B=2, I=5, H=7, dtype=torch.float32)
+    x, _, c_0, *flat = (t.detach() for t in random_inputs(case).values())
+
+    def modules(strategy, x=x, c_0=c_0, spec=COUPLED, training=True):
+        found = autograd.passes(strategy, x, c_0, autograd.group(flat, spec, True, False), spec, training)
+        return [getattr(f, "keywords", {}).get("steps", f) for f in found]
+
+    from lstm_triton_kernels import sequence_stepwise
+
+    from lstm_triton import eager, persistent
+
+    monkeypatch.setattr(autograd, "gpu_of", lambda device: H100)
+    resident = [persistent.forward, persistent.backward]
+    stepwise = [sequence_stepwise, sequence_stepwise]
+    assert modules("torch") == [eager, eager]
+    assert modules("auto") == modules("persistent") == resident
+    assert modules("stepwise") == modules("auto", x=x[:1]) == stepwise
+    assert modules("persistent", x=x[:1]) == resident
+    assert modules("auto", x=x.double()) == stepwise
+    with pytest.raises(RuntimeError, match="strategy 'persistent' cannot run here: forward pass: float64"):
+        modules("persistent", x=x.double())
+    # An empty batch has nothing to launch, and nothing to refuse.
+    assert modules("auto", x[:, :0], c_0[:, :0]) == modules("persistent", x[:, :0], c_0[:, :0]) == stepwise
+
+
+# The module.
+
+
+def test_repr_shows_what_is_not_the_default():
+    assert repr(lstm_triton.LSTM(3, 4)) == "LSTM(3, 4)"
+    assert repr(lstm_triton.LSTM(3, 4, strategy="stepwise")) == "LSTM(3, 4, strategy='stepwise')"
+    module = CoupledLSTM(3, 4, 2, strategy="persistent", recompute=True)
+    assert repr(module) == "CoupledLSTM(3, 4, num_layers=2, coupled=True, strategy='persistent', recompute=True)"
+    module.strategy, module.recompute = "auto", False
+    assert repr(module) == "CoupledLSTM(3, 4, num_layers=2, coupled=True)"
+
+
+def test_copies_keep_the_strategy():
+    module = lstm_triton.LSTM(3, 4, strategy="cudnn", recompute=True)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert (again.strategy, again.recompute) == ("cudnn", True)
+    assert not {"strategy", "recompute"} & module.state_dict().keys()
+
+
+def test_a_module_pickled_without_strategy_and_recompute_still_works():
+    module = lstm_triton.LSTM(3, 4, coupled=True)
+    x = torch.randn(2, 1, 3)
+    expected = module(x)[0]
+    del module.__dict__["strategy"], module.__dict__["recompute"]
+    again = pickle.loads(pickle.dumps(module))
+    assert not {"strategy", "recompute"} & again.__dict__.keys()
+    assert (again.strategy, again.recompute) == ("auto", False)
+    assert repr(again) == "LSTM(3, 4, coupled=True)"
+    torch.testing.assert_close(again(x)[0], expected, rtol=0, atol=0)
+    again(x)[0].sum().backward()
+
+
+# Gates that are computed again.
+
+
+def calling(recompute):
+    """A function as `parity.results` takes it, with or without recomputed gates."""
+
+    def call(case, x, h_0, c_0, *weights):
+        output, (h_n, c_n) = functional.lstm(
+            laid_out(case, x), (h_0, c_0), weights, num_layers=case.L, bias=case.bias, proj_size=case.proj_size,
+            bidirectional=case.bidirectional, recompute=recompute, **case.variant,
+        )  # fmt: skip
+        return output, h_n, c_n
+
+    return call
+
+
+RECOMPUTED = [
+    dict(T=7, L=2, bidirectional=True),
+    dict(T=1, B=1),
+    dict(T=4, proj_size=3, bidirectional=True, bias=False, layout="transposed"),
+]
+
+
+@pytest.fixture
+def written_out(monkeypatch):
+    """The standard variant, too, is computed by the steps in `eager`."""
+    monkeypatch.setattr(aten, "serves", lambda *_: False)
+
+
+@pytest.mark.parametrize("shape", RECOMPUTED, ids=str)
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
+def test_recomputed_gates_give_the_same_gradients(spec, shape, written_out, monkeypatch):
+    again = []
+    compute = layer.activated_gates
+    monkeypatch.setattr(layer, "activated_gates", lambda *a, **k: again.append(1) or compute(*a, **k))
+    case = Case(spec, **shape)
+    inputs = random_inputs(case)
+    expected = expected_results(case, inputs)
+    for recompute in (False, True):
+        again.clear()
+        found = errors(results(case, inputs, calling(recompute)), expected)
+        assert max(found.values()) < 1e-12, (recompute, found)
+        assert len(again) == (case.L * case.D if recompute else 0)
+
+
+@pytest.mark.parametrize("gate", [0, -1])
+def test_a_wrong_recomputed_gate_is_seen(gate, written_out, monkeypatch):
+    """Test of the test: the recomputed gates decide about the gradients."""
+    compute = layer.activated_gates
+
+    def wrong(*arguments, **options):
+        gates = compute(*arguments, **options)
+        gates[0, 0, gate] *= 1 + 1e-6
+        return gates
+
+    monkeypatch.setattr(layer, "activated_gates", wrong)
+    case = Case(COUPLED)
+    inputs = random_inputs(case)
+    expected = expected_results(case, inputs)
+    assert max(errors(results(case, inputs, calling(False)), expected).values()) < 1e-12
+    assert max(errors(results(case, inputs, calling(True)), expected).values()) > 1e-10
+
+
+@pytest.mark.parametrize("spec", [COUPLED, FULL_CURRENT], ids=lambda spec: spec.name)
+def test_recomputing_keeps_no_gates(spec):
+    case = Case(spec, T=5)
+    x, h_0, c_0, *weights = (t.detach() for t in random_inputs(case).values())
+    parameters = (spec.name, True, False, "torch")
+    gates = {
+        (save, recompute): autograd.layer_forward(x, h_0, c_0, weights, *parameters, save, recompute)[3].numel()
+        for save in (True, False)
+        for recompute in (True, False)
+    }
+    kept = 5 * case.B * len(spec.gates) * case.H
+    assert gates == {(True, False): kept, (True, True): 0, (False, False): 0, (False, True): 0}
+
+
+def test_the_module_recomputes_and_may_be_told_later(monkeypatch):
+    asked = []
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *a, **k: asked.append(a[5:7]) or forward(*a, **k))
+    module, x = lstm_triton.LSTM(3, 4, coupled=True, recompute=True), torch.randn(2, 1, 3)
+    module(x)[0].sum().backward()
+    first = module.weight_hh_l0.grad.clone()
+    module.recompute = False
+    module.zero_grad()
+    module(x)[0].sum().backward()
+    assert asked == [(True, True), (True, False)]
+    torch.testing.assert_close(module.weight_hh_l0.grad, first)
+
+
+def test_second_gradients_through_recomputed_gates():
+    case = Case(COUPLED, T=3, B=2, I=2, H=3)
+    inputs = random_inputs(case)
+    second = {}
+    for recompute in (False, True):
+        output = calling(recompute)(case, *inputs.values())[0]
+        (gradient,) = torch.autograd.grad(output.square().sum(), inputs["x"], create_graph=True)
+        (second[recompute],) = torch.autograd.grad(gradient.square().sum(), inputs["weight_hh_l0"])
+    torch.testing.assert_close(second[True], second[False], rtol=1e-12, atol=1e-14)
+    assert second[True].abs().max() > 0
+
+
+def test_recompute_compiles_into_one_graph():
+    torch._dynamo.reset()
+    case = Case(COUPLED, T=3)
+    inputs = random_inputs(case)
+    compiled = torch.compile(lambda *t: calling(True)(case, *t), fullgraph=True, backend="aot_eager")
+    actual = results(case, inputs, lambda _, *tensors: compiled(*tensors))
+    assert max(errors(actual, expected_results(case, inputs)).values()) < 1e-12
+
+
+def test_the_cpu_is_never_asked_for_a_gpus_plan():
+    """What the strategies would be told here: the interpreter's limits."""
+    assert gpu_of(CPU) is INTERPRETER
+    assert "wait" not in str(selection.plans(of(dict(H=64)), gpu_of(CPU))["forward"]).replace("wait=None", "")

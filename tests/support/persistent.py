@@ -1,0 +1,196 @@
+"""One layer by the persistent kernels, on a plan of the test's own, and by the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from lstm_triton_kernels import sequence_persistent
+from lstm_triton_kernels.persistent_plan import PersistentPlan
+from torch import Tensor
+
+from lstm_triton import VARIANTS, LSTMSpec, layer, persistent, reference
+from lstm_triton.spec import LSTMWeights
+
+SERVED = [spec for spec in VARIANTS if not (spec.full and spec.output_current)]
+"""The variants that have persistent kernels."""
+
+
+def plan_of(
+    B: int, H: int, D: int = 1, *, wait: str | None, block_u: int = 8, block_b: int = 16, block_k: int = 16,
+    split: int = 1, rows: int | None = None, row_programs: int | None = None, group: int | None = None,
+) -> PersistentPlan:  # fmt: skip
+    """A plan for these sizes; without a wait, one program holds all units."""
+    if wait is None:
+        block_u = block_k = max(16, 1 << (H - 1).bit_length())
+    chunks = -(-H // (split * block_k))
+    rows = min(rows or block_b, B)
+    row_blocks = -(-B // rows)
+    return PersistentPlan(
+        block_u=block_u,
+        block_b=block_b,
+        block_k=block_k,
+        split=split,
+        chunks=chunks,
+        group=group or chunks,
+        rows=rows,
+        unit_programs=-(-H // block_u),
+        row_programs=row_programs or row_blocks,
+        directions=D,
+        row_blocks=row_blocks,
+        num_warps=4,
+        wait=wait,
+        exact=False,
+        shared_bytes=0,
+        estimate_us=0.0,
+    )
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer, its sizes, and what is asked of it; `gradients`: of which results (output, cells, h_n, c_n)."""
+
+    spec: LSTMSpec
+    plan: PersistentPlan
+    T: int
+    B: int
+    H: int
+    I: int = 3  # noqa: E741
+    lengths: bool = False
+    resets: bool = False
+    bias: bool = True
+    recompute: bool = False
+    gradients: tuple[bool, bool, bool, bool] = (True, True, True, True)
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def __str__(self) -> str:
+        plan = self.plan
+        grid = f"{plan.unit_programs}x{plan.row_programs}x{plan.directions}"
+        flags = [self.spec.name, f"T{self.T}-B{self.B}-H{self.H}", f"{plan.wait or 'alone'}-{grid}"]
+        flags += [name for name in ("lengths", "resets", "recompute") if getattr(self, name)]
+        return "-".join(flags + [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float64))
+
+
+@dataclass
+class Inputs:
+    """The tensors of a layer: leaves that require gradients, weights one LSTMWeights a direction."""
+
+    x: Tensor
+    h_0: Tensor
+    c_0: Tensor
+    weights: list[LSTMWeights]
+    lengths: Tensor | None
+    resets: Tensor | None
+    gradients: list[Tensor | None]
+
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.h_0, self.c_0, *(t for w in self.weights for t in w.present().values())]
+
+    def map(self, function: Any) -> Inputs:
+        weights = [w.map(function) for w in self.weights]
+        gradients = [None if g is None else function(g) for g in self.gradients]
+        return replace(self, x=function(self.x), h_0=function(self.h_0), c_0=function(self.c_0), weights=weights,
+                       gradients=gradients)  # fmt: skip
+
+
+def inputs_of(case: LayerCase) -> Inputs:
+    """Random tensors in the case's type."""
+    generator = torch.Generator().manual_seed(case.seed)
+    D, H = case.plan.directions, case.H
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(case.dtype)
+
+    shapes = case.spec.parameter_shapes(case.I, H, case.bias)
+    weights = [LSTMWeights(**{name: normal(*s, scale=H**-0.5) for name, s in shapes.items()}) for _ in range(D)]
+    lengths = torch.randint(1, case.T + 1, (case.B,), generator=generator) if case.lengths else None
+    resets = torch.rand(case.T, case.B, generator=generator) < 0.3 if case.resets else None
+    sizes = ((case.T, case.B, D * H), (case.T, case.B, D * H), (D, case.B, H), (D, case.B, H))
+    gradients = [normal(*size) if wanted else None for size, wanted in zip(sizes, case.gradients, strict=True)]
+    states = normal(case.T, case.B, case.I), normal(D, case.B, H), normal(D, case.B, H)
+    return Inputs(*states, weights, lengths, resets, gradients)
+
+
+RESULTS = ("output", "cells", "h_n", "c_n")
+
+
+def names(case: LayerCase) -> list[str]:
+    """Of all results and gradients, in order."""
+    parameters = case.spec.parameter_names(case.bias)
+    sides = [f"{name}[{d}]" for d in range(case.plan.directions) for name in parameters]
+    return [*RESULTS, *(f"grad {name}" for name in ("x", "h_0", "c_0", *sides))]
+
+
+def expected(case: LayerCase, inputs: Inputs) -> list[Tensor]:
+    """By the reference, in float64."""
+    double = inputs.map(lambda t: t.detach().double().requires_grad_())
+    results = reference.layer_states(
+        double.x, double.h_0, double.c_0, double.weights, case.spec, inputs.lengths, inputs.resets
+    )
+    given = [(r, g.detach()) for r, g in zip(results, double.gradients, strict=True) if g is not None]
+    gradients = torch.autograd.grad(
+        [r for r, _ in given], double.leaves(), [g for _, g in given], materialize_grads=True, allow_unused=True
+    )
+    return [*(r.detach() for r in results), *gradients]
+
+
+def computed(case: LayerCase, inputs: Inputs, launching: Any = None) -> list[Tensor]:
+    """By the persistent kernels; `launching`: a context manager around the launches."""
+    needs = layer.Needs(True, True, True, [list(case.spec.parameter_names(case.bias))] * case.plan.directions)
+    grad_output, grad_cells, grad_h_n, grad_c_n = inputs.gradients
+    arguments = (inputs.x, inputs.h_0, inputs.c_0, inputs.weights)
+    with torch.no_grad(), planned(case.plan), launching or nullcontext():
+        result = persistent.forward(*arguments, case.spec, True, case.recompute, inputs.lengths, inputs.resets)
+        saved = (result.output, result.gates, result.cells)
+        gradients = persistent.backward(
+            grad_output, grad_h_n, grad_c_n, *arguments, *saved, case.spec, needs, inputs.lengths, inputs.resets,
+            grad_cells,
+        )  # fmt: skip
+    cells = torch.cat([c[:-1] if d else c[1:] for d, c in enumerate(result.cells)], -1)
+    if inputs.lengths is not None:
+        cells = cells.masked_fill((torch.arange(case.T)[:, None] >= inputs.lengths)[..., None], 0)
+    by_name = [side[name] for side in gradients.weights for name in case.spec.parameter_names(case.bias)]
+    return [result.output, cells, result.h_n, result.c_n, gradients.x, gradients.h_0, gradients.c_0, *by_name]
+
+
+@contextmanager
+def planned(plan: PersistentPlan) -> Iterator[None]:
+    """Both passes on this plan."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(persistent, "plan", lambda *_, **__: plan)
+        yield
+
+
+def errors(case: LayerCase, actual: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, float]:
+    """||actual - wanted|| / ||wanted|| by name, infinite where not finite; where nothing is wanted, ||actual||."""
+    found = {}
+    for name, a, w in zip(names(case), actual, wanted, strict=True):
+        assert a.shape == w.shape, f"{name}: {tuple(a.shape)} instead of {tuple(w.shape)}"
+        distance = (a.double() - w).norm()
+        error = float(distance / w.norm()) if w.any() else float(distance)
+        found[name] = error if error == error else float("inf")
+    return found
+
+
+def concurrently(**options: Any) -> Any:
+    """A context manager in which all programs of a persistent launch run at once."""
+    from tests.support.concurrent import concurrent_programs
+
+    kernels = ["persistent_forward_kernel", "persistent_backward_kernel"]
+    return concurrent_programs({sequence_persistent: kernels}, **options)
+
+
+BOUND = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-13}
+
+
+def assert_right(case: LayerCase, launching: Any = None) -> None:
+    """Every result and gradient within the type's bound of the reference."""
+    inputs = inputs_of(case)
+    found = errors(case, computed(case, inputs, launching), expected(case, inputs))
+    wrong = {name: error for name, error in found.items() if not error <= BOUND[case.dtype]}
+    assert not wrong, f"{case}: beyond {BOUND[case.dtype]:.0e}: {wrong}"
