@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # The versions that CI tests with; any torch >= 2.11 with triton >= 3.6 works.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
+# The oldest that is supported: the persistent kernels are compiled under both.
+FLOOR ?= triton==3.6.0
 RAW := PYTHONPATH=.:kernels
 # One thread a process: the tests run in as many processes as there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -12,9 +14,12 @@ WORKERS ?= 2
 # Where benchmarks put their files.
 RESULTS ?= benchmarks/results
 
-.PHONY: setup test test-cpu test-interpreted test-compile gpu-test gpu lint format demo bench report clean
+.PHONY: setup test test-cpu test-interpreted test-compile plans gpu-test gpu lint format demo bench report clean
 
 setup: $(VENV)/.installed
+
+$(VENV)/floor:
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/floor $(FLOOR)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,8 +36,14 @@ test-cpu: setup
 test-interpreted: setup
 	TRITON_INTERPRET=1 $(TEST) -n $(WORKERS) tests/interpreted
 
-test-compile: setup
+test-compile: setup $(VENV)/floor
 	$(TEST) -n $(WORKERS) --maxschedchunk 1 tests/compile
+	PYTHONPATH=$(VENV)/floor $(TEST) -n $(WORKERS) --maxschedchunk 1 tests/compile/test_persistent.py
+
+# Compiles every persistent plan under both releases and writes down what comes out; needed when the kernels change.
+plans: setup $(VENV)/floor
+	$(RAW) OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.plans $(WORKERS)
+	PYTHONPATH=$(VENV)/floor:.:kernels OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.plans $(WORKERS)
 
 # On a machine with a GPU, from the checkout, with the Python that is there.
 gpu-test:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lstm_triton import layer, reference, selection
 from lstm_triton.spec import LSTMSpec, LSTMWeights
 
-STEPS = {"stepwise": "lstm_triton_kernels.sequence_stepwise", "torch": "lstm_triton.eager"}
+STEPS = {"stepwise": "lstm_triton_kernels.sequence_replayed", "torch": "lstm_triton.eager"}
 """Strategy to the module that computes its steps; imported when first used, so that triton may be missing."""
 
 

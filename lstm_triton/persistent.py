@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from lstm_triton_kernels import sequence_persistent
 from lstm_triton_kernels.gpus import gpu_of
-from lstm_triton_kernels.persistent_plan import PersistentPlan, Recurrence, persistent_plan
+from lstm_triton_kernels.persistent_plan import PersistentPlan, Recurrence, installed_release, persistent_plan
 from lstm_triton_kernels.plan import accumulator_dtype, matmul_precision
 from torch import Tensor
 
@@ -24,7 +24,7 @@ def plan(c_0: Tensor, dtype: torch.dtype, spec: LSTMSpec, backward: bool) -> Per
     """The plan of a pass for states (D, B, H). Raises RuntimeError with the reason where there is none."""
     D, B, H = c_0.shape
     work = Recurrence.of(spec, B, H, D, dtype, matmul_precision(), backward)
-    found = persistent_plan(work, gpu_of(c_0.device), sequence_persistent.preference())
+    found = persistent_plan(work, gpu_of(c_0.device), sequence_persistent.preference(), installed_release())
     if isinstance(found, str):
         raise RuntimeError(f"strategy 'persistent' cannot run here: {found}")
     return found

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lstm_triton_kernels.gpus import GPU
-from lstm_triton_kernels.persistent_plan import PersistentPlan, Recurrence, persistent_plan
+from lstm_triton_kernels.persistent_plan import PersistentPlan, Recurrence, installed_release, persistent_plan
 from lstm_triton_kernels.plan import matmul_precision
 from torch import Tensor
 
@@ -93,7 +93,10 @@ def recurrence(layer: Layer, backward: bool) -> Recurrence:
 def plans(layer: Layer, gpu: GPU) -> dict[str, PersistentPlan | str]:
     """The plan of each pass, "forward" and, in training, "backward"; a sentence why where there is none."""
     passes = {"forward": False, "backward": True} if layer.training else {"forward": False}
-    return {name: persistent_plan(recurrence(layer, backward), gpu) for name, backward in passes.items()}
+    release = installed_release()
+    return {
+        name: persistent_plan(recurrence(layer, backward), gpu, release=release) for name, backward in passes.items()
+    }
 
 
 def why_not_persistent(layer: Layer, gpu: GPU) -> str | None:
@@ -117,8 +120,8 @@ def why_rather_not_persistent(layer: Layer, gpu: GPU) -> str | None:
         other = stepwise_estimate_us(work, gpu)
         if isinstance(plan, PersistentPlan) and plan.estimate_us > other:
             return (
-                f"{name} pass: {plan.estimate_us:.1f} us a step by estimate, for {plan.row_blocks} blocks of rows in "
-                f"{plan.row_programs} groups of programs; a launch a step {other:.1f} us"
+                f"{name} pass: {plan.estimate_us:.1f} us a step by estimate, with {plan.blocks_per_program} row blocks to "
+                f"a program; in launches of its own a step takes {other:.1f} us"
             )
     return None
 
@@ -158,7 +161,7 @@ def strategy_of(strategy: str, layer: Layer, gpu: GPU, cudnn_may: bool) -> Choic
     if strategy != "auto" or not cudnn_may or not layer.spec.standard:
         return chosen
     if chosen.name == "stepwise":
-        return Choice("cudnn", f"no persistent kernel, and cuDNN has the standard variant: {chosen.reason}")
+        return Choice("cudnn", f"it has the standard variant, and the persistent kernels are out: {chosen.reason}")
     dtype = recurrence(layer, False).rate
     for shown in SHOWN_SLOWER:
         if shown.holds(layer, gpu, dtype):

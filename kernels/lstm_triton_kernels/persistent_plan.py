@@ -7,6 +7,7 @@ differences between plans matter; a GPU decides whether it orders them rightly (
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from lstm_triton_kernels.gpus import GPU, L2_BYTES_PER_CLOCK, WAIT_US
 from lstm_triton_kernels.plan import ceil_div, next_power_of_2
+from lstm_triton_kernels.spills import SPILLS
 
 PERSISTENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -71,6 +73,11 @@ class Recurrence:
         """The name of the matmul rate, as in `limit.Constants`."""
         name = str(self.dtype).removeprefix("torch.")
         return "tf32" if name == "float32" and self.precision == "tf32" else name
+
+    @property
+    def rate_class(self) -> str:
+        """The same, both half types alike: their kernels differ in the name of an instruction."""
+        return "half" if self.element_bytes == 2 else self.rate
 
     @property
     def exchanged_bytes(self) -> int:
@@ -150,23 +157,39 @@ ANY = Preference()
 
 
 @functools.lru_cache(maxsize=4096)
-def persistent_plan(work: Recurrence, gpu: GPU, preference: Preference = ANY) -> PersistentPlan | str:
-    """The fastest plan by estimate; where there is none, a sentence why."""
+def persistent_plan(
+    work: Recurrence, gpu: GPU, preference: Preference = ANY, release: str | None = None
+) -> PersistentPlan | str:
+    """The fastest plan by estimate; where there is none, a sentence why.
+
+    What spills registers under the release of Triton (spills.py; None: under any that was looked at) is not offered.
+    """
     obstacle = why_not(work)
     if obstacle is not None:
         return obstacle
-    plans = [plan for plan in candidates(work, gpu) if preference.admits(plan)]
+    fitting = [plan for plan in candidates(work, gpu) if preference.admits(plan)]
+    spilling = spilling_keys(release, gpu.capability, work)
+    plans = [plan for plan in fitting if plan.key not in spilling]
     if not plans:
-        least = work.H * work.H * (work.gates + work.matrices) * work.element_bytes * work.D
-        chip = gpu.multiprocessors * gpu.shared_bytes
-        return (
-            f"the recurrent weights, {least / 2**20:.1f} MiB, do not fit the shared memory of {gpu.multiprocessors} "
-            f"programs ({chip / 2**20:.1f} MiB) in tiles that leave room to work"
-            if preference == ANY
-            else f"no plan is {preference}"
-        )
+        return why_none(work, gpu, preference, fitting, release)
     usual = [plan for plan in plans if plan.wait in (None, usual_wait(work, plan))]
     return min(usual or plans, key=lambda plan: (plan.estimate_us, plan.programs, plan.key[:6]))
+
+
+def why_none(
+    work: Recurrence, gpu: GPU, preference: Preference, fitting: list[PersistentPlan], release: str | None
+) -> str:
+    """The sentence why no plan is offered."""
+    if fitting:
+        return f"every plan that fits spills registers under Triton {release or 'of some release'}"
+    if preference != ANY:
+        return f"no plan is {preference}"
+    weights = work.H * work.H * (work.gates + work.matrices) * work.element_bytes * work.D
+    chip = gpu.multiprocessors * gpu.shared_bytes
+    return (
+        f"no tiles of the recurrent weights, {weights / 2**20:.1f} MiB, fit {gpu.multiprocessors} programs with room "
+        f"to work, of {chip / 2**20:.1f} MiB shared memory in all and {MOST_CHUNKS} chunks of columns at most"
+    )
 
 
 def usual_wait(work: Recurrence, plan: PersistentPlan) -> str:
@@ -176,6 +199,22 @@ def usual_wait(work: Recurrence, plan: PersistentPlan) -> str:
     in one group a gate, or where other row blocks are worked on meanwhile.
     """
     return "counter" if work.backward or plan.blocks_per_program > 1 else "data"
+
+
+def spilling_keys(release: str | None, capability: int, work: Recurrence) -> frozenset[tuple[Any, ...]]:
+    """Keys of the plans that spill for such work under a release ("3.8"), or under any that was looked at."""
+    releases = [release] if release in SPILLS else list(SPILLS)
+    kind = (capability, work.rate_class, work.gates, work.matrices, work.backward)
+    return frozenset().union(*(SPILLS[known].get(kind, ()) for known in releases))
+
+
+@functools.cache
+def installed_release() -> str | None:
+    """The release of Triton that is installed, as "3.8"; None where there is none."""
+    try:
+        return ".".join(importlib.metadata.version("triton").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def why_not(work: Recurrence) -> str | None:
@@ -281,10 +320,11 @@ def _together(work: Recurrence, gpu: GPU, block_u: int, block_b: int, num_warps:
 
 
 def _block_k(work: Recurrence, split: int, block_b: int) -> int:
-    """Columns of a warp's part of a chunk: the least padding, then the fewest chunks."""
+    """Columns of a warp's part of a chunk: the least padding that few enough chunks allow, then the fewest chunks."""
     widest = 32 if work.element_bytes == 4 or block_b > 16 else 64
     sizes = [size for size in (64, 32, 16) if size <= widest]
-    return min(sizes, key=lambda size: (ceil_div(work.H, split * size) * size, -size))
+    few = [size for size in sizes if ceil_div(work.H, split * size) <= MOST_CHUNKS] or sizes[:1]
+    return min(few, key=lambda size: (ceil_div(work.H, split * size) * size, -size))
 
 
 def _product_us(work: Recurrence, gpu: GPU, tiles: int, block_b: int, units: int) -> float:

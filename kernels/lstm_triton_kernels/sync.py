@@ -213,4 +213,6 @@ def raise_if_gave_up(error: Tensor, launch: str) -> None:
     """RuntimeError naming the launch if a wait of it gave up; error (1,) int32. Waits for the device."""
     code = int(error.item())
     if code:
-        raise RuntimeError(f"{launch}: its programs waited for each other in vain ({reasons(code)}); no result is valid")
+        raise RuntimeError(
+            f"{launch}: its programs waited for each other in vain ({reasons(code)}); no result is valid"
+        )

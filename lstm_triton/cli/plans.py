@@ -12,7 +12,6 @@ import torch
 from lstm_triton_kernels.gpus import GPU, GPUS, gpu_of, nominal_constants
 from lstm_triton_kernels.limit import Work, least_us_per_step
 from lstm_triton_kernels.persistent_plan import REGISTER_BYTES, PersistentPlan, Recurrence
-from lstm_triton_kernels.plan import ceil_div
 
 from lstm_triton import VARIANTS, LSTMSpec, dispatch, selection
 from lstm_triton.cli import info
@@ -262,7 +261,7 @@ def programs_words(plan: PersistentPlan, gpu: GPU) -> str:
     grid = f"{plan.unit_programs} for units x {plan.row_programs} for rows x {plan.directions} for directions"
     text = f"{plan.programs} = {grid}; the GPU has {gpu.multiprocessors} multiprocessors"
     if plan.programs > gpu.multiprocessors:
-        return f"{text}, so the programs take {ceil_div(plan.programs, gpu.multiprocessors)} turns"
+        return f"{text}, so some share one or run after others"
     return f"{text}, so all run at once"
 
 
@@ -319,7 +318,7 @@ def wait_words(work: Recurrence, plan: PersistentPlan) -> str:
     elif plan.wait == "counter" and plan.blocks_per_program > 1:
         reason = "it works on other blocks of rows meanwhile, which hides the longer wait"
     else:
-        reason = "by estimate the fastest"
+        reason = "the usual way to wait has no plan here"
     return f"{how}; {reason}"
 
 
@@ -359,11 +358,9 @@ def register_limit(plan: PersistentPlan) -> int:
 
 def registers_words(work: Recurrence, plan: PersistentPlan) -> str:
     """The budget of registers."""
-    limit = (
-        f"{2 * REGISTER_BYTES}, twice {REGISTER_BYTES} as it waits for nobody" if plan.alone else f"{REGISTER_BYTES}"
-    )
-    used = accumulator_bytes(work, plan)
-    return f"{used} bytes of accumulators and gate inputs in a thread; the planner's limit is {limit}"
+    used, limit = accumulator_bytes(work, plan), register_limit(plan)
+    text = f"{used} bytes of accumulators and gate inputs in a thread; the planner's limit is {limit}"
+    return f"{text} where one program holds all units" if plan.alone else text
 
 
 def estimate_words(plan: PersistentPlan) -> str:

@@ -105,8 +105,8 @@ def record_launches(kernels: dict[ModuleType, list[str]]) -> Iterator[set[Launch
 class Compiled:
     """What a compiled kernel needs and does: bytes of shared memory, registers and local memory of a thread.
 
-    stack is all the local memory there is: the only place that a spill can go to. ptx is the compiler's text before
-    the assembler; cooperative whether all programs must be resident together.
+    stack is all the local memory there is: the only place that a spill can go to. ttgir and ptx are the compiler's
+    texts, with layouts and before the assembler; cooperative whether all programs must be resident together.
     """
 
     shared: int
@@ -114,6 +114,7 @@ class Compiled:
     stack: int
     cubin: bytes = field(repr=False)
     ptx: str = field(repr=False)
+    ttgir: str = field(repr=False)
     cooperative: bool
 
     @property
@@ -144,7 +145,15 @@ def compile_launch(kernel: Any, launch: Launch, capability: int) -> Compiled:
     assert match is not None, usage
     registers, stack, local = map(int, match.groups())
     cooperative = bool(compiled.metadata.launch_cooperative_grid)
-    return Compiled(compiled.metadata.shared, registers, stack + local, cubin, compiled.asm["ptx"], cooperative)
+    return Compiled(
+        compiled.metadata.shared,
+        registers,
+        stack + local,
+        cubin,
+        compiled.asm["ptx"],
+        compiled.asm["ttgir"],
+        cooperative,
+    )
 
 
 def run_tool(tool: str, option: str, *, cubin: bytes) -> str:
