@@ -23,7 +23,7 @@ _requested: list[str] = []  # innermost last; a plain list because torch.compile
 
 
 class Choice(NamedTuple):
-    """The chosen backend, "triton" or "torch", and one sentence why."""
+    """A chosen backend or strategy, and one sentence why."""
 
     name: str
     reason: str

@@ -105,6 +105,7 @@ def lstm(
     """
     spec = LSTMSpec(coupled, peephole, output_peephole)
     selection.check_strategy(strategy)
+    checks.flag("recompute", recompute)
     D = 2 if bidirectional else 1
     L = num_layers
     layers = group_layers(weights, spec, L, D, bias, proj_size)

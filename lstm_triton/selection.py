@@ -17,19 +17,13 @@ from lstm_triton_kernels.plan import matmul_precision
 from torch import Tensor
 
 from lstm_triton import dispatch
+from lstm_triton.dispatch import Choice
 from lstm_triton.spec import LSTMSpec, LSTMWeights
 
 STRATEGIES = ("auto", "persistent", "stepwise", "cudnn")
 
 STEPWISE_US = 5.0
 """A step in two launches, replayed from a CUDA graph, when the products take no time. An assumption, not measured."""
-
-
-class Choice(NamedTuple):
-    """A strategy, and a sentence why."""
-
-    name: str
-    reason: str
 
 
 class Layer(NamedTuple):
@@ -60,7 +54,7 @@ def layer_of(x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMS
 class Slower:
     """What a committed results file showed: where the persistent kernels are slower than `torch.nn.LSTM`.
 
-    Bounds are inclusive; dtype as in a results file; `source` is the file in benchmarks/results.
+    gpu: a word of its name, "H100". Bounds are inclusive; dtype as in a results file; `source` is the file in benchmarks/results.
     """
 
     gpu: str
@@ -73,7 +67,7 @@ class Slower:
     def holds(self, layer: Layer, gpu: GPU, dtype: str) -> bool:
         """Whether it was shown for this layer on this GPU."""
         return (
-            self.gpu in gpu.name
+            self.gpu in gpu.name.split()
             and self.dtype == dtype
             and self.H[0] <= layer.H <= self.H[1]
             and self.B[0] <= layer.B <= self.B[1]
@@ -191,6 +185,8 @@ def check_runnable(strategy: str, device: torch.device, dtype: torch.dtype, spec
     obstacle = None
     if strategy == "cudnn":
         obstacle = why_not_cudnn(device, spec)
+        if obstacle is None and dispatch.requested() == "triton":
+            obstacle = "backend 'triton' was asked for"
     elif strategy != "auto":
         obstacle = dispatch.why_not_triton(device, dtype)
         if obstacle is None and dispatch.requested() == "torch":

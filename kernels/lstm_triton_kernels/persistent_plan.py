@@ -26,6 +26,9 @@ LARGEST_ALONE = 128
 MOST_CHUNKS = 4
 """Tiles of a block at most: every one is unrolled in the kernel, and compiling takes as long as they are many."""
 
+MOST_PROGRAMS_OF_ROWS = 65_535
+"""What CUDA allows on the second axis of a grid."""
+
 REGISTER_BYTES = 144
 """Of accumulators and gate inputs in a thread at most; beyond, some release of Triton spills (tests/compile)."""
 
@@ -223,6 +226,10 @@ def why_not(work: Recurrence) -> str | None:
         return f"{str(work.dtype).removeprefix('torch.')} has no persistent kernel: its products would spill"
     if work.B < 1:
         return "there are no rows"
+    if work.H < 1:
+        return "there are no units"
+    if work.B * work.H * max(work.gates, work.D) >= 2**31:
+        return f"a step of {work.B} rows and {work.H} units has more elements than 32-bit offsets reach"
     return None
 
 
@@ -246,6 +253,8 @@ def _alone(work: Recurrence, gpu: GPU) -> Iterator[PersistentPlan]:
         if tiles + staging > gpu.shared_bytes or accumulated > REGISTER_BYTES * 2:
             continue
         row_blocks = ceil_div(work.B, block_b)
+        if row_blocks > MOST_PROGRAMS_OF_ROWS:
+            continue
         turns = ceil_div(row_blocks * work.D, gpu.multiprocessors)
         step = _product_us(work, gpu, tiles, block_b, units) + EPILOGUE_US + ALONE_US
         yield PersistentPlan(

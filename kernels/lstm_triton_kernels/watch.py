@@ -1,6 +1,6 @@
 """What the host knows of persistent launches: whether one gave up waiting, and whose turn it is on a device.
 
-A launch that gives up writes a word of pinned host memory. The host reads it whenever the library is called next,
+A launch that gives up writes a word of pinned host memory. The host reads it before the library's next launch,
 which costs no synchronisation, and inside a captured CUDA graph no node; a replayed launch writes the same word.
 """
 
@@ -30,24 +30,27 @@ class Flags:
     """The words of one device, and the names of the launches that may write them."""
 
     def __init__(self, device: torch.device) -> None:
-        self.words = torch.zeros(WORDS, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.seen = self.words.numpy()
+        # 16 bytes apart: Triton compiles anew for a pointer of another alignment.
+        self.words = torch.zeros(WORDS, 4, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.seen = self.words.numpy()[:, 0]
         self.names = [""] * WORDS
         self.next = 0
+        self.lock = threading.Lock()
 
     def take(self, name: str) -> Tensor:
         """The word (1,) int32 of a new launch."""
-        index = self.next
-        self.next = (index + 1) % WORDS
-        self.names[index] = name
-        return self.words[index : index + 1]
+        with self.lock:
+            index = self.next
+            self.next = (index + 1) % WORDS
+            self.names[index] = name
+        return self.words[index, :1]
 
     def check(self) -> None:
         """Raises RuntimeError naming the launches that gave up since the last check."""
         if not self.seen.any():
             return
         failed = [(index, int(self.seen[index])) for index in self.seen.nonzero()[0]]
-        self.seen[:] = 0
+        self.seen[[index for index, _ in failed]] = 0
         launches = "; ".join(f"{self.names[index]} ({reasons(code)})" for index, code in failed)
         raise RuntimeError(
             f"programs of a persistent launch waited for each other in vain; the results are invalid: {launches}"
@@ -56,12 +59,13 @@ class Flags:
 
 _flags: dict[torch.device, Flags] = {}
 _last: dict[torch.device, tuple[Any, torch.cuda.Event]] = {}
-_lock = threading.Lock()
+_making = threading.Lock()
+_launching = threading.Lock()
 
 
 def flags_of(device: torch.device) -> Flags:
     """The flags of a device, made when first asked for."""
-    with _lock:
+    with _making:
         if device not in _flags:
             _flags[device] = Flags(device)
         return _flags[device]
@@ -70,7 +74,7 @@ def flags_of(device: torch.device) -> Flags:
 def check_launches() -> None:
     """Raises RuntimeError if a persistent launch that has ended gave up waiting; waits for no device.
 
-    The library does this whenever it is called; after the last call, synchronize, then call this.
+    The library does this whenever it is about to launch kernels; after the last call, synchronize, then call this.
     """
     for flags in list(_flags.values()):
         flags.check()
@@ -87,7 +91,7 @@ def turn(device: torch.device) -> Iterator[None]:
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         yield
         return
-    with _lock:
+    with _launching:
         stream = torch.cuda.current_stream(device)
         if device in _last and _last[device][0] != stream:
             stream.wait_event(_last[device][1])

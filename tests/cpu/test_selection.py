@@ -1,6 +1,7 @@
 """Which strategy computes a layer, what the user's choice is worth, and what is said where it cannot be had."""
 
 import copy
+import importlib
 import pickle
 import re
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lstm_triton_kernels.gpus import GPUS, INTERPRETER, gpu_of
+from lstm_triton_kernels.gpus import GPUS, INTERPRETER
 from lstm_triton_kernels.persistent_plan import PersistentPlan
 
 import lstm_triton
@@ -29,14 +30,14 @@ OBSTACLES = [
     (dict(spec=FULL_CURRENT, H=64), "a full peephole on c_t needs a product within the step"),
     (dict(spec=replace(FULL_CURRENT, coupled=True), H=64), "a full peephole on c_t needs a product within the step"),
     (dict(dtype=torch.float64), "forward pass: float64 has no persistent kernel"),
-    (dict(H=2048), r"forward pass: the recurrent weights, 32\.0 MiB, do not fit"),
+    (dict(H=2048), r"forward pass: .*the recurrent weights, 32\.0 MiB"),
     (dict(B=0), "forward pass: there are no rows"),
 ]
 SLOW = [
     (dict(T=1), "a single step has no weights to keep"),
     (
         dict(B=4096),
-        r"forward pass: \d+\.\d us a step by estimate, for 256 blocks of rows in 2 groups of programs; .* us",
+        r"forward pass: \d+\.\d us a step by estimate, .* row blocks .* \d+\.\d us",
     ),
 ]
 
@@ -117,13 +118,10 @@ def test_auto_takes_the_persistent_kernels_where_a_plan_fits(spec):
 
 
 def test_a_pass_without_a_plan_is_named(monkeypatch):
-    """Found by search: this layer's backward pass fits, its forward pass does not. The other way round by a fake."""
-    sizes = of(dict(spec=LSTMSpec(coupled=True, peephole="full"), H=912, D=2, dtype=torch.float16, training=True))
-    assert not isinstance(selection.plans(sizes._replace(spec=COUPLED), H100)["forward"], str)
     plan = selection.persistent_plan
 
-    def no_backward(work, gpu):
-        return "it does not fit" if work.backward else plan(work, gpu)
+    def no_backward(work, gpu, *more, **options):
+        return "it does not fit" if work.backward else plan(work, gpu, *more, **options)
 
     monkeypatch.setattr(selection, "persistent_plan", no_backward)
     assert selection.why_not_persistent(ANCHOR, H100) is None
@@ -133,8 +131,8 @@ def test_a_pass_without_a_plan_is_named(monkeypatch):
 def test_a_slow_backward_pass_alone_decides_for_training(monkeypatch):
     plan = selection.persistent_plan
 
-    def slow_backward(work, gpu):
-        found = plan(work, gpu)
+    def slow_backward(work, gpu, *more, **options):
+        found = plan(work, gpu, *more, **options)
         return replace(found, estimate_us=1e3) if work.backward else found
 
     monkeypatch.setattr(selection, "persistent_plan", slow_backward)
@@ -149,25 +147,28 @@ def test_the_stepwise_estimate_by_hand():
     assert selection.stepwise_estimate_us(work, H100) == pytest.approx(wanted, rel=1e-12)
 
 
-NO_PLAN = [fields for fields, _ in OBSTACLES + SLOW if "spec" not in fields]
+NO_PLAN = [fields for fields, _ in OBSTACLES + SLOW if "spec" not in fields] + [dict(H=3000)]
 
 
 @pytest.mark.parametrize("fields", NO_PLAN, ids=str)
 def test_auto_takes_cudnn_for_the_standard_variant_alone(fields):
     chosen = selection.strategy_of("auto", of(fields), H100, cudnn_may=True)
     assert chosen.name == "cudnn"
-    assert chosen.reason.startswith("no persistent kernel, and cuDNN has the standard variant: ")
+    assert "the standard variant" in chosen.reason
     assert chosen.reason.endswith(selection.kernels("auto", of(fields), H100).reason)
     assert selection.strategy_of("auto", of(fields), H100, cudnn_may=False).name == "stepwise"
     for spec in VARIANTS:
         if not spec.standard:
-            assert selection.strategy_of("auto", of(fields | dict(spec=spec)), H100, cudnn_may=True).name == "stepwise"
+            variant = of(fields | dict(spec=spec))
+            chosen = selection.strategy_of("auto", variant, H100, cudnn_may=True)
+            assert chosen == selection.kernels("auto", variant, H100)
+            assert chosen.name == "stepwise" or (fields == dict(H=2048) and spec.coupled)  # three gates fit
 
 
-SHOWN = Slower("H100", "bfloat16", (512, 1024), (8, 16), training=False, source="h100-1.csv")
-INSIDE = [dict(), dict(H=512), dict(H=1024), dict(B=8), dict(H=512, B=8), dict(H=1024, B=16), dict(D=2), dict(T=2)]
+SHOWN = Slower("H100", "bfloat16", (512, 1000), (8, 16), training=False, source="h100-1.csv")
+INSIDE = [dict(), dict(H=512), dict(H=1000), dict(B=8), dict(H=512, B=8), dict(H=1000, B=16), dict(D=2), dict(T=2)]
 OUTSIDE = [
-    dict(H=511), dict(H=1025), dict(B=7), dict(B=17), dict(training=True), dict(dtype=torch.float16),
+    dict(H=511), dict(H=1001), dict(B=7), dict(B=17), dict(training=True), dict(dtype=torch.float16),
     dict(dtype=torch.float32), dict(dtype=torch.float32, precision="tf32"),
 ]  # fmt: skip
 
@@ -199,7 +200,9 @@ def test_auto_takes_cudnn_where_a_result_shows_it_faster(fields, shown_slower):
 @pytest.mark.parametrize("fields", OUTSIDE, ids=str)
 def test_a_result_says_nothing_beyond_its_range(fields, shown_slower):
     shown_slower(SHOWN)
-    assert selection.strategy_of("auto", of(fields), H100, cudnn_may=True) == ("persistent", FITS)
+    expected = selection.kernels("auto", of(fields), H100)
+    assert expected == ("persistent", FITS)
+    assert selection.strategy_of("auto", of(fields), H100, cudnn_may=True) == expected
 
 
 def test_results_in_tf32_and_float32_are_apart(shown_slower):
@@ -428,13 +431,11 @@ def test_the_operators_run_what_the_selection_says(monkeypatch):
         found = autograd.passes(strategy, x, c_0, autograd.group(flat, spec, True, False), spec, training)
         return [getattr(f, "keywords", {}).get("steps", f) for f in found]
 
-    from lstm_triton_kernels import sequence_stepwise
-
     from lstm_triton import eager, persistent
 
     monkeypatch.setattr(autograd, "gpu_of", lambda device: H100)
     resident = [persistent.forward, persistent.backward]
-    stepwise = [sequence_stepwise, sequence_stepwise]
+    stepwise = [importlib.import_module(autograd.STEPS["stepwise"])] * 2
     assert modules("torch") == [eager, eager]
     assert modules("auto") == modules("persistent") == resident
     assert modules("stepwise") == modules("auto", x=x[:1]) == stepwise
@@ -588,9 +589,3 @@ def test_recompute_compiles_into_one_graph():
     compiled = torch.compile(lambda *t: calling(True)(case, *t), fullgraph=True, backend="aot_eager")
     actual = results(case, inputs, lambda _, *tensors: compiled(*tensors))
     assert max(errors(actual, expected_results(case, inputs)).values()) < 1e-12
-
-
-def test_the_cpu_is_never_asked_for_a_gpus_plan():
-    """What the strategies would be told here: the interpreter's limits."""
-    assert gpu_of(CPU) is INTERPRETER
-    assert "wait" not in str(selection.plans(of(dict(H=64)), gpu_of(CPU))["forward"]).replace("wait=None", "")
