@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+import lstm_triton
 from benchmarks import timing
 from benchmarks.check import Oracle, allowed
 from benchmarks.problem import Problem, make_problem
@@ -60,12 +61,17 @@ class Bench:
             baseline = self._stand(plain).baseline(self.baseline)
             if provider.name == self.baseline.name:
                 return baseline.measurement(self.seconds)
-            return own.measure(provider, baseline, self.seconds)
+            found = own.measure(provider, baseline, self.seconds)
+            gave_up = _gave_up(self.device)
+            return found if gave_up is None else Measurement(failure=gave_up)
         except Exception as error:  # what a provider raises is a result
             failure = _words(error)
         self.stands.clear()
         _free(self.device)
-        return Measurement(failure=failure, lost_device=_lost(self.device))
+        if _lost(self.device):
+            return Measurement(failure=failure, lost_device=True)
+        _gave_up(self.device)  # the next row begins with nothing to complain of
+        return Measurement(failure=failure)
 
     def _stand(self, case: Case) -> Stand:
         if case not in self.stands:
@@ -170,11 +176,12 @@ def timed_call(model: Model, problem: Problem) -> timing.Timed:
             leaf.grad = None
 
     def forward() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), model.settings():
             model.run(x)
 
     def training() -> None:
-        torch.autograd.backward(model.run(x)[0], problem.grad_output)
+        with model.settings():
+            torch.autograd.backward(model.run(x)[0], problem.grad_output)
 
     return timing.Timed(before, training if problem.case.mode == TRAINING else forward)
 
@@ -193,6 +200,19 @@ def _words(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: {text}"
     return f"failed: {type(error).__name__}: {text}"
+
+
+def _gave_up(device: torch.device) -> str | None:
+    """Words if a persistent launch gave up waiting since this was last asked: what it computed, and how fast, is void.
+
+    Waits for the device.
+    """
+    timing.synchronize(device)
+    try:
+        lstm_triton.check_launches()
+    except RuntimeError as error:
+        return _words(error)
+    return None
 
 
 def _free(device: torch.device) -> None:

@@ -42,13 +42,14 @@ def results(model: Model, problem: Problem) -> dict[str, Tensor]:
     x = problem.inputs[0]
     names = ("h", "c") if problem.case.cell else ("output", "h_n", "c_n")
     if problem.case.mode != TRAINING:
-        with torch.inference_mode():
+        with torch.inference_mode(), model.settings():
             return dict(zip(names, model.run(x), strict=True))
     x.grad = None
     for parameter in model.parameters().values():
         parameter.grad = None
-    outputs = model.run(x)
-    torch.autograd.backward(outputs[0], problem.grad_output)
+    with model.settings():
+        outputs = model.run(x)
+        torch.autograd.backward(outputs[0], problem.grad_output)
     found = dict(zip(names, (output.detach() for output in outputs), strict=True))
     for name, gradient in {"x": x.grad, **model.gradients()}.items():
         if gradient is None:
@@ -141,7 +142,7 @@ class Oracle:
         found = distances(results(short_model, self.problem), self.expected)
         if self.output is not None:
             name = f"output of {ROWS} rows over all steps"
-            with torch.inference_mode():
+            with torch.inference_mode(), whole_model.settings():
                 output = whole_model.run(self.whole.inputs[0])[0][:, :ROWS]
             found |= distances({name: output}, {name: self.output})
         return found

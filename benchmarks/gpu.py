@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,13 +19,17 @@ from benchmarks.environment import environment, machine
 from benchmarks.summary import short_table
 
 PARITY_SHARE = 0.4
-"""Of the budget, for the parity tests at most."""
+"""Of the budget, for the parity tests at most; the last of them (test_persistent.py) are those that can be missed."""
 
 MICRO_SECONDS = 75.0
 END_SECONDS = 15.0
 """Kept for the end: the last row's process, the table."""
 
-TEST_PROCESSES = 6
+MOST_TEST_PROCESSES = 16
+"""Compiling is most of what the tests do: a process a core, as far as the GPU has memory for all of them."""
+
+GRACE_SECONDS = 15.0
+"""From the interrupt to the end of what is stopped: pytest says what has failed so far, a run shows its table."""
 
 
 def run_all(budget: float, results: Path, out: Console) -> int:
@@ -40,7 +45,7 @@ def run_all(budget: float, results: Path, out: Console) -> int:
 
     parity = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
     if find_spec("xdist") is not None:
-        parity += ["-n", str(TEST_PROCESSES)]
+        parity += ["-n", str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1))]
     log = rows.new_file(results, machine(where), this.date, "parity", "txt")
     outcomes["parity"] = stopped_after(PARITY_SHARE * budget, parity, log)
     out.print(f"parity tests, {log.name}: {last_line(log)}", markup=False, soft_wrap=True)
@@ -60,8 +65,9 @@ def run_all(budget: float, results: Path, out: Console) -> int:
 
 
 def stopped_after(seconds: float, command: list[str], log: Path | None = None) -> str | None:
-    """Run a command in the checkout, with all it starts killed after so many seconds; words if it did not end well.
+    """Run a command in the checkout, interrupted after so many seconds; words if it did not end well.
 
+    It gets GRACE_SECONDS to say what it has found; then it is killed, with all that it started.
     What it prints goes to the log, else to where this process prints.
     """
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -74,11 +80,14 @@ def stopped_after(seconds: float, command: list[str], log: Path | None = None) -
         try:
             code = process.wait(timeout=max(1.0, seconds))
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE_SECONDS)
             return f"not done after {seconds:.0f} s, stopped"
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # nothing of it is left
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
     finally:
         if file is not None:
             file.close()

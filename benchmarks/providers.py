@@ -7,20 +7,24 @@ results, the input's matmul included. Gradients come back under the names of `to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from lstm_triton_kernels import gpus
+from lstm_triton_kernels.persistent_plan import ANY, Preference
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_triton
+from benchmarks import plans
 from benchmarks.problem import Problem
 from benchmarks.rows import BASELINE
 from benchmarks.suites import STORAGE, TRAINING, Case
-from lstm_triton import dispatch, functional, reference
+from lstm_triton import dispatch, functional, reference, selection
 from lstm_triton.spec import LSTMWeights
 
 Results = tuple[Tensor, ...]
@@ -33,6 +37,10 @@ class Model(ABC):
     @abstractmethod
     def run(self, x: Tensor) -> Results:
         """The forward pass on x, (T, B, I) or for a cell (B, I)."""
+
+    def settings(self) -> AbstractContextManager[None]:
+        """What must hold while it runs, forward and backward."""
+        return nullcontext()
 
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
@@ -63,9 +71,17 @@ class Provider(ABC):
         """`name:strategy`."""
         return f"{self.name}:{self.strategy}"
 
+    def rank(self, case: Case) -> int:
+        """How much its row of the case tells, 0 the most."""
+        return case.rank + self.detour
+
     def missing(self) -> str | None:
         """Why it cannot be imported; None if it can."""
         return None
+
+    def plan(self, case: Case, device_type: str) -> str:
+        """What computes the case, where that is not the same for all cases; as in the column of a results file."""
+        return ""
 
     @abstractmethod
     def refuses(self, case: Case, device_type: str) -> str | None:
@@ -125,35 +141,106 @@ class TorchLSTM(Provider):
         return ModuleModel(nn.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2), problem)
 
 
+NO_STRATEGY = "is no strategy of one step (LSTMCell)"
+
+
+class How(NamedTuple):
+    """What a user would say to have it computed so: a strategy, a backend; and what is wanted of persistent plans."""
+
+    strategy: str = "auto"
+    backend: str = "auto"
+    preference: Preference = ANY
+
+
 class LstmTritonModel(ModuleModel):
-    """This library's module, computed by one of its backends."""
+    """This library's module, computed as it is told."""
 
-    def __init__(self, module: nn.Module, problem: Problem, backend: str) -> None:
+    def __init__(self, module: nn.Module, problem: Problem, how: How) -> None:
         super().__init__(module, problem)
-        self.backend = backend
+        self.how = how
 
-    def run(self, x: Tensor) -> Results:
-        with lstm_triton.backend(self.backend):
-            return super().run(x)
+    @contextmanager
+    def settings(self) -> Iterator[None]:
+        with lstm_triton.backend(self.how.backend), wanted(self.how.preference):
+            yield
+
+
+def wanted(preference: Preference) -> AbstractContextManager[None]:
+    """Inside, persistent plans are as the preference wants them."""
+    if preference == ANY:
+        return nullcontext()
+    from lstm_triton_kernels import sequence_persistent  # needs triton
+
+    return sequence_persistent.prefer(preference)
 
 
 class LstmTriton(Provider):
-    """This library: what it picks itself (`auto`), or one strategy forced."""
+    """This library: what it picks itself (`auto`), one strategy forced, or the persistent kernels on another plan.
+
+    The other plans are candidates for what `persistent` should take: measured in few suites, first of all in `anchor`.
+    """
 
     name = "lstm_triton"
     leaves_out = "packed sequences (not supported yet)"
-    BACKENDS = {"auto": "auto", "stepwise": "triton", "torch": "torch"}  # noqa: RUF012
+    HOW = {  # noqa: RUF012
+        "auto": How(),
+        "persistent": How("persistent"),
+        "persistent-counter": How("persistent", preference=Preference(wait="counter")),
+        "persistent-data": How("persistent", preference=Preference(wait="data")),
+        "persistent-u8": How("persistent", preference=Preference(block_u=8)),
+        "persistent-u16": How("persistent", preference=Preference(block_u=16)),
+        "persistent-u32": How("persistent", preference=Preference(block_u=32)),
+        "stepwise": How("stepwise", backend="triton"),
+        "cudnn": How("cudnn"),
+        "torch": How(backend="torch"),
+    }
+    CANDIDATE_SUITES = ("anchor", "odd", "variants")
 
     def __init__(self, strategy: str) -> None:
         self.strategy = strategy
+        self.how = self.HOW[strategy]
         self.detour = 0 if strategy == "auto" else 2
 
+    def rank(self, case: Case) -> int:
+        if case.suite == "anchor" and self.how.strategy == "persistent":
+            return case.rank
+        return super().rank(case)
+
     def refuses(self, case: Case, device_type: str) -> str | None:
+        device = torch.device(device_type)
         if self.strategy == "torch" and device_type == "cpu":
             return "is what `auto` takes on a CPU"
-        if self.strategy == "stepwise":
-            return dispatch.why_not_triton(torch.device(device_type), STORAGE[case.dtype])
-        return None
+        if self.how.strategy == "auto":
+            return None
+        if self.how.strategy == "cudnn":
+            return NO_STRATEGY if case.cell else selection.why_not_cudnn(device, case.spec)
+        obstacle = dispatch.why_not_triton(device, STORAGE[case.dtype])
+        if obstacle is not None or self.how.strategy == "stepwise":
+            return obstacle
+        return NO_STRATEGY if case.cell else self._why_not_persistent(case, gpus.gpu_of(device))
+
+    def _why_not_persistent(self, case: Case, gpu: gpus.GPU) -> str | None:
+        layer = plans.layer_of(case)
+        obstacle = selection.why_not_persistent(layer, gpu)
+        if obstacle is not None or self.how.preference == ANY:
+            return obstacle
+        if case.suite not in self.CANDIDATE_SUITES:
+            return "is measured in smaller suites"
+        found = plans.plans(layer, gpu, self.how.preference)
+        return plans.obstacle(found) or ("is what `persistent` takes" if found == plans.plans(layer, gpu) else None)
+
+    def plan(self, case: Case, device_type: str) -> str:
+        device = torch.device(device_type)
+        if device_type != "cuda" or dispatch.why_not_triton(device, STORAGE[case.dtype]) is not None:
+            return ""
+        layer, gpu = plans.layer_of(case), gpus.gpu_of(device)
+        if self.strategy == "auto":
+            cudnn_may = selection.why_not_cudnn(device, case.spec) is None
+            chosen = selection.strategy_of("auto", layer, gpu, cudnn_may).name
+            return plans.in_words(plans.plans(layer, gpu)) if chosen == "persistent" else chosen
+        if self.how.strategy == "persistent":
+            return plans.in_words(plans.plans(layer, gpu, self.how.preference))
+        return ""
 
     def build(self, problem: Problem) -> Model:
         case, spec = problem.case, problem.case.spec
@@ -163,8 +250,9 @@ class LstmTriton(Provider):
         if case.cell:
             module: nn.Module = lstm_triton.LSTMCell(case.I, case.H, **variant)
         else:
-            module = lstm_triton.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2, **variant)
-        return LstmTritonModel(module, problem, self.BACKENDS[self.strategy])
+            variant |= dict(bidirectional=case.D == 2, strategy=self.how.strategy)
+            module = lstm_triton.LSTM(case.I, case.H, case.L, **variant)
+        return LstmTritonModel(module, problem, self.how)
 
 
 class CompiledReferenceModel(Model):
@@ -350,8 +438,8 @@ class TorchRL(Provider):
 PROVIDERS: dict[str, Provider] = {
     provider.key: provider
     for provider in (
-        TorchLSTM("cudnn"), TorchLSTM("aten"), LstmTriton("auto"), LstmTriton("stepwise"), LstmTriton("torch"),
-        CompiledReference(), FlashRNN("cuda_fused"), FlashRNN("triton_fused"), TorchRL(),
+        TorchLSTM("cudnn"), TorchLSTM("aten"), *map(LstmTriton, LstmTriton.HOW), CompiledReference(),
+        FlashRNN("cuda_fused"), FlashRNN("triton_fused"), TorchRL(),
     )
 }  # fmt: skip
 """Every provider by `name:strategy`."""

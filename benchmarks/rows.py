@@ -28,6 +28,7 @@ class Row:
     - error: largest ||result - reference|| / ||reference|| of outputs and gradients; or the words why nothing was timed
     - baseline_ratio: time of `torch.nn.LSTM` / time of this row, the two timed in turns; above 1 is faster
     - limit_us_per_step, limit_ratio: the least time of a step (`lstm_triton_kernels.limit`); us_per_step / it
+    - plan: what computed it where the strategy does not say that alone (`plans.describe`); older files lack the column
     """
 
     provider: str
@@ -60,6 +61,7 @@ class Row:
     cudnn: str
     commit: str
     date: str
+    plan: str = ""
 
     @property
     def timed(self) -> bool:
@@ -80,6 +82,9 @@ class Row:
 
 BASELINE = "torch.nn.LSTM"
 COLUMNS = tuple(field.name for field in fields(Row))
+OLD_COLUMNS = tuple(name for name in COLUMNS if name != "plan")
+"""Of files from before there were plans."""
+
 _INTEGERS = ("T", "B", "I", "H", "L", "D")
 _NUMBERS = (
     "ms_median", "ms_p20", "ms_p80", "us_per_step", "cpu_us_per_call", "peak_mib", "baseline_ratio",
@@ -141,15 +146,16 @@ def read(path: Path) -> list[Row]:
         lines = list(csv.reader(io.StringIO(text), strict=True))
     except csv.Error as error:
         raise DamagedResults(f"{path}: {error}") from error
-    if tuple(lines[0]) != COLUMNS:
+    columns = tuple(lines[0])
+    if columns not in (COLUMNS, OLD_COLUMNS):
         raise DamagedResults(f"{path}: line 1: the columns are not {','.join(COLUMNS)}")
-    return [_parse(path, number, line) for number, line in enumerate(lines[1:], 2)]
+    return [_parse(path, number, columns, line) for number, line in enumerate(lines[1:], 2)]
 
 
-def _parse(path: Path, number: int, line: list[str]) -> Row:
-    if len(line) != len(COLUMNS):
-        raise DamagedResults(f"{path}: line {number}: {len(line)} cells instead of {len(COLUMNS)}")
-    cells: dict[str, object] = dict(zip(COLUMNS, line, strict=True))
+def _parse(path: Path, number: int, columns: tuple[str, ...], line: list[str]) -> Row:
+    if len(line) != len(columns):
+        raise DamagedResults(f"{path}: line {number}: {len(line)} cells instead of {len(columns)}")
+    cells: dict[str, object] = dict(zip(columns, line, strict=True))
     for name in _INTEGERS:
         if not re.fullmatch(r"[1-9][0-9]*", str(cells[name])):
             raise DamagedResults(f"{path}: line {number}: {name} is {cells[name]!r}, not a positive whole number")

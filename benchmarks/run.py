@@ -39,7 +39,7 @@ class Task:
 def tasks(cases: Sequence[Case], providers: Sequence[Provider], device_type: str) -> list[Task]:
     """The rows of the cases, the most telling first; without those that a provider does not compute."""
     ranked = [
-        (case.rank + provider.detour, Task(provider, case))
+        (provider.rank(case), Task(provider, case))
         for case in cases for provider in providers
         if provider.refuses(case, device_type) is None
     ]  # fmt: skip
@@ -76,6 +76,7 @@ def row(task: Task, found: Measurement, where: Environment, constants: Constants
         baseline_ratio=found.baseline_ratio,
         limit_us_per_step=limit,
         limit_ratio=us_per_step / limit if us_per_step is not None and limit else None,
+        plan=provider.plan(case, device_type),
         **asdict(where),
     )
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, replace
@@ -12,15 +13,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lstm_triton_kernels import gpus
 from lstm_triton_kernels.limit import Constants
+from lstm_triton_kernels.persistent_plan import PersistentPlan
+from lstm_triton_kernels.watch import flags_of
 from rich.console import Console
 
-from benchmarks import bench, check, gpu, rows, run, suites, timing
+from benchmarks import bench, check, gpu, plans, rows, run, suites, timing
 from benchmarks.environment import Environment, environment
 from benchmarks.problem import MOST_SETS, make_problem
 from benchmarks.providers import PROVIDERS, CompiledReference, LstmTriton, ModuleModel, TorchLSTM
 from benchmarks.suites import FORWARD, TRAINING, Case
 from benchmarks.worker import Worker
+from lstm_triton import dispatch, selection
 from tests.support import planted
 
 CPU = torch.device("cpu")
@@ -155,6 +160,37 @@ def test_a_baseline_that_fails_leaves_the_others_without_a_ratio():
     assert measured.measure(planted.RAISES, CASE).failure.startswith("failed: ValueError")
     found = measured.measure(LstmTriton("auto"), CASE)
     assert found.failure is None and found.ms is not None and found.baseline_ratio is None
+
+
+def test_a_row_whose_launch_gave_up_has_no_time_and_the_next_row_has():
+    def gives_up(run_model, x):
+        flags_of(CPU).take("a launch of the test")[0] = 2
+        return run_model(x)
+
+    measured = new_bench()
+    found = measured.measure(planted.Planted("gives up", gives_up), CASE)
+    assert found.failure.startswith("failed: RuntimeError: programs of a persistent launch waited") and not found.ms
+    assert "a launch of the test (values were not published)" in found.failure
+    flags_of(CPU).take("of a row that fails anyhow")[0] = 1
+    assert measured.measure(planted.RAISES, CASE).failure.startswith("failed: ValueError")
+    assert measured.measure(LstmTriton("auto"), CASE).failure is None
+
+
+@pytest.mark.parametrize("mode", suites.MODES)
+def test_what_a_model_needs_holds_forward_and_backward(mode):
+    """A preference for plans among it, which the backward pass asks for, too."""
+    sequence_persistent = pytest.importorskip("lstm_triton_kernels.sequence_persistent")
+    problem = make_problem(replace(CASE, mode=mode), CPU)
+    model = LstmTriton("persistent-data").build(problem)
+    model.module.strategy = "auto"
+    seen = []
+    if mode == TRAINING:
+        problem.inputs[0].register_hook(lambda grad: seen.append(sequence_persistent.preference()))
+    model.module.register_forward_hook(lambda *_: seen.append(sequence_persistent.preference()))
+    bench.timed_call(model, problem).call()
+    check.results(model, problem)
+    assert {preference.wait for preference in seen} == {"data"} and len(seen) == (4 if mode == TRAINING else 2)
+    assert sequence_persistent.preference().wait is None
 
 
 @pytest.mark.parametrize("dtype", sorted(suites.STORAGE))
@@ -307,7 +343,7 @@ def rows_of(tmp_path, todo, fake, budget, name="x.csv"):
 def test_the_most_telling_rows_come_first_and_providers_only_get_what_they_compute():
     cases = suites.cases(("cpu", "variants"), modes=(FORWARD,))
     todo = run.tasks(cases, list(PROVIDERS.values()), "cpu")
-    ranks = [task.case.rank + task.provider.detour for task in todo]
+    ranks = [task.provider.rank(task.case) for task in todo]
     assert ranks == sorted(ranks) and len(set(todo)) == len(todo)
     assert {task.provider.key for task in todo} == {
         "torch.nn.LSTM:aten", "lstm_triton:auto", "reference:torch.compile"
@@ -318,6 +354,101 @@ def test_the_most_telling_rows_come_first_and_providers_only_get_what_they_compu
         for task in run.tasks(suites.cases(("core",)), [BASELINE, PROVIDERS["torchrl:triton"]], "cuda")
     }
     assert on_gpu == {"torchrl:triton"}
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """Providers and plans see an H100 behind "cuda"."""
+    monkeypatch.setattr(gpus, "gpu_of", lambda device: gpus.GPUS["h100"])
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: None)
+    only_standard = "it has the standard variant alone"
+    monkeypatch.setattr(selection, "why_not_cudnn", lambda device, spec: None if spec.standard else only_standard)
+
+
+def test_a_run_decides_between_the_candidates_before_all_else(h100):
+    todo = run.tasks(suites.cases(suites.GPU_SUITES), list(PROVIDERS.values()), "cuda")
+    first = [task for task in todo if task.case.suite == "anchor" and task.provider.rank(task.case) == 0]
+    assert todo[: len(first)] == first
+    for case in suites.cases(("anchor",)):
+        strategies = {task.provider.strategy for task in first if task.case == case}
+        assert strategies >= {"cudnn", "auto", "persistent"}
+        measured = [task.provider.plan(case, "cuda") for task in first if task.case == case and is_persistent(task)]
+        possible = {
+            plans.in_words(found)
+            for how in LstmTriton.HOW.values() if how.strategy == "persistent"
+            if plans.obstacle(found := plans.plans(plans.layer_of(case), gpus.GPUS["h100"], how.preference)) is None
+        }  # fmt: skip
+        assert set(measured) == possible and len(possible) > 1
+    assert all(task.case.suite in LstmTriton.CANDIDATE_SUITES for task in todo if "t-" in task.provider.strategy)
+    assert {task.case.suite for task in todo if task.provider.strategy == "persistent"} >= {"core", "deep"}
+
+
+def is_persistent(task):
+    return task.provider.strategy.startswith("persistent")
+
+
+@pytest.mark.parametrize(
+    "strategy, change, words",
+    [
+        ("persistent", dict(H=4096), "forward pass: .* recurrent weights"),
+        ("persistent-data", dict(H=4096), "forward pass: .* recurrent weights"),
+        ("persistent-u32", dict(), "forward pass: no plan is Preference"),
+        ("persistent-counter", dict(suite="core"), "is measured in smaller suites"),
+        ("persistent", dict(suite="core"), None),
+        ("persistent", dict(cell=True, T=1), "is no strategy of one step"),
+        ("cudnn", dict(cell=True, T=1), "is no strategy of one step"),
+        ("cudnn", dict(variant="full"), "it has the standard variant alone"),
+        ("persistent", dict(variant="full+current"), "a full peephole on c_t needs"),
+        ("stepwise", dict(cell=True, T=1, variant="full+current"), None),
+        ("auto", dict(H=4096), None),
+    ],
+)
+def test_a_strategy_that_cannot_compute_a_case_says_why(h100, strategy, change, words):
+    case = replace(Case("anchor", T=9, B=16, I=768, H=768, dtype="bfloat16", mode=TRAINING), **change)
+    found = LstmTriton(strategy).refuses(case, "cuda")
+    assert found is None if words is None else re.match(words, found)
+
+
+def test_the_same_plan_is_measured_once(h100):
+    case = Case("anchor", T=9, B=16, I=768, H=768, dtype="bfloat16", mode=FORWARD)
+    asked = {
+        strategy: LstmTriton(strategy).refuses(case, "cuda") for strategy in ("persistent-counter", "persistent-data")
+    }
+    assert sorted(asked.values(), key=str) == [None, "is what `persistent` takes"]
+
+
+def test_on_a_cpu_there_is_nothing_but_auto():
+    ours = [provider for provider in PROVIDERS.values() if provider.name == "lstm_triton"]
+    assert [p.strategy for p in ours if p.refuses(replace(CASE, suite="anchor"), "cpu") is None] == ["auto"]
+
+
+def test_a_row_names_the_plan_that_computed_it(h100):
+    case = Case("anchor", T=9, B=16, I=768, H=768, dtype="bfloat16", mode=TRAINING)
+    found = {strategy: LstmTriton(strategy).plan(case, "cuda") for strategy in LstmTriton.HOW}
+    assert re.fullmatch(r"forward U\d+ .* counter; backward U\d+ .* counter", found["persistent-counter"])
+    assert re.fullmatch(r"forward U\d+ .* data; backward U\d+ .* data", found["persistent-data"])
+    assert found["persistent-u8"].startswith("forward U8 ") and "; backward U8 " in found["persistent-u8"]
+    assert found["auto"] == found["persistent"] != found["persistent-u8"]
+    assert found["stepwise"] == found["cudnn"] == found["torch"] == ""
+    auto = LstmTriton("auto")
+    assert auto.plan(replace(case, H=4096), "cuda") == "cudnn"
+    assert auto.plan(replace(case, H=4096, variant="coupled"), "cuda") == "stepwise"
+    assert auto.plan(replace(case, mode=FORWARD), "cuda").startswith("forward") and auto.plan(case, "cpu") == ""
+    row = run.row(run.Task(auto, case), bench.Measurement(failure="failed"), WHERE, None, "cuda")
+    assert row.plan == found["auto"] and TorchLSTM("cudnn").plan(case, "cuda") == ""
+
+
+def test_a_plan_in_words():
+    plan = PersistentPlan(
+        block_u=8, block_b=16, block_k=32, split=8, chunks=3, group=3, rows=12, unit_programs=96, row_programs=1,
+        directions=1, row_blocks=1, num_warps=8, wait="data", exact=False, shared_bytes=0, estimate_us=0.0,
+    )  # fmt: skip
+    assert plans.describe(plan) == "U8 R12/16 K32x8x3 96x1x1 data"
+    assert plans.describe(replace(plan, group=1, row_blocks=4)) == "U8 R12/16 K32x8x3 by 1 96x1x1 of 4 data"
+    assert plans.describe(replace(plan, wait=None, unit_programs=1)) == "U8 R12/16 K32x8x3 1x1x1 alone"
+    assert plans.in_words({"forward": plan, "backward": "no room"}) == (
+        "forward U8 R12/16 K32x8x3 96x1x1 data; backward no room"
+    )
 
 
 def test_a_run_stops_in_time_and_says_what_it_left(tmp_path):
@@ -408,12 +539,19 @@ def test_the_environment_names_processor_versions_and_commit():
 # The visit to a GPU
 
 
-def test_a_command_is_stopped_with_all_it_started(tmp_path):
+def test_a_command_that_is_stopped_may_say_what_it_found(tmp_path):
+    script = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 failed, 2 passed')"
+    assert gpu.stopped_after(1.5, [sys.executable, "-c", script], tmp_path / "log") == "not done after 2 s, stopped"
+    assert gpu.last_line(tmp_path / "log") == "1 failed, 2 passed"
+
+
+def test_a_command_is_stopped_with_all_it_started(tmp_path, monkeypatch):
     log = tmp_path / "log"
     child = "import time; time.sleep(3); print('alive', flush=True)"
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.5)
     script = (
-        f"import subprocess, sys, time; print('begun', flush=True); "
-        f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+        f"import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        f"print('begun', flush=True); subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     )
     assert gpu.stopped_after(1.5, [sys.executable, "-c", script], log) == "not done after 2 s, stopped"
     time.sleep(2.5)
@@ -424,7 +562,7 @@ def test_a_command_is_stopped_with_all_it_started(tmp_path):
 
 
 @pytest.mark.parametrize("parity", [None, "ended with code 1"])
-def test_a_visit_runs_parity_then_constants_then_suites_within_its_budget(tmp_path, monkeypatch, parity):
+def test_a_visit_runs_parity_then_constants_then_suites_within_its_budget(tmp_path, monkeypatch, h100, parity):
     ran = []
 
     def record(seconds, command, log=None):

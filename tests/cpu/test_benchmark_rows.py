@@ -28,7 +28,7 @@ def test_the_columns_are_the_documented_ones():
     assert ",".join(rows.COLUMNS) == (
         "provider,strategy,suite,regime,mode,dtype,T,B,I,H,L,D,variant,ms_median,ms_p20,ms_p80,us_per_step,"
         "cpu_us_per_call,peak_mib,error,baseline_ratio,limit_us_per_step,limit_ratio,gpu,driver,torch,triton,cudnn,"
-        "commit,date"
+        "commit,date,plan"
     )
 
 
@@ -108,11 +108,19 @@ def test_what_is_written_is_read_back(tmp_path_factory, ms, ratio, error, T, tex
     written = [
         replace(ROW, ms_median=ms, baseline_ratio=ratio, error=error, T=T, gpu=text),
         replace(ROW, **EMPTY, error=f"failed: {failure}"),
+        replace(ROW, plan="forward U8 R16/16 K32x8x3 96x1x1 data"),
         ROW,
     ]
     for row in written:
         rows.append(path, row)
     assert rows.read(path) == written
+
+
+def test_a_file_from_before_there_were_plans_is_read(tmp_path):
+    rows.append(tmp_path / "x.csv", ROW)
+    header, line = (tmp_path / "x.csv").read_text().splitlines()
+    (tmp_path / "x.csv").write_text(f"{header.removesuffix(',plan')}\n{line.removesuffix(',')}\n")
+    assert rows.read(tmp_path / "x.csv") == [ROW]
 
 
 def _is_number(text):
@@ -133,7 +141,7 @@ def _is_number(text):
         (lambda text: text.replace("2.5,", "nan,", 1), "ms_median is 'nan'"),
         (lambda text: text.replace("2.5,", "fast,", 1), "ms_median is 'fast'"),
         (lambda text: text.replace("0.00031", "wrong", 1), "error is 'wrong'"),
-        (lambda text: text.replace("lstm_triton,auto,", "lstm_triton,", 1), "29 cells instead of 30"),
+        (lambda text: text.replace("lstm_triton,auto,", "lstm_triton,", 1), "30 cells instead of 31"),
         (lambda text: text + '"open\n', "x.csv"),
         (lambda text: "", "x.csv"),
         (lambda text: "\udcff", "x.csv"),

@@ -1,0 +1,346 @@
+"""On a GPU: the persistent kernels are right by both waits, in graphs and beside other work, and no launch gives up."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from lstm_triton import dispatch
+
+if not dispatch.TRITON_INSTALLED:
+    pytest.skip("needs triton", allow_module_level=True)
+
+from dataclasses import replace
+
+from lstm_triton_kernels import sequence_persistent
+from lstm_triton_kernels.gpus import GPUS, gpu_of
+from lstm_triton_kernels.persistent_plan import Preference, installed_release, persistent_plan
+from lstm_triton_kernels.plan import next_power_of_2
+
+import lstm_triton
+from lstm_triton import LSTMSpec, functional, layer, persistent, selection
+from tests.support import persistent as layers
+from tests.support.gpu import (
+    NEEDS_GPU,
+    SERVED,
+    TYPES,
+    Pass,
+    assert_as_near_as_cudnn,
+    assert_same,
+    bounds,
+    finish,
+    layer_of,
+)
+from tests.support.parity import Case, call, errors
+
+pytestmark = NEEDS_GPU
+
+WAITS = ("counter", "data")
+STANDARD = LSTMSpec()
+SERVED_TYPES = {name: TYPES[name] for name in ("bfloat16", "float32 tf32", "float16", "float32 ieee")}
+
+TOGETHER = {
+    "odd": dict(T=33, B=12, I=300, H=500),
+    "anchor": dict(T=64, B=16, I=768, H=768),
+    "several row blocks": dict(T=9, B=200, I=64, H=130),
+    "both directions": dict(T=17, B=5, I=33, H=130, L=2, bidirectional=True),
+    "one row": dict(T=17, B=1, I=33, H=130),
+    "one step": dict(T=1, B=12, I=33, H=130),
+    "two steps": dict(T=2, B=12, I=33, H=130),
+}
+"""Shapes whose programs wait for each other."""
+
+ALONE = {
+    "alone": dict(T=33, B=12, I=40, H=64),
+    "alone, many rows": dict(T=9, B=200, I=40, H=64, bidirectional=True),
+    "one unit": dict(T=9, B=3, I=5, H=1),
+}
+"""Shapes of which one program holds all units."""
+
+
+def preference(wait: str | None, H: int, several_row_blocks: bool = False) -> Preference:
+    """Plans that wait so; without a wait, plans of programs that hold all units: others have fewer of them."""
+    if wait is None:
+        return Preference(block_u=max(16, next_power_of_2(H)))
+    return Preference(wait, block_u=8, block_b=16) if several_row_blocks else Preference(wait)
+
+
+def cases():
+    """(precision, case, preference): every served variant and type, every shape, each wait that the shape has.
+
+    Without the full peepholes of float32 that one program of an H100 has no room for.
+    """
+    for precision, dtype in SERVED_TYPES.items():
+        for shape, sizes in {**TOGETHER, **ALONE}.items():
+            for spec in SERVED:
+                case = Case(spec, dtype=dtype, device="cuda", strategy="persistent", **sizes)
+                for wait in WAITS if shape in TOGETHER else (None,):
+                    wanted = preference(wait, case.H, shape == "several row blocks")
+                    if wait is None and spec.full and no_plan(case, precision, wanted):
+                        continue
+                    name = f"{shape}-{spec.name}-{precision}-{wait or 'none'}"
+                    yield pytest.param(precision, case, wanted, id=name)
+
+
+def no_plan(case: Case, precision: str, wanted: Preference) -> bool:
+    """Whether a pass has none on an H100."""
+    return any(isinstance(plan, str) for plan in plans(case, precision, wanted, GPUS["h100"]))
+
+
+def plans(case: Case, precision: str, wanted: Preference, gpu):
+    """The plans of both passes, or a sentence where there is none."""
+    sizes = layer_of(case, precision)
+    works = [selection.recurrence(sizes, backward) for backward in (False, True)]
+    return [persistent_plan(work, gpu, wanted, installed_release()) for work in works]
+
+
+@contextmanager
+def planned(case: Case, precision: str, wanted: Preference):
+    """Inside, plans are as wanted; skips where this GPU has none."""
+    found = plans(case, precision, wanted, gpu_of(torch.device(case.device)))
+    for plan in found:
+        if isinstance(plan, str):
+            pytest.skip(f"{torch.cuda.get_device_name()}: {plan}")
+        assert plan.alone == (wanted.wait is None)
+        assert wanted.block_b is None or plan.blocks_per_program > 1
+    with sequence_persistent.prefer(wanted):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_gives_up():
+    """After each test, no launch has waited in vain."""
+    yield
+    if torch.cuda.is_available():
+        for n in range(torch.cuda.device_count()):
+            finish(f"cuda:{n}")
+
+
+ODD = Case(STANDARD, dtype=torch.bfloat16, device="cuda", strategy="persistent", **TOGETHER["odd"])
+PAIR = (replace(ODD, T=200), replace(ODD, T=150, H=760, spec=LSTMSpec(coupled=True)))
+"""Each takes nearly all of an H100."""
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("spec", SERVED, ids=lambda spec: spec.name)
+def test_the_same_bits_from_run_to_run(spec, wait):
+    case = replace(ODD, spec=spec)
+    with planned(case, "bfloat16", Preference(wait)):
+        compute = Pass(case, call)
+        first = compute()
+        for _ in range(5):
+            assert_same(compute(), first)
+
+
+@pytest.mark.parametrize("wait", [*WAITS, None])
+def test_a_captured_graph_replays_to_what_was_computed_without(wait):
+    """Forward and backward in one graph, for inputs that it was not captured with."""
+    case = ODD if wait is not None else replace(ODD, H=64)
+    with planned(case, "bfloat16", preference(wait, case.H)):
+        compute, others = Pass(case, call), [Pass(case, call, seed) for seed in (1, 2, 3)]
+        expected = [other() for other in others]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = compute()
+        for other, wanted in zip(others, expected, strict=True):
+            for name, tensor in compute.inputs.items():
+                tensor.data.copy_(other.inputs[name])
+            for gradient, value in zip(compute.gradients, other.gradients, strict=True):
+                gradient.copy_(value)
+            for _ in range(3):
+                graph.replay()
+            torch.cuda.synchronize()
+            assert max(errors(captured, wanted).values()) < 4e-3  # the GEMMs around may take another algorithm
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_graphed_module_trains_as_the_module_does(wait):
+    module = lstm_triton.LSTM(40, 130, device="cuda", strategy="persistent")
+    x = torch.randn(9, 12, 40, device="cuda")
+    with sequence_persistent.prefer(Preference(wait)):
+        plain = torch.autograd.grad(module(x)[0].square().sum(), list(module.parameters()))
+        graphed = torch.cuda.make_graphed_callables(module, (x.clone(),))
+        actual = torch.autograd.grad(graphed(x)[0].square().sum(), list(module.parameters()))
+    for one, other in zip(actual, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("waits", [("counter", "counter"), ("data", "data"), ("counter", "data")], ids="-".join)
+def test_two_modules_on_two_streams_at_once(waits):
+    """Neither launch may hold what the other needs to begin."""
+    passes = [Pass(case, call, seed) for seed, case in enumerate(PAIR)]
+    expected = []
+    for compute, wait in zip(passes, waits, strict=True):
+        with planned(compute.case, "bfloat16", Preference(wait)):
+            expected.append(compute())
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in passes], [[], []]
+    for _ in range(10):
+        for compute, wait, stream, results in zip(passes, waits, streams, found, strict=True):
+            with torch.cuda.stream(stream), sequence_persistent.prefer(Preference(wait)):
+                results.append(compute())
+    torch.cuda.synchronize()
+    for results, wanted in zip(found, expected, strict=True):
+        for result in results:
+            assert max(errors(result, wanted).values()) < 4e-3
+
+
+@pytest.mark.parametrize("busy", ["a sleeping kernel", "products"])
+@pytest.mark.parametrize("wait", WAITS)
+def test_while_another_kernel_runs(wait, busy):
+    with planned(ODD, "bfloat16", Preference(wait)):
+        compute = Pass(ODD, call)
+        expected = compute()
+        a = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
+        out = torch.empty_like(a)
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        found = []
+        for _ in range(5):
+            with torch.cuda.stream(other):
+                if busy == "products":
+                    for _ in range(40):
+                        torch.mm(a, a, out=out)
+                else:
+                    torch.cuda._sleep(200_000_000)  # cycles, a tenth of a second
+            found.append(compute())
+        torch.cuda.synchronize()
+    for result in found:
+        assert max(errors(result, expected).values()) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wait", [*WAITS, None])
+def test_nan_and_infinity_flow_through_and_stall_nobody(wait, dtype):
+    """As through `torch.nn.LSTM` in float64; among them the NaN of all ones, which the kernels wait by."""
+    T, B, H = 9, 12, 130 if wait is not None else 64
+    expected = torch.nn.LSTM(30, H, dtype=torch.float64)
+    module = lstm_triton.LSTM(30, H, device="cuda", dtype=dtype, strategy="persistent")
+    module.load_state_dict(expected.state_dict())
+    expected.load_state_dict(module.state_dict())
+    x, h_0, c_0 = torch.randn(T, B, 30), torch.randn(1, B, H), torch.randn(1, B, H)
+    x[3, 1, 0], x[5, 2, 1], x[5, 3, 1] = float("nan"), float("inf"), float("-inf")
+    x, h_0 = x.to(dtype), h_0.to(dtype)
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    x.view(bits)[4, 4, 2] = -1
+    h_0.view(bits)[0, 5, 7] = -1
+    c_0 = c_0.to(dtype)
+    on_gpu = x.cuda().requires_grad_()
+    with sequence_persistent.prefer(preference(wait, H)):
+        output = module(on_gpu, (h_0.cuda(), c_0.cuda()))[0]
+        output.sum().backward()
+    finish()
+    wanted = expected(x.double(), (h_0.double(), c_0.double()))[0]
+    tolerance = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(output.cpu().double(), wanted, equal_nan=True, rtol=tolerance, atol=tolerance)
+    assert output[3:, 1].isnan().all() and output[4:, 4].isnan().all() and output[:, 5].isnan().all()
+    assert output[:, 6:].isfinite().all() and on_gpu.grad[:, 6:].isfinite().all()
+    assert on_gpu.grad[:, [1, 4, 5]].isnan().any(2).any(0).all()
+
+
+@pytest.mark.parametrize("wait", [*WAITS, None])
+def test_every_device_computes_the_same(wait):
+    """Whichever device is the current one."""
+    case = ODD if wait is not None else replace(ODD, H=64)
+    expected = None
+    for n in range(torch.cuda.device_count()):
+        on_this = replace(case, device=f"cuda:{n}")
+        with planned(on_this, "bfloat16", preference(wait, case.H)):
+            found = Pass(on_this, call)()
+        finish(f"cuda:{n}")
+        assert all(tensor.device.index == n for tensor in found.values())
+        expected = expected or found
+        on_first = {name: tensor.to("cuda:0") for name, tensor in found.items()}
+        assert max(errors(on_first, expected).values()) < 4e-3
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_launch_that_gives_up_ends_and_is_named(wait, monkeypatch):
+    """A test of the test: with no patience at all, some program looks before the others have stored."""
+    with planned(ODD, "bfloat16", Preference(wait)), monkeypatch.context() as patch:
+        patch.setattr(sequence_persistent, "TURNS", 0)
+        with torch.no_grad():
+            call(ODD, *Pass(ODD, call).inputs.values())
+        torch.cuda.synchronize()
+        with pytest.raises(RuntimeError, match=r"in vain.*the forward pass of 500 units, 33 steps of 12 rows"):
+            lstm_triton.check_launches()
+    compute = Pass(ODD, call)
+    assert all(tensor.isfinite().all() for tensor in compute().values())
+
+
+# Every variant and type: most of the compiling, so last in a visit that may be cut short.
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("precision", ["bfloat16", "float32 tf32", "float32 ieee"], indirect=True)
+@pytest.mark.parametrize("spec", SERVED, ids=lambda spec: spec.name)
+def test_rows_of_their_own_length_and_resets(spec, precision, wait):
+    """With every c_t; the bound is 1.5 times the largest error of cuDNN's LSTM of the same sizes, without both."""
+    T, B, H, D = 17, 12, 130, 2
+    case = layers.LayerCase(
+        spec, layers.plan_of(B, H, D, wait=None), T, B, H, 33, lengths=True, resets=True, dtype=TYPES[precision]
+    )
+    inputs = layers.inputs_of(case)
+    wanted = layers.expected(case, inputs)
+    with sequence_persistent.prefer(Preference(wait)):
+        found = [result.cpu() for result in layer_results(case, inputs)]
+    plain = Case(spec, T=T, B=B, I=33, H=H, bidirectional=True, dtype=TYPES[precision], device="cuda")
+    allowed = max(bounds(plain).values())
+    wrong = {name: error for name, error in layers.errors(case, found, wanted).items() if not error <= allowed}
+    assert not wrong, f"{case}: beyond {allowed:.1e}: {wrong}"
+
+
+def layer_results(case, inputs):
+    """Results and gradients as `layers.expected` has them, by both passes on the GPU."""
+    on_gpu = inputs.map(lambda tensor: tensor.cuda())
+    lengths, resets = inputs.lengths.cuda(), inputs.resets.cuda()
+    names = list(case.spec.parameter_names(case.bias))
+    needs = layer.Needs(True, True, True, [names] * case.plan.directions)
+    arguments = (on_gpu.x, on_gpu.h_0, on_gpu.c_0, on_gpu.weights)
+    grad_output, grad_cells, grad_h_n, grad_c_n = on_gpu.gradients
+    with torch.no_grad():
+        result = persistent.forward(*arguments, case.spec, True, False, lengths, resets)
+        saved = (result.output, result.gates, result.cells)
+        gradients = persistent.backward(
+            grad_output, grad_h_n, grad_c_n, *arguments, *saved, case.spec, needs, lengths, resets, grad_cells
+        )
+    cells = torch.cat([c[:-1] if direction else c[1:] for direction, c in enumerate(result.cells)], -1)
+    beyond = torch.arange(case.T, device="cuda")[:, None] >= lengths
+    by_name = [side[name] for side in gradients.weights for name in names]
+    return [
+        result.output, cells.masked_fill(beyond[..., None], 0), result.h_n, result.c_n,
+        gradients.x, gradients.h_0, gradients.c_0, *by_name,
+    ]  # fmt: skip
+
+
+def call_recomputing(case, x, h_0, c_0, *weights):
+    """As `call`, the gates computed again for the backward pass."""
+    output, (h_n, c_n) = functional.lstm(
+        x, (h_0, c_0), weights, num_layers=case.L, bias=case.bias, bidirectional=case.bidirectional,
+        strategy=case.strategy, recompute=True, **case.variant,
+    )  # fmt: skip
+    return output, h_n, c_n
+
+
+@pytest.mark.parametrize("precision", SERVED_TYPES, indirect=True)
+@pytest.mark.parametrize("spec", SERVED, ids=lambda spec: spec.name)
+def test_with_gates_that_are_computed_again(spec, precision):
+    """What is recomputed is rounded twice more before the activation: twice the error is allowed."""
+    case = Case(
+        spec, T=17, B=12, I=33, H=130, bidirectional=True, dtype=TYPES[precision], device="cuda", strategy="persistent"
+    )
+    assert_as_near_as_cudnn(case, call_recomputing, times=3.0)
+
+
+@pytest.mark.parametrize("precision, case, wanted", list(cases()), indirect=["precision"])
+def test_as_near_to_the_reference_as_cudnn(precision, case, wanted):
+    with planned(case, precision, wanted):
+        assert_as_near_as_cudnn(case, call)
