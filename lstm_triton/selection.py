@@ -6,6 +6,7 @@ the `triton` backend, and cuDNN, which `auto` takes for the standard variant whe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,7 +55,8 @@ def layer_of(x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMS
 class Slower:
     """What a committed results file showed: where the persistent kernels are slower than `torch.nn.LSTM`.
 
-    gpu: a word of its name, "H100". Bounds are inclusive; dtype as in a results file; `source` is the file in benchmarks/results.
+    gpu: a word of its name, "H100". Bounds are inclusive; dtype as in a results file; `source` is that file, in
+    benchmarks/results.
     """
 
     gpu: str
@@ -114,8 +116,8 @@ def why_rather_not_persistent(layer: Layer, gpu: GPU) -> str | None:
         other = stepwise_estimate_us(work, gpu)
         if isinstance(plan, PersistentPlan) and plan.estimate_us > other:
             return (
-                f"{name} pass: {plan.estimate_us:.1f} us a step by estimate, with {plan.blocks_per_program} row blocks to "
-                f"a program; in launches of its own a step takes {other:.1f} us"
+                f"{name} pass: {plan.estimate_us:.1f} us a step by estimate, with {plan.blocks_per_program} row blocks "
+                f"to a program; in launches of its own a step takes {other:.1f} us"
             )
     return None
 
@@ -126,6 +128,7 @@ def stepwise_estimate_us(work: Recurrence, gpu: GPU) -> float:
     return STEPWISE_US * work.D + operations / (0.5 * gpu.tflop_per_s[work.rate] * 1e6)
 
 
+@functools.lru_cache(maxsize=4096)
 def kernels(strategy: str, layer: Layer, gpu: GPU) -> Choice:
     """Which kernels compute the layer, "persistent" or "stepwise", for the strategy "auto" or one of these.
 

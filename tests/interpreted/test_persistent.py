@@ -13,6 +13,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lstm_triton_kernels import persistent_backward, persistent_forward, sequence_persistent
+from lstm_triton_kernels.rows import at_time
 from lstm_triton_kernels.sync import arrive, publish, wait_for_count
 from lstm_triton_kernels.watch import check_launches
 
@@ -142,7 +143,7 @@ def test_a_launch_that_waits_in_vain_is_named_at_the_next_call(wait, monkeypatch
     monkeypatch.setattr(persistent_forward, "exchange_arrive", arrival_of_all_but_one)
     monkeypatch.setattr(persistent_backward, "exchange_load", none_published)
     computed(case, inputs, concurrently(delay=0.0, deadline=60))
-    with pytest.raises(RuntimeError, match="in vain.*the forward pass of 19 units, 30 steps of 2 rows, 3 programs"):
+    with pytest.raises(RuntimeError, match=r"in vain.*the forward pass of 19 units, 30 steps of 2 rows, 3 programs"):
         lstm_triton.LSTM(2, 3, coupled=True)(torch.randn(2, 1, 2))
     check_launches()  # told once
 
@@ -252,3 +253,20 @@ def test_a_program_that_breaks_is_named():
     case = LayerCase(STANDARD, plan_of(2, 40, wait="data", group=2), 2, 2, 40)
     with pytest.raises(ProgramFailed, match="persistent_forward_kernel failed"):
         computed(case, inputs_of(case), concurrently(delay=0.0))
+
+
+@triton.jit
+def offsets_kernel(out_ptr, base_ptr, t, size, HAS_LENGTHS: tl.constexpr):
+    """out: bytes from base to index t of a buffer of float32 with `size` elements a step."""
+    if HAS_LENGTHS:
+        t = t + tl.arange(0, 2)
+    place = at_time(base_ptr, t, size, HAS_LENGTHS)
+    tl.store(out_ptr + tl.arange(0, 2), tl.ravel(place.to(tl.int64) - base_ptr.to(tl.int64)) if HAS_LENGTHS else
+             tl.full((2,), 0, tl.int64) + (place.to(tl.int64) - base_ptr.to(tl.int64)))  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+def test_time_offsets_pass_two_to_the_31(lengths):
+    out = torch.zeros(2, dtype=torch.int64)
+    offsets_kernel[(1,)](out, torch.zeros(1), 100_000, 16 * 3072, HAS_LENGTHS=lengths)
+    assert out.tolist() == [4 * 100_000 * 16 * 3072, 4 * (100_000 + lengths) * 16 * 3072]

@@ -173,9 +173,9 @@ def source_hash() -> str:
         tree = ast.parse((Path(sequence_persistent.__file__).parent / f"{name}.py").read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(body[0].value, ast.Constant):
-                    body[0].value.value = ""
+            first = body[0] if isinstance(body, list) and body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                first.value.value = ""
         code += ast.dump(tree)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
