@@ -191,18 +191,23 @@ def activated_gates(
 ) -> Tensor:  # fmt: skip
     """The activated gates (T, B, G·H) of one direction, computed again from the states that `forward` left.
 
-    x (T, B, I), h_0 (B, P), output (T, B, P), cells (T + 1, B, H): all steps at once, two GEMMs instead of T.
+    x (T, B, I), h_0 (B, P), output (T, B, P), cells (T + 1, B, H). All steps at once, and all that the gates read in
+    one GEMM: the pre-activations are rounded once, as the gate inputs are in the forward pass.
     """
-    gates = project_input(x, w)
-    h = previous_hidden(output, h_0, reverse, lengths, resets)
-    gates.view(-1, gates.shape[2]).addmm_(h.flatten(0, 1), w.weight_hh.t())
     previous, current = previous_and_current(cells, reverse, resets)
+    reads, weights = [x, previous_hidden(output, h_0, reverse, lengths, resets)], [w.weight_ih, w.weight_hh]
     v = spec.split_peephole(w.weight_ch) if w.weight_ch is not None else {}
+    if spec.full and w.weight_ch is not None:
+        reads.append(previous.to(x.dtype))
+        weights.append(spec.previous_peephole(w.weight_ch))
+    gates = project_input(torch.cat(reads, -1), w._replace(weight_ih=torch.cat(weights, 1)))
     for gate, block in spec.split_gates(gates).items():
-        if gate in v:
-            read = previous if gate in spec.previous_gates else current
-            block += (read.to(gates.dtype) @ v[gate].t()) if spec.full else (read * v[gate]).to(gates.dtype)
-        block.tanh_() if gate == "g" else block.sigmoid_()
+        a = block.to(cells.dtype)
+        if gate in v and spec.diagonal:
+            a = torch.addcmul(a, previous if gate in spec.previous_gates else current, v[gate])
+        elif gate in v and gate not in spec.previous_gates:
+            a = a + current @ v[gate].t().to(current.dtype)
+        block.copy_(a.tanh() if gate == "g" else a.sigmoid())
     return gates
 
 

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from lstm_triton import selection
+
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers():
@@ -14,3 +16,9 @@ def poisoned_buffers():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen_before():
+    """Tests replace what a choice of strategy rests on; it is kept from one call to the next."""
+    selection.kernels.cache_clear()

@@ -85,9 +85,10 @@ def test_more_programs_chunks_and_row_blocks_under_delays(case, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("wait", ["counter", "data", None])
-def test_storage_types(dtype, wait):
+@pytest.mark.parametrize("peephole", ["diagonal", "full"])
+def test_storage_types(dtype, wait, peephole):
     plan = plan_of(3, 21, wait=wait)
-    case = LayerCase(LSTMSpec(peephole="diagonal"), plan, 5, 3, 21, dtype=dtype)
+    case = LayerCase(LSTMSpec(peephole=peephole), plan, 5, 3, 21, dtype=dtype, recompute=peephole == "full")
     assert_right(case, concurrently(delay=0.0) if wait else None)
 
 

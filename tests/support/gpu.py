@@ -49,10 +49,10 @@ def cudnn(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> 
     return (h_n[0], c_n[0]) if case.cell else (output, h_n, c_n)
 
 
-def bounds(case: Case, times: float = TIMES_CUDNN) -> dict[str, float]:
-    """So many times cuDNN's own error for each output and gradient of the standard variant at this type and shape."""
+def bounds(case: Case) -> dict[str, float]:
+    """TIMES_CUDNN times cuDNN's own error, by output and gradient, of the standard variant at this type and shape."""
     found = _errors_of_cudnn(replace(case, spec=LSTMSpec(), strategy="auto"), matmul_precision())
-    return {name: max(times * error, FLOOR[case.dtype]) for name, error in found.items()}
+    return {name: max(TIMES_CUDNN * error, FLOOR[case.dtype]) for name, error in found.items()}
 
 
 @functools.cache
@@ -62,11 +62,9 @@ def _errors_of_cudnn(case: Case, precision: str) -> dict[str, float]:
     return errors(results(case, inputs, cudnn), expected_results(case, inputs))
 
 
-def assert_as_near_as_cudnn(
-    case: Case, function: Callable[..., tuple[Tensor, ...]], times: float = TIMES_CUDNN
-) -> None:
+def assert_as_near_as_cudnn(case: Case, function: Callable[..., tuple[Tensor, ...]]) -> None:
     """Every output and gradient within the bounds; what the standard variant lacks, within the largest of them."""
-    allowed = bounds(case, times)
+    allowed = bounds(case)
     largest = max(allowed.values())
     inputs = random_inputs(case)
     found = errors(results(case, inputs, function), expected_results(case, inputs))
