@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lstm_triton_kernels.gpus import GPU
-from lstm_triton_kernels.persistent_plan import ANY, PersistentPlan, Preference, installed_release, persistent_plan
+from lstm_triton_kernels.persistent_plan import PersistentPlan
 
 from benchmarks.suites import STORAGE, TRAINING, Case
-from lstm_triton import selection
 from lstm_triton.selection import Layer
 
 Plans = Mapping[str, PersistentPlan | str]
@@ -20,16 +18,6 @@ def layer_of(case: Case) -> Layer:
     precision = "tf32" if case.dtype == "tf32" else "ieee"
     training = case.mode == TRAINING
     return Layer(case.spec, case.T, case.B, case.H, case.D, False, STORAGE[case.dtype], precision, training)
-
-
-def plans(layer: Layer, gpu: GPU, preference: Preference = ANY) -> Plans:
-    """The plans of each pass as the preference wants them, under the release of Triton that is installed."""
-    passes = {"forward": False, "backward": True} if layer.training else {"forward": False}
-    release = installed_release()
-    return {
-        name: persistent_plan(selection.recurrence(layer, backward), gpu, preference, release)
-        for name, backward in passes.items()
-    }
 
 
 def obstacle(found: Plans) -> str | None:

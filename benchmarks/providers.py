@@ -226,8 +226,8 @@ class LstmTriton(Provider):
             return obstacle
         if case.suite not in self.CANDIDATE_SUITES:
             return "is measured in smaller suites"
-        found = plans.plans(layer, gpu, self.how.preference)
-        return plans.obstacle(found) or ("is what `persistent` takes" if found == plans.plans(layer, gpu) else None)
+        found = selection.plans(layer, gpu, self.how.preference)
+        return plans.obstacle(found) or ("is what `persistent` takes" if found == selection.plans(layer, gpu) else None)
 
     def plan(self, case: Case, device_type: str) -> str:
         device = torch.device(device_type)
@@ -237,9 +237,9 @@ class LstmTriton(Provider):
         if self.strategy == "auto":
             cudnn_may = selection.why_not_cudnn(device, case.spec) is None
             chosen = selection.strategy_of("auto", layer, gpu, cudnn_may).name
-            return plans.in_words(plans.plans(layer, gpu)) if chosen == "persistent" else chosen
+            return plans.in_words(selection.plans(layer, gpu)) if chosen == "persistent" else chosen
         if self.how.strategy == "persistent":
-            return plans.in_words(plans.plans(layer, gpu, self.how.preference))
+            return plans.in_words(selection.plans(layer, gpu, self.how.preference))
         return ""
 
     def build(self, problem: Problem) -> Model:

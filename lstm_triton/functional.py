@@ -97,6 +97,7 @@ def lstm(
     - strategy: "persistent" (all steps in one launch, the recurrent weights on the chip), "stepwise" (a launch a step),
       "cudnn" (`torch.nn.LSTM`'s own operator; the standard variant on CUDA), or "auto": the fastest as far as is known
     - recompute: do not keep the activated gates for the backward pass, but compute them again in it from h_t and c_t
+      (PyTorch's own operator, where that computes, keeps what it likes)
     - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
 
     Types as in `lstm_cell`. Raises ValueError or RuntimeError as `torch.nn.LSTM` does for sizes and types that do not

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from lstm_triton_kernels.gpus import GPU
-from lstm_triton_kernels.persistent_plan import PersistentPlan, Recurrence, installed_release, persistent_plan
+from lstm_triton_kernels.persistent_plan import (
+    ANY,
+    PersistentPlan,
+    Preference,
+    Recurrence,
+    installed_release,
+    persistent_plan,
+)
 from lstm_triton_kernels.plan import matmul_precision
 from torch import Tensor
 
@@ -86,12 +93,16 @@ def recurrence(layer: Layer, backward: bool) -> Recurrence:
     return Recurrence.of(layer.spec, layer.B, layer.H, layer.D, layer.dtype, layer.precision, backward)
 
 
-def plans(layer: Layer, gpu: GPU) -> dict[str, PersistentPlan | str]:
-    """The plan of each pass, "forward" and, in training, "backward"; a sentence why where there is none."""
+def plans(layer: Layer, gpu: GPU, preference: Preference = ANY) -> dict[str, PersistentPlan | str]:
+    """The plan of each pass, "forward" and, in training, "backward"; a sentence why where there is none.
+
+    As the preference wants them, under the release of Triton that is installed.
+    """
     passes = {"forward": False, "backward": True} if layer.training else {"forward": False}
     release = installed_release()
     return {
-        name: persistent_plan(recurrence(layer, backward), gpu, release=release) for name, backward in passes.items()
+        name: persistent_plan(recurrence(layer, backward), gpu, preference, release)
+        for name, backward in passes.items()
     }
 
 

@@ -376,7 +376,7 @@ def test_a_run_decides_between_the_candidates_before_all_else(h100):
         possible = {
             plans.in_words(found)
             for how in LstmTriton.HOW.values() if how.strategy == "persistent"
-            if plans.obstacle(found := plans.plans(plans.layer_of(case), gpus.GPUS["h100"], how.preference)) is None
+            if plans.obstacle(found := selection.plans(plans.layer_of(case), gpus.GPUS["h100"], how.preference)) is None
         }  # fmt: skip
         assert set(measured) == possible and len(possible) > 1
     assert all(task.case.suite in LstmTriton.CANDIDATE_SUITES for task in todo if "t-" in task.provider.strategy)
