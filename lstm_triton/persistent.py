@@ -20,10 +20,13 @@ from lstm_triton.layer import LayerGradients, LayerResult, Needs
 from lstm_triton.spec import LSTMSpec, LSTMWeights
 
 
-def plan(c_0: Tensor, dtype: torch.dtype, spec: LSTMSpec, backward: bool) -> PersistentPlan:
-    """The plan of a pass for states (D, B, H). Raises RuntimeError with the reason where there is none."""
+def plan(c_0: Tensor, dtype: torch.dtype, spec: LSTMSpec, backward: bool, ragged: bool) -> PersistentPlan:
+    """The plan of a pass for states (D, B, H); ragged: with lengths or resets.
+
+    Raises RuntimeError with the reason where there is none.
+    """
     D, B, H = c_0.shape
-    work = Recurrence.of(spec, B, H, D, dtype, matmul_precision(), backward)
+    work = Recurrence.of(spec, B, H, D, dtype, matmul_precision(), backward, ragged)
     found = persistent_plan(work, gpu_of(c_0.device), sequence_persistent.preference(), installed_release())
     if isinstance(found, str):
         raise RuntimeError(f"strategy 'persistent' cannot run here: {found}")
@@ -46,7 +49,7 @@ def forward(
         c_0.contiguous(),
         *recurrent_weights(weights),
         spec,
-        plan(c_0, x.dtype, spec, backward=False),
+        plan(c_0, x.dtype, spec, backward=False, ragged=lengths is not None or resets is not None),
         save=save,
         save_gates=save and not recompute,
         lengths=lengths,
@@ -84,7 +87,7 @@ def backward(
         w_hh,
         w_ch,
         spec,
-        plan(c_0, x.dtype, spec, backward=True),
+        plan(c_0, x.dtype, spec, backward=True, ragged=lengths is not None or resets is not None),
         lengths=lengths,
         resets=as_bytes(resets),
     )

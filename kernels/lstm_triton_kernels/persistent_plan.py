@@ -49,6 +49,7 @@ class Recurrence:
 
     - B, H, D: rows, units, directions; gates: G; matrices: of a full peephole, Q or 0
     - dtype: of the storage; precision: of float32 products, "tf32" or "ieee"
+    - ragged: with lengths or resets, which take registers
     """
 
     B: int
@@ -59,12 +60,15 @@ class Recurrence:
     dtype: torch.dtype
     precision: str
     backward: bool
+    ragged: bool = False
 
     @classmethod
-    def of(cls, spec: Any, B: int, H: int, D: int, dtype: torch.dtype, precision: str, backward: bool) -> Recurrence:
+    def of(
+        cls, spec: Any, B: int, H: int, D: int, dtype: torch.dtype, precision: str, backward: bool, ragged: bool = False
+    ) -> Recurrence:
         """Of a variant."""
         matrices = len(spec.peephole_gates) if spec.full else 0
-        return cls(B, H, D, len(spec.gates), matrices, dtype, precision, backward)
+        return cls(B, H, D, len(spec.gates), matrices, dtype, precision, backward, ragged)
 
     @property
     def element_bytes(self) -> int:
@@ -207,7 +211,7 @@ def usual_wait(work: Recurrence, plan: PersistentPlan) -> str:
 def spilling_keys(release: str | None, capability: int, work: Recurrence) -> frozenset[tuple[Any, ...]]:
     """Keys of the plans that spill for such work under a release ("3.8"), or under any that was looked at."""
     releases = [release] if release in SPILLS else list(SPILLS)
-    kind = (capability, work.rate_class, work.gates, work.matrices, work.backward)
+    kind = (capability, work.rate_class, work.gates, work.matrices, work.backward, work.ragged)
     return frozenset().union(*(SPILLS[known].get(kind, ()) for known in releases))
 
 

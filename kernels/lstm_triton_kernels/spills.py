@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-Kind = tuple[int, str, int, int, bool]
-"""Compute capability times ten, type of the products, gates, matrices of a full peephole, whether the backward pass."""
+Kind = tuple[int, str, int, int, bool, bool]
+"""Compute capability times ten, type of the products, gates, matrices of a full peephole, whether the backward
+pass, whether with lengths or resets."""
 
 SPILLS: dict[str, dict[Kind, frozenset[tuple[Any, ...]]]] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
 import multiprocessing
 import re
@@ -39,9 +40,9 @@ MODULES = (
 )  # fmt: skip
 """Of the kernels' package: what the persistent kernels are made of."""
 
-ASKED = ("training", "everything")
-"""What is asked of a launch: a training step's usual arguments; lengths, resets and every gradient. Inference asks for
-less than training: the same without the stores of gates and cell states."""
+ASKED = ("plain", "ragged")
+"""What is asked of a launch: a training step with the gradients of all results; the same with lengths and resets.
+Inference asks for less: the same without the stores of gates and cell states."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ class Emitted:
         return f"sm{self.capability}-{kind}-{tile}-{p.wait or 'alone'}-{blocks}{'-odd' if self.odd else ''}"
 
 
-def work_of(case: Any, backward: bool) -> Recurrence:
+def work_of(case: Any, backward: bool, ragged: bool) -> Recurrence:
     """What a case of a suite asks of the planner."""
     precision = "tf32" if case.dtype == "tf32" else "ieee"
-    return Recurrence.of(case.spec, case.B, case.H, case.D, STORAGE[case.dtype], precision, backward)
+    return Recurrence.of(case.spec, case.B, case.H, case.D, STORAGE[case.dtype], precision, backward, ragged)
 
 
 def emitted(release: str) -> dict[str, tuple[Emitted, PersistentPlan]]:
@@ -81,17 +82,17 @@ def emitted(release: str) -> dict[str, tuple[Emitted, PersistentPlan]]:
         for case in cases(GPU_SUITES):
             if case.cell:
                 continue
-            for backward in (False, True) if case.mode == TRAINING else (False,):
-                work = work_of(case, backward)
+            passes = (False, True) if case.mode == TRAINING else (False,)
+            for backward, asked in itertools.product(passes, ASKED):
+                work = work_of(case, backward, ragged=asked == "ragged")
                 plan = persistent_plan(work, gpu, release=release)
                 if isinstance(plan, str):
                     continue
                 rate = work.rate if case.suite == "anchor" else "bfloat16" if work.rate == "float16" else work.rate
-                for asked in ASKED:
-                    one = Emitted(gpu.capability, rate, case.variant, backward, case.H % 16 != 0, asked, plan)
-                    other = found.get(str(one))
-                    if other is None or plan.shared_bytes < other[1].shared_bytes:
-                        found[str(one)] = (one, plan)
+                one = Emitted(gpu.capability, rate, case.variant, backward, case.H % 16 != 0, asked, plan)
+                other = found.get(str(one))
+                if other is None or plan.shared_bytes < other[1].shared_bytes:
+                    found[str(one)] = (one, plan)
     return dict(sorted(found.items()))
 
 
@@ -104,9 +105,8 @@ def launch_of(one: Emitted) -> Launch:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    everything = one.asked == "everything"
     ragged = {}
-    if everything:
+    if one.asked == "ragged":
         ragged = dict(lengths=torch.ones(B, dtype=torch.int64), resets=torch.zeros(T, B, dtype=torch.uint8))
     w_ch = empty(D, Q * H) if spec.diagonal else empty(D, Q * H, H) if spec.full else None
     gates, w_hh = empty(D, T, B, G * H), empty(D, G * H, H)
@@ -117,9 +117,9 @@ def launch_of(one: Emitted) -> Launch:
         with record_launches({sequence_persistent: list(KERNELS)}) as launches:
             if one.backward:
                 states, sequence = empty(D, B, H), empty(T, B, D * H)
-                given = (sequence, states, states) if everything else (None, None, None)
+                given = (sequence, sequence, states, states)
                 cells = torch.empty(D, T + 1, B, H)
-                sequence_persistent.backward(sequence, *given, gates, cells, w_hh, w_ch, spec, plan, **ragged)
+                sequence_persistent.backward(*given, gates, cells, w_hh, w_ch, spec, plan, **ragged)
             else:
                 initial = (empty(D, B, H), empty(D, B, H))
                 sequence_persistent.forward(
@@ -226,7 +226,7 @@ def kind_of(one: Emitted) -> spills.Kind:
     spec = LSTMSpec.parse(one.variant)
     rate = one.rate if one.rate in ("tf32", "float32") else "half"
     matrices = len(spec.peephole_gates) if spec.full else 0
-    return (one.capability, rate, len(spec.gates), matrices, one.backward)
+    return (one.capability, rate, len(spec.gates), matrices, one.backward, one.asked == "ragged")
 
 
 def write_record(release: str, launches: dict[str, Any]) -> None:
