@@ -11,6 +11,7 @@ A graph holds the addresses of the weights; they are part of what it is found by
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,10 @@ class Chunk:
 
 
 _chunks: OrderedDict[tuple[Any, ...], Chunk | None] = OrderedDict()
+"""By sizes and addresses; None: seen once, or not to be captured."""
+
+_refused: set[tuple[Any, ...]] = set()
+"""What could not be captured."""
 
 
 def forward(
@@ -186,9 +191,13 @@ def chunk_of(
         return None
     _chunks.move_to_end(key)
     chunk = _chunks[key]
-    if chunk is None:
+    if chunk is None and key not in _refused:
         buffers = {k: torch.zeros(t.shape, dtype=t.dtype, device=device) for k, t in present.items()}
-        chunk = _chunks[key] = Chunk(buffers, *capture(lambda: steps(buffers)))
+        try:
+            chunk = _chunks[key] = Chunk(buffers, *capture(lambda: steps(buffers)))
+        except RuntimeError as error:
+            _refused.add(key)
+            warnings.warn(f"the steps of an LSTM are launched one by one: capturing them failed: {error}", stacklevel=2)
     return chunk
 
 

@@ -24,6 +24,7 @@ def captures(monkeypatch):
     monkeypatch.setattr(sequence_replayed, "capture", capture)
     monkeypatch.setattr(sequence_replayed, "pays", lambda device, T, *rest: T >= 2)
     monkeypatch.setattr(sequence_replayed, "_chunks", type(sequence_replayed._chunks)())
+    monkeypatch.setattr(sequence_replayed, "_refused", set())
     return captured
 
 
@@ -85,6 +86,22 @@ def test_the_graph_that_was_not_used_for_longest_goes(captures, monkeypatch):
         layers[1](x)
         layers[1](x)
     assert len(captures) == 2
+
+
+def test_what_cannot_be_captured_is_launched_step_by_step(captures, monkeypatch):
+    def refuse(function):
+        captures.append(function)
+        raise RuntimeError("no graphs today")
+
+    monkeypatch.setattr(sequence_replayed, "capture", refuse)
+    layer = lstm_triton.LSTM(3, 5, strategy="stepwise").requires_grad_(False)
+    x = torch.randn(4, 2, 3)
+    with lstm_triton.backend("triton"):
+        first = layer(x)[0]
+        with pytest.warns(UserWarning, match="one by one: capturing them failed: no graphs today"):
+            second = layer(x)[0]
+        third = layer(x)[0]
+    assert torch.equal(first, second) and torch.equal(first, third) and len(captures) == 1
 
 
 @pytest.mark.parametrize(
