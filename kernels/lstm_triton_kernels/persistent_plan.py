@@ -300,14 +300,12 @@ def _together(work: Recurrence, gpu: GPU, block_u: int, block_b: int, num_warps:
     read = unit_programs * work.D * work.B * work.exchanged_bytes
     read_us = read / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
     block_us = _product_us(work, gpu, tiles, block_b, block_u) + EPILOGUE_US
-    widest = 4 if work.matrices and not work.backward else work.element_bytes  # c is read in float32
     for wait, wait_us in WAIT_US.items():
         group = chunks
-        staging = (group * block_k * widest + block_u * 4) * split * block_b + 4096
-        if tiles + staging > gpu.shared_bytes:
+        if tiles + _staging(work, group, split * block_k, block_b, split * block_u) > gpu.shared_bytes:
             group = 1
-            staging = (group * block_k * widest + block_u * 4) * split * block_b + 4096
-        if tiles + staging > gpu.shared_bytes:
+        shared_bytes = tiles + _staging(work, group, split * block_k, block_b, split * block_u)
+        if shared_bytes > gpu.shared_bytes:
             continue
         groups = ceil_div(chunks, group) * (work.gates if work.backward else 2 if work.matrices else 1)
         reading_us = GROUP_US[wait] * (groups - 1) + (CHECK_US * groups if wait == "data" else 0.0)
@@ -326,10 +324,20 @@ def _together(work: Recurrence, gpu: GPU, block_u: int, block_b: int, num_warps:
             num_warps=num_warps,
             wait=wait,
             exact=work.rate == "float32",
-            shared_bytes=tiles + staging,
+            shared_bytes=shared_bytes,
             # The programs of a row block wait once a step; other blocks are worked on meanwhile.
             estimate_us=max(wait_us + reading_us + block_us, turns * (reading_us + block_us)) + read_us,
         )
+
+
+def _staging(work: Recurrence, group: int, columns: int, block_b: int, units: int) -> int:
+    """Shared memory beside the tiles: the left operands that are read at once, one sum over the warps, and some more.
+
+    Of three gates in a row the compiler keeps two operands at once (tests/compile).
+    """
+    widest = 4 if work.matrices and not work.backward else work.element_bytes  # c is read in float32
+    operands = max(group, 2) if work.backward and work.gates == 3 else group
+    return (operands * columns * widest + units * 4) * block_b + 4096
 
 
 def _block_k(work: Recurrence, split: int, block_b: int) -> int:

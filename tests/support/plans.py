@@ -147,7 +147,7 @@ def compiled(one: Emitted) -> dict[str, Any]:
 def weights_stay(ttgir: str) -> bool:
     """Whether the right operand of every product in the time loop was loaded before it.
 
-    Into shared memory, which the loop reads (local_load), or where it is small into the registers themselves.
+    Into shared memory, which the loop reads (local_load), or where it is small into registers (convert_layout).
     """
     lines = ttgir.splitlines()
     defined = {match[1]: n for n, line in enumerate(lines) if (match := re.match(r"\s*(%\S+?)(?::\d+)? = ", line))}
@@ -159,8 +159,8 @@ def weights_stay(ttgir: str) -> bool:
             return False
         if defined[operand] < loop:
             continue
-        source = re.search(r"ttg\.local_load (%[\w#]+)", lines[defined[operand]])
-        if source is None or not defined[source[1]] < loop or "ttg.local_alloc" not in lines[defined[source[1]]]:
+        source = re.search(r"ttg\.(?:local_load|convert_layout) (%[\w#.]+)", lines[defined[operand]])
+        if source is None or not defined[source[1]] < loop:
             return False
     return bool(products)
 
