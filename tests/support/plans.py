@@ -195,6 +195,9 @@ def read_record(release: str) -> dict[str, Any]:
 def sweep(release: str, processes: int) -> None:
     """Compile what the record lacks, note what spills, again with the plans that replace it, until nothing does."""
     record = read_record(release)
+    if not record:  # of other kernels: so is what they spill
+        spills.SPILLS.pop(release, None)
+        persistent_plan.cache_clear()
     spilling: dict[spills.Kind, set[tuple[Any, ...]]] = {}
     while True:
         wanted = emitted(release)
