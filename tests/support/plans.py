@@ -196,7 +196,7 @@ def sweep(release: str, processes: int) -> None:
     """Compile what the record lacks, note what spills, again with the plans that replace it, until nothing does."""
     record = read_record(release)
     if not record:  # of other kernels: so is what they spill
-        spills.SPILLS.pop(release, None)
+        spills.SPILLS[release] = {}
         persistent_plan.cache_clear()
     spilling: dict[spills.Kind, set[tuple[Any, ...]]] = {}
     while True:
