@@ -74,7 +74,7 @@ def persistent_backward_kernel(
 ):  # fmt: skip
     """The gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0 (without a full peephole's part).
 
-    - dc: (D, B, H) accumulator type, zero before: the gradient of c_{t-1} when step t is done
+    - dc: (D, B, H) accumulator type, the gradient of c_{t-1} when step t is done; zero before, unless ONE_BLOCK
     - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as saved
     - grad_output, grad_cells: (T, B, D·H); grad_h_n, grad_c_n: (D, B, H)
     - w_hh, w_ch, lengths, resets, counters, error: as in the forward pass

@@ -119,7 +119,8 @@ def backward(
     D, T, B, _ = gates.shape
     H = w_hh.shape[2]
     d_gates = torch.empty_like(gates)
-    dc = torch.zeros(D, B, H, dtype=cells.dtype, device=gates.device)
+    several = plan.blocks_per_program > 1
+    dc = (torch.zeros if several else torch.empty)(D, B, H, dtype=cells.dtype, device=gates.device)
     if plan.wait == "data":
         unpublish(d_gates)
     with turn(gates.device) if not plan.alone else nullcontext():
@@ -164,11 +165,14 @@ def sequence_arguments(
 ) -> dict[str, Any]:  # fmt: skip
     """The arguments that both passes share: sizes, rows, waits. `name`: what the launch is, for an error."""
     device = like.device
-    counters = 1 if plan.wait != "counter" else D * plan.row_blocks * COUNTER_STRIDE.value
+    if plan.wait == "counter":
+        counters = torch.zeros(D * plan.row_blocks * COUNTER_STRIDE.value, dtype=torch.int32, device=device)
+    else:
+        counters = torch.empty(1, dtype=torch.int32, device=device)  # nobody counts
     return dict(
         lengths_ptr=lengths,
         resets_ptr=resets,
-        counters_ptr=torch.zeros(counters, dtype=torch.int32, device=device),
+        counters_ptr=counters,
         error_ptr=flags_of(device).take(f"{name}, {T} steps of {B} rows, {plan.programs} programs on {device}"),
         T=T,
         B=B,

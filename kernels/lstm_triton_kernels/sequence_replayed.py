@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,11 +59,8 @@ class Chunk:
                 self.done.record()
 
 
-_chunks: OrderedDict[tuple[Any, ...], Chunk | None] = OrderedDict()
-"""By sizes and addresses; None: seen once, or not to be captured."""
-
-_refused: set[tuple[Any, ...]] = set()
-"""What could not be captured."""
+_chunks: OrderedDict[tuple[Any, ...], Chunk | Literal["seen", "refused"]] = OrderedDict()
+"""By sizes and addresses: captured, seen once, or not to be captured."""
 
 
 def forward(
@@ -185,20 +182,20 @@ def chunk_of(
     addresses = tuple((key, w.data_ptr()) for key, w in weights.present().items())
     key = (name, device, shapes, addresses, matmul_precision())
     if key not in _chunks:
-        _chunks[key] = None
+        _chunks[key] = "seen"
         while len(_chunks) > MOST_GRAPHS:
             _chunks.popitem(last=False)
         return None
     _chunks.move_to_end(key)
     chunk = _chunks[key]
-    if chunk is None and key not in _refused:
+    if chunk == "seen":
         buffers = {k: torch.zeros(t.shape, dtype=t.dtype, device=device) for k, t in present.items()}
         try:
             chunk = _chunks[key] = Chunk(buffers, *capture(lambda: steps(buffers)))
         except RuntimeError as error:
-            _refused.add(key)
+            chunk = _chunks[key] = "refused"
             warnings.warn(f"the steps of an LSTM are launched one by one: capturing them failed: {error}", stacklevel=2)
-    return chunk
+    return chunk if isinstance(chunk, Chunk) else None
 
 
 def capture(function: Callable[[], None]) -> tuple[Callable[[], None], Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lstm_triton_kernels.gpus import GPUS
 
-from lstm_triton import VARIANTS, dispatch
+from lstm_triton import VARIANTS, LSTMSpec, dispatch
 from tests.gpu import test_parity as parity
 from tests.support.gpu import SERVED, TYPES, Pass
 from tests.support.parity import call, random_inputs
@@ -28,12 +28,17 @@ def test_parity_has_every_variant_shape_and_type_and_the_persistent_kernels_of_t
 
 
 def test_each_shape_has_the_plan_that_it_is_for():
-    """Of some shapes by one wait alone, where the other's plans spill; few are left out."""
+    """By one wait at least; but for the full peephole of 64 units, which does not fit the registers of one program."""
     found = {(case.spec, case.H, case.B, case.T, precision)
              for precision, case, _ in (parameters.values for parameters in persistent.cases())}  # fmt: skip
-    every = (len(persistent.TOGETHER) + len(persistent.ALONE)) * len(SERVED) * len(persistent.SERVED_TYPES)
-    full_float32_of_64_units = 2 * 2 * 2  # coupled or not, tf32 or ieee, few rows or many
-    assert every - full_float32_of_64_units - len(found) <= every // 50
+    shapes = {**persistent.TOGETHER, **persistent.ALONE}.values()
+    every = {(spec, shape["H"], shape["B"], shape["T"], precision)
+             for spec in SERVED for shape in shapes for precision in persistent.SERVED_TYPES}  # fmt: skip
+    alone = [shape for shape in persistent.ALONE.values() if shape["H"] == 64]
+    assert every - found == {
+        (LSTMSpec(peephole="full"), shape["H"], shape["B"], shape["T"], precision)
+        for shape in alone for precision in persistent.SERVED_TYPES
+    }  # fmt: skip
     for parameters in persistent.cases():
         precision, case, wanted = parameters.values
         for plan in persistent.plans(case, precision, wanted, GPUS["h100"]):

@@ -70,8 +70,7 @@ def preference(wait: str | None, H: int, several_row_blocks: bool = False) -> Pr
 def cases():
     """(precision, case, preference): every served variant and type, every shape, each wait that the shape has.
 
-    Without what an H100 has no plan for: full peepholes of float32 in one program, and plans that spill under the
-    installed release of Triton.
+    Without what an H100 has no plan for (test_cases.py says what that is).
     """
     for precision, dtype in SERVED_TYPES.items():
         for shape, sizes in {**TOGETHER, **ALONE}.items():

@@ -24,7 +24,6 @@ def captures(monkeypatch):
     monkeypatch.setattr(sequence_replayed, "capture", capture)
     monkeypatch.setattr(sequence_replayed, "pays", lambda device, T, *rest: T >= 2)
     monkeypatch.setattr(sequence_replayed, "_chunks", type(sequence_replayed._chunks)())
-    monkeypatch.setattr(sequence_replayed, "_refused", set())
     return captured
 
 

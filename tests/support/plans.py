@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from lstm_triton_kernels import sequence_persistent, spills
-from lstm_triton_kernels.gpus import GPU, GPUS
+from lstm_triton_kernels.gpus import GPUS
 from lstm_triton_kernels.persistent_plan import PersistentPlan, Recurrence, persistent_plan
 
 from benchmarks.suites import GPU_SUITES, STORAGE, TRAINING, cases
@@ -240,19 +240,26 @@ def write_record(release: str, launches: dict[str, Any]) -> None:
 
 
 def write_spills() -> None:
-    """The module of spilling plans, sorted."""
+    """The module of spilling plans, sorted, as many to a line as there is room for."""
     path = Path(spills.__file__)
-    head = path.read_text().split("SPILLS:")[0]
-    lines = [f"{head}SPILLS: dict[str, dict[Kind, frozenset[tuple[Any, ...]]]] = {{"]
+    head = path.read_text().split("SPILLS:")[0].removesuffix("# fmt: off\n")
+    lines = [f"{head}# fmt: off\nSPILLS: dict[str, dict[Kind, frozenset[tuple[Any, ...]]]] = {{"]
     for release in sorted(spills.SPILLS):
         lines.append(f'    "{release}": {{')
         for kind in sorted(spills.SPILLS[release]):
-            lines.append(f"        {_literal(kind)}: frozenset(")
-            lines.append("            {")
-            lines += [f"                {_literal(key)}," for key in sorted(spills.SPILLS[release][kind], key=repr)]
-            lines += ["            }", "        ),"]
+            lines.append(f"        {_literal(kind)}: frozenset({{")
+            row = ""
+            for key in sorted(map(_literal, spills.SPILLS[release][kind])):
+                if len(row) + len(key) + 14 > LINE:
+                    lines.append(f"            {row.rstrip()}")
+                    row = ""
+                row += f"{key}, "
+            lines += [f"            {row.rstrip()}", "        }),"]
         lines.append("    },")
     path.write_text("\n".join([*lines, "}"]) + "\n")
+
+
+LINE = 120
 
 
 def _literal(value: tuple[Any, ...]) -> str:
@@ -263,11 +270,6 @@ def releases() -> Iterator[str]:
     """The releases of Triton that there is a record of."""
     for path in sorted((ROOT / "tests" / "data").glob("plans-*.json")):
         yield path.stem.removeprefix("plans-")
-
-
-def gpus_of(capability: int) -> list[GPU]:
-    """The GPUs of the table that have a compute capability."""
-    return [gpu for gpu in GPUS.values() if gpu.capability == capability]
 
 
 if __name__ == "__main__":
