@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_triton.autograd import differentiable_gradients, gradients_where_needed
+from lstm_triton import transforms
+from lstm_triton.autograd import Call, differentiable_gradients, gradients_where_needed
+from lstm_triton.ragged import Packing
 from lstm_triton.spec import LSTMSpec, LSTMWeights
 
 
@@ -23,9 +25,10 @@ def serves(x: Tensor, spec: LSTMSpec) -> bool:
     """Whether PyTorch's own LSTM computes this call as this library would.
 
     It has the standard variant only, and on the CPU it rounds the cell state of half types at every step. Under
-    torch.compile the opaque operator is used instead, which does not unroll the sequence.
+    torch.compile the opaque operator is used instead, which does not unroll the sequence; so it is under torch.func,
+    to which the graph that the Function keeps would be hidden.
     """
-    if torch.compiler.is_compiling() or not spec.standard:
+    if torch.compiler.is_compiling() or transforms.active() or not spec.standard:
         return False
     return x.device.type == "cuda" or x.dtype in (torch.float32, torch.float64)
 
@@ -40,44 +43,55 @@ def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights) -> tuple[Te
     return torch._VF.lstm_cell(x, (h, c), *weights.present().values())
 
 
-def lstm_layer(x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights]) -> tuple[Tensor, Tensor, Tensor]:
-    """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H)."""
+def lstm_layer(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], packing: Packing | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H).
+
+    With a packing x is (N, I) and output (N, D·P), N the steps of all rows together.
+    """
     bias, projection = weights[0].bias_ih is not None, weights[0].weight_hr is not None
     flat = [w for direction in weights for w in direction.present().values()]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *flat)):
-        return ATenLayerFunction.apply(bias, projection, x, h_0, c_0, *flat)
-    return call(bias, x, h_0, c_0, *flat)
+        return ATenLayerFunction.apply(bias, projection, packing, x, h_0, c_0, *flat)
+    return call(bias, packing, x, h_0, c_0, *flat)
 
 
-def call(bias: bool, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def call(
+    bias: bool, packing: Packing | None, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The operator itself, for one layer."""
     bidirectional = h_0.shape[0] == 2
     # cuDNN has a backward pass only for a forward pass in training mode; without dropout that changes no result.
-    train = torch.is_grad_enabled()
-    return torch._VF.lstm(x, (h_0, c_0), list(weights), bias, 1, 0.0, train, bidirectional, False)
+    options = (bias, 1, 0.0, torch.is_grad_enabled(), bidirectional)
+    if packing is not None:
+        return torch._VF.lstm(x, packing.batch_sizes, (h_0, c_0), list(weights), *options)
+    return torch._VF.lstm(x, (h_0, c_0), list(weights), *options, False)
 
 
 class ATenLayerFunction(torch.autograd.Function):
-    """apply(bias, projection, x, h_0, c_0, *weights) -> output, h_n, c_n."""
+    """apply(bias, projection, packing, x, h_0, c_0, *weights) -> output, h_n, c_n."""
 
     @staticmethod
-    def forward(ctx: Any, bias: bool, projection: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, bias: bool, projection: bool, packing: Packing | None, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             inner = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-            results = call(bias, *inner)
-        ctx.parameters, ctx.inner, ctx.results = (LSTMSpec().name, bias, projection), inner, results
+            results = call(bias, packing, *inner)
+        ctx.call, ctx.packing = Call(LSTMSpec().name, bias, projection, "cudnn"), packing
+        ctx.inner, ctx.results = inner, results
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         return tuple(result.detach() for result in results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         inputs = ctx.saved_tensors  # read on every path: a freed graph is PyTorch's usual error
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
-            return None, None, *differentiable_gradients(grads, inputs, needs, *ctx.parameters)
+            again = differentiable_gradients((*grads, None), inputs, needs, ctx.call, packing=ctx.packing)
+            return None, None, None, *again
         wanted = [t for t, needed in zip(ctx.inner, needs, strict=True) if needed]
         # Whether the user will come back is known to the outer graph alone: keep the inner one.
-        return None, None, *gradients_where_needed(ctx.results, grads, wanted, needs, retain_graph=True)
+        return None, None, None, *gradients_where_needed(ctx.results, grads, wanted, needs, retain_graph=True)

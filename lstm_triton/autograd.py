@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from lstm_triton_kernels.gpus import gpu_of
 from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 
-from lstm_triton import layer, reference, selection
+from lstm_triton import layer, reference, selection, transforms
+from lstm_triton.batching import one_by_one
+from lstm_triton.ragged import Packing
 from lstm_triton.spec import LSTMSpec, LSTMWeights
 
 STEPS = {"stepwise": "lstm_triton_kernels.sequence_replayed", "torch": "lstm_triton.eager"}
@@ -27,14 +29,14 @@ STEPS = {"stepwise": "lstm_triton_kernels.sequence_replayed", "torch": "lstm_tri
 
 
 def passes(
-    strategy: str, x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, training: bool
+    strategy: str, x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, training: bool, ragged: bool
 ) -> tuple[Callable[..., layer.LayerResult], Callable[..., layer.LayerGradients]]:
     """The forward and the backward pass of a layer by a strategy: "auto", "persistent", "stepwise" or "torch".
 
     What the one saves the other can read, whatever strategy each of them is.
     """
     if strategy != "torch":
-        sizes = selection.layer_of(x, c_0, weights, spec, training)
+        sizes = selection.layer_of(x, c_0, weights, spec, training, ragged)
         strategy = selection.kernels(strategy if sizes.B > 0 else "stepwise", sizes, gpu_of(x.device)).name
     if strategy == "persistent":
         persistent = importlib.import_module("lstm_triton.persistent")
@@ -43,21 +45,37 @@ def passes(
     return partial(layer.forward, steps=steps), partial(layer.backward, steps=steps)
 
 
+class Call(NamedTuple):
+    """What the operators are told beside tensors: a variant's name and which parameters there are, and how to compute.
+
+    As plain values in the operators' signatures, in this order.
+    """
+
+    variant: str
+    bias: bool
+    projection: bool
+    strategy: str
+
+
 def lstm_layer(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, strategy: str,
-    recompute: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H).
+    recompute: bool = False, lengths: Tensor | None = None, resets: Tensor | None = None, states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H), states.
 
-    `weights` has one entry a direction; the second runs backwards in time. All of one type and device. With `recompute`
-    the gates are not kept for the backward pass, but computed again in it.
+    - weights: one entry a direction; the second runs backwards in time. All of one type and device
+    - recompute: the gates are not kept for the backward pass, but computed again in it
+    - lengths (B,) int64 and resets (T, B) bool as in `reference.layer_states`; x is finite beyond a length
+    - states: whether every c_t is wanted, (T, B, D·H); else they are empty
     """
     first = weights[0]
-    parameters = (spec.name, first.bias_ih is not None, first.weight_hr is not None)
+    call = Call(spec.name, first.bias_ih is not None, first.weight_hr is not None, strategy)
     flat = [w for direction in weights for w in direction.present().values()]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *flat)):
-        return LSTMLayerFunction.apply(parameters, strategy, recompute, x, h_0, c_0, *flat)[:3]
-    return layer_forward(x, h_0, c_0, flat, *parameters, strategy, False, False)[:3]
+    # Under torch.func a tensor may hide that it requires a gradient.
+    tracked = transforms.active() or any(t.requires_grad for t in (x, h_0, c_0, *flat))
+    if torch.is_grad_enabled() and tracked:
+        return LSTMLayerFunction.apply(call, recompute, states, lengths, resets, x, h_0, c_0, *flat)[:4]
+    return layer_forward(x, h_0, c_0, flat, lengths, resets, *call, False, False, states)[:4]
 
 
 def group(flat: Sequence[Any], spec: LSTMSpec, bias: bool, projection: bool) -> list[LSTMWeights]:
@@ -79,29 +97,35 @@ def computing_on(device: torch.device) -> Iterator[None]:
 
 @torch.library.custom_op("lstm_triton::layer_forward", mutates_args=())
 def layer_forward(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor],
-    variant: str, bias: bool, projection: bool, strategy: str, save: bool, recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Optional[Tensor], resets: Optional[Tensor],
+    variant: str, bias: bool, projection: bool, strategy: str, save: bool, recompute: bool, states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The fields of `layer.LayerResult`; `weights`: D times what `LSTMSpec.parameter_names(bias, projection)` lists."""
     check_launches()
     spec = LSTMSpec.parse(variant)
     grouped = group(weights, spec, bias, projection)
-    forward, _ = passes(strategy, x, c_0, grouped, spec, save)
+    ragged = lengths is not None or resets is not None
+    forward, _ = passes(strategy, x, c_0, grouped, spec, save, ragged)
     with computing_on(x.device):
-        return forward(x, h_0, c_0, grouped, spec, save, recompute)
+        return forward(x, h_0, c_0, grouped, spec, layer.Keep(save, recompute, states), lengths, resets)
 
 
 @layer_forward.register_fake
-def _(x, h_0, c_0, weights, variant, bias, projection, strategy, save, recompute):  # type: ignore[no-untyped-def]
+def _(x, h_0, c_0, weights, lengths, resets, variant, bias, projection, strategy, save, recompute, states):  # type: ignore[no-untyped-def]
     spec = LSTMSpec.parse(variant)
-    shapes = layer.result_shapes(x, c_0, group(weights, spec, bias, projection), spec, save, recompute)
+    keep = layer.Keep(save, recompute, states)
+    shapes = layer.result_shapes(x, c_0, group(weights, spec, bias, projection), spec, keep)
     return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+
+
+layer_forward.register_vmap(one_by_one(layer_forward))
 
 
 @torch.library.custom_op("lstm_triton::layer_backward", mutates_args=())
 def layer_backward(
     grad_output: Optional[Tensor], grad_h_n: Optional[Tensor], grad_c_n: Optional[Tensor],
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor],
+    grad_states: Optional[Tensor],
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Optional[Tensor], resets: Optional[Tensor],
     output: Tensor, gates: Tensor, cells: Tensor,
     variant: str, bias: bool, projection: bool, strategy: str, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
@@ -110,11 +134,12 @@ def layer_backward(
     spec = LSTMSpec.parse(variant)
     names = spec.parameter_names(bias, projection)
     grouped = group(weights, spec, bias, projection)
-    _, backward = passes(strategy, x, c_0, grouped, spec, True)
+    _, backward = passes(strategy, x, c_0, grouped, spec, True, lengths is not None or resets is not None)
     needed = [needs[n : n + len(names)] for n in range(3, len(needs), len(names))]
     wanted = layer.Needs(needs[0], needs[1], needs[2], [list(compress(names, part)) for part in needed])
+    grads = (grad_output, grad_h_n, grad_c_n, grad_states)
     with computing_on(x.device):
-        gradients = backward(grad_output, grad_h_n, grad_c_n, x, h_0, c_0, grouped, output, gates, cells, spec, wanted)
+        gradients = backward(*grads, x, h_0, c_0, grouped, output, gates, cells, spec, wanted, lengths, resets)
     flat = [gradients.x, gradients.h_0, gradients.c_0]
     flat += [direction.get(name) for direction in gradients.weights for name in names]
     distinct: list[Tensor] = []
@@ -127,64 +152,78 @@ def layer_backward(
 
 @layer_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_h_n, grad_c_n, x, h_0, c_0, weights, output, gates, cells,
+    grad_output, grad_h_n, grad_c_n, grad_states, x, h_0, c_0, weights, lengths, resets, output, gates, cells,
     variant, bias, projection, strategy, needs,
 ):  # fmt: skip
     return [t.new_empty(t.shape) for t, needed in zip((x, h_0, c_0, *weights), needs, strict=True) if needed]
 
 
+layer_backward.register_vmap(one_by_one(layer_backward))
+
+
 class LSTMLayerFunction(torch.autograd.Function):
-    """apply((variant, bias, projection), strategy, recompute, x, h_0, c_0, *weights) -> the fields of `LayerResult`."""
+    """apply(call, recompute, states, lengths, resets, x, h_0, c_0, *weights) -> the fields of `LayerResult`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        parameters: tuple[str, bool, bool], strategy: str, recompute: bool,
+        call: Call, recompute: bool, states: bool, lengths: Optional[Tensor], resets: Optional[Tensor],
         x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return layer_forward(x, h_0, c_0, weights, *parameters, strategy, True, recompute)
+        return layer_forward(x, h_0, c_0, weights, lengths, resets, *call, True, recompute, states)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.parameters, ctx.strategy, _, x, h_0, c_0, *weights = inputs
-        hidden, _, _, gates, cells = output
+        ctx.call, _, ctx.states, lengths, resets, x, h_0, c_0, *weights = inputs
+        hidden, _, _, _, gates, cells = output
         ctx.mark_non_differentiable(gates, cells)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, gates, cells, x, h_0, c_0, *weights)
+        ctx.save_for_backward(hidden, gates, cells, lengths, resets, x, h_0, c_0, *weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
-        hidden, gates, cells, x, h_0, c_0, *weights = ctx.saved_tensors
-        grads = grads[:3]
-        needs = list(ctx.needs_input_grad[3:])
+        hidden, gates, cells, lengths, resets, x, h_0, c_0, *weights = ctx.saved_tensors
+        grads = (*grads[:3], grads[3] if ctx.states else None)
+        needs = list(ctx.needs_input_grad[5:])
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return None, None, None, *differentiable_gradients(grads, (x, h_0, c_0, *weights), needs, *ctx.parameters)
-        saved = (x, h_0, c_0, weights, hidden, gates, cells)
-        computed = iter(layer_backward(*grads, *saved, *ctx.parameters, ctx.strategy, needs))
-        return None, None, None, *(next(computed) if needed else None for needed in needs)
+            inputs = (x, h_0, c_0, *weights)
+            computed = iter(differentiable_gradients(grads, inputs, needs, ctx.call, lengths, resets))
+            return (None,) * 5 + tuple(computed)
+        saved = (x, h_0, c_0, weights, lengths, resets, hidden, gates, cells)
+        computed = iter(layer_backward(*grads, *saved, *ctx.call, needs))
+        return (None,) * 5 + tuple(next(computed) if needed else None for needed in needs)
 
 
 def differentiable_gradients(
     grads: Sequence[Optional[Tensor]],
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
-    variant: str,
-    bias: bool,
-    projection: bool,
+    call: Call,
+    lengths: Optional[Tensor] = None,
+    resets: Optional[Tensor] = None,
+    packing: Optional[Packing] = None,
 ) -> list[Optional[Tensor]]:
     """Gradients that can be differentiated again: those of the reference, recomputed.
 
-    - grads: of output, h_n, c_n, None where zero
+    - grads: of output, h_n, c_n and every c_t, None where zero
     - inputs: x, h_0, c_0 and the flat weights; `needs` says whose gradient is wanted
+    - packing: how x and output are packed, if they are
     """
-    spec = LSTMSpec.parse(variant)
+    spec = LSTMSpec.parse(call.variant)
     # Views: the graph from the gradients back to the inputs must start at tensors of this call alone.
     inputs = [t.view_as(t) for t in inputs]
     x, h_0, c_0, *flat = inputs
-    results = reference.layer(x, h_0, c_0, group(flat, spec, bias, projection), spec)
+    grouped = group(flat, spec, call.bias, call.projection)
+    if packing is not None:
+        x, lengths = packing.pad(x), packing.lengths
+    output, cells, h_n, c_n = reference.layer_states(x, h_0, c_0, grouped, spec, lengths, resets)
+    if packing is not None:
+        output = packing.pack(output)
     wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
-    return gradients_where_needed(results, grads, wanted, needs, create_graph=True)
+    return gradients_where_needed((output, h_n, c_n, cells), grads, wanted, needs, create_graph=True)
 
 
 def gradients_where_needed(

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 
@@ -58,10 +59,39 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
-def padded(input: Any) -> None:
-    """Raises TypeError for a PackedSequence, which the library does not take yet."""
-    if isinstance(input, PackedSequence):
-        raise TypeError("PackedSequence input is not supported yet: pass the padded tensor")
+def not_sharded(weights: Iterable[Tensor], names: Iterable[str]) -> None:
+    """Raises RuntimeError for a parameter that is spread over several processes, as FSDP leaves them between calls."""
+    for weight, name in zip(weights, names, strict=True):
+        if type(weight) not in (Tensor, Parameter) and hasattr(weight, "device_mesh"):
+            raise RuntimeError(
+                f"{name} is sharded over {weight.device_mesh.size()} processes (a DTensor): call the module itself, "
+                "so that its FSDP hooks gather the parameters first, or unshard() it"
+            )
+
+
+def lengths(lengths: Any, B: int, packed: bool) -> None:
+    """The lengths of the rows, but for their values. Raises TypeError or ValueError."""
+    if lengths is None:
+        return
+    if packed:
+        raise ValueError("a PackedSequence has the lengths of its rows: lengths go with a padded input")
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths should be a Tensor of int32 or int64, got: {kind}")
+    if tuple(lengths.shape) != (B,):
+        raise ValueError(f"Expected lengths size {(B,)}, one for each row, got {list(lengths.shape)}")
+
+
+def resets(resets: Any, T: int, B: int, batched: bool, batch_first: bool) -> None:
+    """The resets of the states, laid out as the input is. Raises TypeError or ValueError."""
+    if resets is None:
+        return
+    if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+        kind = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
+        raise TypeError(f"resets should be a Tensor of bool, got: {kind}")
+    expected = (T,) if not batched else (B, T) if batch_first else (T, B)
+    if tuple(resets.shape) != expected:
+        raise ValueError(f"Expected resets size {expected}, one for each step of each row, got {list(resets.shape)}")
 
 
 def same_kind(input: Tensor, others: Sequence[Tensor], what: str) -> None:
@@ -86,9 +116,12 @@ def weight_shapes(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
             raise RuntimeError(f"Expected {name} size {shape}, got {list(weights[name].shape)}")
 
 
-def lstm_input_dimensions(input: Tensor) -> None:
-    """Raises ValueError unless the input is (T, B, I) or, unbatched, (T, I)."""
-    if input.dim() not in (2, 3):
+def lstm_input_dimensions(input: Tensor | PackedSequence) -> None:
+    """Raises ValueError unless the input is (T, B, I) or (T, I), RuntimeError unless it is, packed, (N, I)."""
+    if isinstance(input, PackedSequence):
+        if input.data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+    elif input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
 
 
@@ -113,11 +146,14 @@ def lstm_input(input: Tensor, input_size: int, weight_dtype: torch.dtype, autoca
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {input.size(-1)}")
 
 
-def lstm_states(hx: tuple[Tensor, Tensor], expected: tuple[tuple[int, int, int], tuple[int, int, int]]) -> None:
-    """Raises RuntimeError unless (h_0, c_0) have the expected sizes (D·L, B, P) and (D·L, B, H)."""
+def lstm_states(
+    hx: tuple[Tensor, Tensor], expected: tuple[tuple[int, int, int], tuple[int, int, int]], batched: bool
+) -> None:
+    """Raises RuntimeError unless (h_0, c_0) have the expected sizes (D·L, B, P) and (D·L, B, H); unbatched B = 1."""
     for n, (state, size) in enumerate(zip(hx, expected, strict=True)):
-        if tuple(state.shape) != size:
-            raise RuntimeError(f"Expected hidden[{n}] size {size}, got {list(state.shape)}")
+        actual = tuple(state.shape) if batched else (state.shape[0], 1, *state.shape[1:])
+        if actual != size:
+            raise RuntimeError(f"Expected hidden[{n}] size {size}, got {list(actual)}")
 
 
 def sequence_length(T: int) -> None:

@@ -21,7 +21,7 @@ def fuses_input(T: int) -> bool:
 
 def forward(
     x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: LSTMWeights, spec: LSTMSpec, reverse: bool,
-    output: Tensor, gates: Tensor | None, cells: Tensor,
+    output: Tensor, gates: Tensor | None, cells: Tensor, resets: Tensor | None = None,
 ) -> None:  # fmt: skip
     """All steps forward, into output, gates and cells; see `sequence_stepwise.forward`."""
     assert gate_input is not None
@@ -38,6 +38,9 @@ def forward(
     for step in steps(gate_input.shape[0], reverse, saved=cells.shape[0] > 1):
         a = gates[step.t] if gates is not None and gates.dtype == dtype else scratch
         c_previous, c = cells[step.previous], cells[step.current]
+        if resets is not None:
+            begun = resets[step.t].unsqueeze(1).bool()
+            h, c_previous = h.masked_fill(begun, 0), c_previous.masked_fill(begun, 0)
         torch.addmm(gate_input[step.t].to(dtype), h, w_hh, out=a)
         if v_previous is not None:
             a.addmm_(c_previous, v_previous)
@@ -64,6 +67,7 @@ def forward(
 def backward(
     grad_output: Tensor | None, dh: Tensor, dc: Tensor, weights: LSTMWeights, spec: LSTMSpec, reverse: bool,
     gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
+    resets: Tensor | None = None, grad_cells: Tensor | None = None,
 ) -> None:  # fmt: skip
     """All steps backward, into d_gates (and d_hidden), in place in dh and dc; see `sequence_stepwise.backward`."""
     T = gates.shape[0]
@@ -72,6 +76,9 @@ def backward(
     v = spec.split_peephole(w.weight_ch) if w.weight_ch is not None else {}
     v_previous = spec.previous_peephole(w.weight_ch) if spec.full and w.weight_ch is not None else None
     c_previous, c = (cells[1:], cells[:-1]) if reverse else (cells[:-1], cells[1:])
+    begun = resets.unsqueeze(2).bool() if resets is not None else None
+    if begun is not None:
+        c_previous = c_previous.masked_fill(begun, 0)
 
     # d_gates = (dc, dh) times factors that no later step changes: all steps at once.
     act = spec.split_gates(gates.to(dtype))
@@ -99,6 +106,8 @@ def backward(
         d = spec.split_gates(d_step)
         torch.mul(grad_r, d_o_by_dh[t], out=d["o"])
         dc.addcmul_(grad_r, dc_by_dh[t])
+        if grad_cells is not None:
+            dc += grad_cells[t]
         if spec.output_current:
             dc.addmm_(d["o"], v["o"]) if spec.full else dc.addcmul_(d["o"], v["o"])
         for gate, factor in by_dc.items():
@@ -110,6 +119,9 @@ def backward(
             for gate in spec.previous_gates:
                 dc.addcmul_(d[gate], v[gate])
         grad_h = d_step @ w.weight_hh
+        if begun is not None:
+            grad_h.masked_fill_(begun[t], 0)
+            dc.masked_fill_(begun[t], 0)
         if not exact:
             d_gates[t] = d_step
     dh.copy_(grad_h)

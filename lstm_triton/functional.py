@@ -7,13 +7,18 @@ D directions, G gate blocks, Q peephole blocks. The equations stand in `lstm_tri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from lstm_triton_kernels.gpus import gpu_of
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import aten, autograd, checks, dispatch, selection
+from lstm_triton import aten, autograd, checks, dispatch, reference, selection, transforms
+from lstm_triton.layer import beyond
+from lstm_triton.layout import Layout
+from lstm_triton.ragged import Packing, checked_lengths
 from lstm_triton.spec import LSTMSpec, LSTMWeights, OutputPeephole, Peephole, state_dict_name
 
 
@@ -41,11 +46,12 @@ def lstm_cell(
     float64, all tensors alike (or under autocast); returns states of that type.
 
     Raises ValueError or RuntimeError as `torch.nn.LSTMCell` does for sizes and types that do not fit; RuntimeError
-    where the backend asked for cannot run; ValueError for an unknown variant.
+    where the backend asked for cannot run, and for parameters that are sharded; ValueError for an unknown variant.
     """
     spec = LSTMSpec(coupled, peephole, output_peephole)
     weights = LSTMWeights(weight_ih, weight_hh, bias_ih, bias_hh, weight_ch=weight_ch)
     H = weight_hh.size(-1)
+    checks.not_sharded(weights.present().values(), weights.present())
     check_weights([weights], spec, [weight_ih.size(-1)], H, 0)
     checks.cell_dimensions(input, hx)
     batched = input.dim() == 2
@@ -64,13 +70,13 @@ def lstm_cell(
     if dispatch.choose(x.device, x.dtype).name == "torch" and aten.serves_cell(x, spec):
         h, c = aten.lstm_cell(x, h, c, weights)
     else:
-        _, h_n, c_n = run_layer(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), [weights], spec)
+        _, h_n, c_n, _ = run_layer(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), [weights], spec, Rows(), How())
         h, c = h_n[0], c_n[0]
     return (h, c) if batched else (h[0], c[0])
 
 
 def lstm(
-    input: Tensor,
+    input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | None,
     weights: Sequence[Tensor],
     *,
@@ -86,10 +92,13 @@ def lstm(
     output_peephole: OutputPeephole = "previous",
     strategy: str = "auto",
     recompute: bool = False,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """A stack of layers over a whole sequence: (output, (h_n, c_n)).
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    return_cell_states: bool = False,
+) -> tuple[Any, ...]:
+    """A stack of layers over a whole sequence: (output, (h_n, c_n)), with `return_cell_states` (..., cell_states).
 
-    - input: (T, B, I), (B, T, I) with `batch_first`, or (T, I) unbatched
+    - input: (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched, or a PackedSequence
     - hx: (h_0, c_0), (D·L, B, P) and (D·L, B, H), or without B for unbatched input; None for zeros
     - weights: for each layer, for each direction: weight_ih (G·H, I or D·P), weight_hh (G·H, P), with `bias` bias_ih
       and bias_hh (G·H,), with `proj_size` weight_hr (P, H), with `peephole` weight_ch, diagonal (Q·H,) or full (Q·H, H)
@@ -98,83 +107,146 @@ def lstm(
       "cudnn" (`torch.nn.LSTM`'s own operator; the standard variant on CUDA), or "auto": the fastest as far as is known
     - recompute: do not keep the activated gates for the backward pass, but compute them again in it from h_t and c_t
       (PyTorch's own operator, where that computes, keeps what it likes)
+    - lengths: (B,) integers from 1 to T on any device, instead of packing: beyond a row's length nothing is read,
+      output and cell states are zero, and h_n and c_n are the row's last; the second direction starts at its end. On a
+      GPU they are checked there, which waits for it once; on the host nothing waits
+    - resets: bool, (T, B), (B, T) with `batch_first`, (T,) unbatched: the state is zero before that step, in each
+      layer and direction (an episode that begins there)
     - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
+    - cell_states: every c_t of the last layer, (T, B, D·H), laid out as the output is
 
     Types as in `lstm_cell`. Raises ValueError or RuntimeError as `torch.nn.LSTM` does for sizes and types that do not
-    fit and for T = 0; TypeError for a PackedSequence; RuntimeError with the reason where the backend or
-    strategy asked for cannot run; ValueError for an unknown variant or strategy.
+    fit and for T = 0; TypeError or ValueError for lengths and resets that do not; RuntimeError with the reason where
+    the backend or strategy asked for cannot run, and for parameters that are sharded; ValueError for an unknown variant
+    or strategy.
     """
     spec = LSTMSpec(coupled, peephole, output_peephole)
     selection.check_strategy(strategy)
     checks.flag("recompute", recompute)
+    checks.flag("return_cell_states", return_cell_states)
     D = 2 if bidirectional else 1
     L = num_layers
     layers = group_layers(weights, spec, L, D, bias, proj_size)
+    checks.not_sharded(weights, state_dict_names(spec, L, bidirectional, bias, proj_size))
     first = layers[0][0]
     I = first.weight_ih.size(-1)  # noqa: E741
     P = first.weight_hh.size(-1)
     H = first.weight_hh.size(0) // len(spec.gates)
     check_weights([w for layer in layers for w in layer], spec, [I] * D + [D * P] * (D * (L - 1)), H, proj_size)
 
-    checks.padded(input)
     checks.lstm_input_dimensions(input)
-    batched = input.dim() == 3
-    x = input if batched else input.unsqueeze(1)
-    if batched and batch_first:
-        x = x.transpose(0, 1)
-    T, B, _ = x.shape
-    if hx is None:
-        h_0, c_0 = x.new_zeros(D * L, B, P), x.new_zeros(D * L, B, H)
-    else:
-        checks.lstm_state_dimensions(hx, batched)
-        h_0, c_0 = hx if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+    layout = Layout.of(input, batch_first)
+    x = layout.sequence(input.data if isinstance(input, PackedSequence) else input)
+    if hx is not None:
+        checks.lstm_state_dimensions(hx, layout.batched)
     checks.lstm_input(x, I, first.weight_ih.dtype, autocast_dtype(x) is not None)
-    checks.lstm_states((h_0, c_0), ((D * L, B, P), (D * L, B, H)))
-    checks.sequence_length(T)
+    if hx is None:
+        h_0, c_0 = x.new_zeros(D * L, layout.B, P), x.new_zeros(D * L, layout.B, H)
+    else:
+        checks.lstm_states(hx, ((D * L, layout.B, P), (D * L, layout.B, H)), layout.batched)
+        h_0, c_0 = layout.state(hx[0]), layout.state(hx[1])
+    checks.sequence_length(layout.T)
+    checks.lengths(lengths, layout.B, packed=layout.packed is not None)
+    checks.resets(resets, layout.T, layout.B, layout.batched, batch_first)
     x, h_0, c_0, cast = autocast(x, h_0, c_0, [w for layer in layers for w in layer])
     layers = [cast[n : n + D] for n in range(0, D * L, D)]
     checks.same_kind(x, (h_0, c_0), "hidden")
     checks.same_kind(x, [p for layer in layers for w in layer for p in w.present().values()], "parameter")
-    selection.check_runnable(strategy, x.device, x.dtype, spec)
+    rows = Rows(layout.packing, lengths, None if resets is None else layout.steps(resets.to(x.device)))
+    selection.check_runnable(strategy, x.device, x.dtype, spec, rows.beyond_torch(return_cell_states))
+    if lengths is not None:
+        lengths = checked_lengths(lengths, layout.T, x.device)
+        rows = rows._replace(lengths=lengths)
+        x = x.masked_fill(beyond(lengths, layout.T), 0)
 
     last_h, last_c = [], []
     for n, layer in enumerate(layers):
         if n > 0 and dropout > 0:
             x = F.dropout(x, dropout, training)
         states = slice(n * D, (n + 1) * D)
-        x, h_n, c_n = run_layer(x, h_0[states], c_0[states], layer, spec, strategy, recompute)
+        how = How(strategy, recompute, return_cell_states and n == L - 1)
+        x, h_n, c_n, cell_states = run_layer(x, h_0[states], c_0[states], layer, spec, rows, how)
         last_h.append(h_n)
         last_c.append(c_n)
     h_n, c_n = (last_h[0], last_c[0]) if L == 1 else (torch.cat(last_h), torch.cat(last_c))
-    if not batched:
-        return x.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-    return (x.transpose(0, 1) if batch_first else x), (h_n, c_n)
+    result = (layout.user_sequence(x), (layout.user_state(h_n), layout.user_state(c_n)))
+    return (*result, layout.user_sequence(cell_states)) if return_cell_states else result
+
+
+class Rows(NamedTuple):
+    """How the rows of a batch differ: packed, with lengths (B,), with resets (T, B) bool; None where they do not."""
+
+    packing: Packing | None = None
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+
+    def beyond_torch(self, states: bool) -> str | None:
+        """What is asked that `torch.nn.LSTM`'s own operator does not have; None if it has it all."""
+        asked = {"resets": self.resets is not None, "lengths": self.lengths is not None, "return_cell_states": states}
+        return ", ".join(name for name, present in asked.items() if present) or None
+
+
+class How(NamedTuple):
+    """How a layer is computed, as in `lstm`; states: whether every c_t is wanted of it."""
+
+    strategy: str = "auto"
+    recompute: bool = False
+    states: bool = False
 
 
 def run_layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, strategy: str = "auto",
-    recompute: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One layer by the chosen backend and strategy; x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output, h_n, c_n."""
-    backend = dispatch.choose(x.device, x.dtype).name if strategy == "auto" else "triton"
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, rows: Rows, how: How
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """One layer by the chosen backend and strategy: output, h_n, c_n, and every c_t (empty unless wanted).
+
+    x (T, B, I), with a packing (N, I), finite beyond a length; h_0 (D, B, P), c_0 (D, B, H).
+    """
+    backend = dispatch.choose(x.device, x.dtype).name if how.strategy == "auto" else "triton"
+    if rows.beyond_torch(how.states) is None and aten_computes(backend, x, h_0, c_0, weights, spec, rows, how):
+        return (*aten.lstm_layer(x, h_0, c_0, weights, rows.packing), x.new_empty(0))
+    lengths = rows.lengths
+    if rows.packing is not None:
+        x, lengths = rows.packing.pad(x), rows.packing.lengths
+    inputs = (x, h_0, c_0, weights, spec)
+    if transforms.forward_mode():
+        if how.strategy != "auto" or dispatch.requested() == "triton":
+            raise RuntimeError(
+                "forward-mode differentiation (jvp) is for strategy 'auto' and backend 'auto' or 'torch'"
+            )
+        output, states, h_n, c_n = reference.layer_states(*inputs, lengths, rows.resets)
+    else:
+        strategy = "torch" if backend == "torch" else how.strategy
+        output, h_n, c_n, states = autograd.lstm_layer(
+            *inputs, strategy, how.recompute, lengths, rows.resets, how.states
+        )
+    if rows.packing is not None:
+        return rows.packing.pack(output), h_n, c_n, rows.packing.pack(states) if how.states else states
+    return output, h_n, c_n, states
+
+
+def aten_computes(
+    backend: str, x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, rows: Rows,
+    how: How,
+) -> bool:  # fmt: skip
+    """Whether PyTorch's own operator computes a layer that it could compute."""
     if backend == "torch":
-        if aten.serves(x, spec):
-            return aten.lstm_layer(x, h_0, c_0, weights)
-        return autograd.lstm_layer(x, h_0, c_0, weights, spec, "torch", recompute)
-    if strategy == "cudnn" or (strategy == "auto" and prefers_cudnn(x, h_0, c_0, weights, spec)):
-        return aten.lstm_layer(x, h_0, c_0, weights)
-    return autograd.lstm_layer(x, h_0, c_0, weights, spec, strategy, recompute)
+        return aten.serves(x, spec)
+    return how.strategy == "cudnn" or (how.strategy == "auto" and prefers_cudnn(x, h_0, c_0, weights, spec, rows))
 
 
-def prefers_cudnn(x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec) -> bool:
-    """Whether `auto` leaves the layer to cuDNN: not where the kernels were asked for, nor under torch.compile."""
-    if torch.compiler.is_compiling() or dispatch.requested() == "triton":
+def prefers_cudnn(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, rows: Rows
+) -> bool:
+    """Whether `auto` leaves the layer to cuDNN: not where the kernels were asked for, nor where it does not serve."""
+    if not aten.serves(x, spec) or dispatch.requested() == "triton":
         return False
-    if selection.why_not_cudnn(x.device, spec) is not None or x.shape[1] == 0:
+    if selection.why_not_cudnn(x.device, spec) is not None or c_0.shape[1] == 0:
         return False
     tensors = (x, h_0, c_0, *(w for direction in weights for w in direction.present().values()))
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    layer = selection.layer_of(x, c_0, weights, spec, training)
+    layer = selection.layer_of(x, c_0, weights, spec, training, ragged=rows.packing is not None)
+    if rows.packing is not None:
+        layer = layer._replace(T=rows.packing.T)
     return selection.strategy_of("auto", layer, gpu_of(x.device), cudnn_may=True).name == "cudnn"
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
-from lstm_triton_kernels.order import final_slot, initial_slot
+from lstm_triton_kernels.order import initial_slot
 from lstm_triton_kernels.plan import accumulator_dtype
 from torch import Tensor
 
@@ -22,19 +22,40 @@ class LayerResult(NamedTuple):
     """What the forward pass of a layer returns.
 
     - output: (T, B, D·P); h_n: (D, B, P); c_n: (D, B, H), all in the input's type
+    - states: (T, B, D·H) every c_t in the input's type; empty unless asked for
     - gates: (D, T, B, G·H) activated gates; empty unless saved for the backward pass
     - cells: (D, T + 1, B, H) cell states in the accumulator type; empty unless saved
+
+    Output and states are zero beyond a row's length.
     """
 
     output: Tensor
     h_n: Tensor
     c_n: Tensor
+    states: Tensor
     gates: Tensor
     cells: Tensor
 
 
+class Keep(NamedTuple):
+    """What of a forward pass is wanted beside its output and its last states.
+
+    - save: what a backward pass reads; with recompute that will compute the gates again, and they are not saved
+    - states: every c_t
+    """
+
+    save: bool
+    recompute: bool = False
+    states: bool = False
+
+    @property
+    def gates(self) -> bool:
+        """Whether the gates are saved."""
+        return self.save and not self.recompute
+
+
 def result_shapes(
-    x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, save: bool, recompute: bool
+    x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, keep: Keep
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shape and type of every field of LayerResult, from the arguments of `forward`."""
     T, B, _ = x.shape
@@ -44,36 +65,80 @@ def result_shapes(
         ((T, B, D * P), x.dtype),
         ((D, B, P), x.dtype),
         ((D, B, H), x.dtype),
-        ((D, T, B, len(spec.gates) * H) if save and not recompute else (0,), x.dtype),
-        ((D, T + 1, B, H) if save else (0,), accumulator_dtype(x.dtype)),
+        ((T, B, D * H) if keep.states else (0,), x.dtype),
+        ((D, T, B, len(spec.gates) * H) if keep.gates else (0,), x.dtype),
+        ((D, T + 1, B, H) if keep.save else (0,), accumulator_dtype(x.dtype)),
     )
 
 
 def forward(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, save: bool, recompute: bool,
-    *, steps: ModuleType,
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, keep: Keep,
+    lengths: Tensor | None = None, resets: Tensor | None = None, *, steps: ModuleType,
 ) -> LayerResult:  # fmt: skip
     """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H); `steps` is a module like `eager`.
 
-    `save` for a backward pass; with `recompute` that will compute the gates again, and they are not saved.
+    lengths (B,) and resets (T, B) bool as in `reference.layer_states`; x is finite beyond a length.
     """
-    shapes = result_shapes(x, c_0, weights, spec, save, recompute)
-    result = LayerResult(*(torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in shapes))
-    T = x.shape[0]
-    P = result.h_n.shape[-1]
+    output, h_n, c_n, _, gates, cells = (
+        torch.empty(shape, dtype=dtype, device=x.device)
+        for shape, dtype in result_shapes(x, c_0, weights, spec, keep._replace(states=False))
+    )
+    T, B, _ = x.shape
+    D, _, P = h_n.shape
+    every = keep.save or keep.states or lengths is not None
+    if not keep.save:
+        cells = cells.new_empty(D, T + 1 if every else 1, B, c_n.shape[2])
     x = row_contiguous(x)
-    for direction, direction_weights in enumerate(weights):
-        w = direction_weights.map(Tensor.contiguous)
+    for direction, w in enumerate(weights):
         reverse = direction == 1
-        output = result.output[:, :, direction * P : (direction + 1) * P]
-        gates = result.gates[direction] if save and not recompute else None
-        cells = result.cells[direction] if save else torch.empty(1, *c_0.shape[1:], dtype=shapes[4][1], device=x.device)
-        cells[initial_slot(T, reverse, save)] = c_0[direction]
-        gate_input = None if steps.fuses_input(T) else project_input(x, w)
-        steps.forward(x, gate_input, row_contiguous(h_0[direction]), w, spec, reverse, output, gates, cells)
-        result.h_n[direction] = output[0 if reverse else T - 1]
-        result.c_n[direction] = cells[final_slot(T, reverse, save)]
-    return result
+        out = Steps(output[:, :, direction * P : (direction + 1) * P], gates[direction] if keep.gates else None,
+                    cells[direction])  # fmt: skip
+        initial = (h_0[direction], c_0[direction])
+        forward_steps(x, *initial, w.map(Tensor.contiguous), spec, reverse, out, lengths, resets, steps)
+        h_n[direction] = at_last_step(out.output, reverse, lengths)
+        last = out.cells if not every else out.cells[:-1] if reverse else out.cells[1:]
+        c_n[direction] = at_last_step(last, reverse, lengths)
+    return LayerResult(
+        output,
+        h_n,
+        c_n,
+        cell_states(cells, lengths, x.dtype) if keep.states else output.new_empty(0),
+        gates,
+        cells if keep.save else cells.new_empty(0),
+    )
+
+
+class Steps(NamedTuple):
+    """What the steps of one direction fill: output (T, B, P), gates (T, B, G·H) or None, cells (T + 1 or 1, B, H)."""
+
+    output: Tensor
+    gates: Tensor | None
+    cells: Tensor
+
+
+def forward_steps(
+    x: Tensor, h_0: Tensor, c_0: Tensor, w: LSTMWeights, spec: LSTMSpec, reverse: bool, out: Steps,
+    lengths: Tensor | None, resets: Tensor | None, steps: ModuleType,
+) -> None:  # fmt: skip
+    """All steps of one direction, into `out`; x (T, B, I), h_0 (B, P), c_0 (B, H)."""
+    if reverse and lengths is not None:
+        # Each row backwards within its own length is a sequence that runs forwards.
+        turned = Steps(*(None if t is None else torch.empty_like(t) for t in out))  # type: ignore[arg-type]
+        inputs = (turn(x, lengths), h_0, c_0, w, spec)
+        forward_steps(*inputs, False, turned, lengths, turn(resets, lengths), steps)
+        out.output.copy_(turn(turned.output, lengths))
+        out.cells.copy_(turn(turned.cells, lengths + 1))
+        if out.gates is not None and turned.gates is not None:
+            out.gates.copy_(turn(turned.gates, lengths))
+        return
+    T = len(x)
+    out.cells[initial_slot(T, reverse, len(out.cells) > 1)] = c_0
+    gate_input = None if steps.fuses_input(T) else project_input(x, w)
+    steps.forward(x, gate_input, row_contiguous(h_0), w, spec, reverse, *out, as_bytes(resets))
+    if lengths is not None:
+        over = beyond(lengths, T)
+        out.output.masked_fill_(over, 0)
+        out.cells[1:].masked_fill_(over, 0)
 
 
 class Needs(NamedTuple):
@@ -95,13 +160,15 @@ class LayerGradients(NamedTuple):
 
 
 def backward(
-    grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None,
+    grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, grad_states: Tensor | None,
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights],
-    output: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, needs: Needs, *, steps: ModuleType,
+    output: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, needs: Needs,
+    lengths: Tensor | None = None, resets: Tensor | None = None, *, steps: ModuleType,
 ) -> LayerGradients:  # fmt: skip
-    """The gradients that `needs` names, from those of output, h_n and c_n (None: zero) and what `forward` saved."""
+    """The gradients that `needs` names, from those of the results (None: zero) and what `forward` saved."""
     T, B, I = x.shape  # noqa: E741
     D, _, P = h_0.shape
+    H = c_0.shape[2]
     grad_output = grad_output.contiguous() if grad_output is not None else None
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs.x and D > 1 else None
     grad_h_0, grad_c_0, grad_weights = [], [], []
@@ -117,13 +184,15 @@ def backward(
         own = output[:, :, columns]
         states = cells[direction]
         if gates.numel() == 0:  # not saved, or of no rows
-            saved = activated_gates(x, h_0[direction], own, states, w, spec, reverse)
+            saved = activated_gates(x, h_0[direction], own, states, w, spec, reverse, lengths, resets)
         else:
             saved = gates[direction]
         d_gates = torch.empty_like(saved)
         d_hidden = x.new_empty(T, B, P) if w.weight_hr is not None else None
-        grad_direction = grad_output[:, :, columns] if grad_output is not None else None
-        steps.backward(grad_direction, dh, dc, w, spec, reverse, saved, states, d_gates, d_hidden)
+        of_output = grad_output[:, :, columns] if grad_output is not None else None
+        of_states = grad_states[:, :, direction * H : (direction + 1) * H] if grad_states is not None else None
+        grads = (of_output, of_states, dh, dc)
+        backward_steps(*grads, w, spec, reverse, saved, states, d_gates, d_hidden, lengths, resets, steps)
         grad_h_0.append(dh)
         grad_c_0.append(dc)
 
@@ -132,7 +201,7 @@ def backward(
             grad_rows = grad_x.view(T * B, I) if grad_x is not None else None
             grad_rows = d_rows @ w.weight_ih if grad_rows is None else grad_rows.addmm_(d_rows, w.weight_ih)
             grad_x = grad_rows.view(x.shape)
-        of_direction = (d_gates, d_hidden, saved, states, spec, reverse)
+        of_direction = (d_gates, d_hidden, saved, states, spec, reverse, lengths, resets)
         grad_weights.append(weight_gradients(wanted, x, h_0[direction], own, *of_direction))
     return LayerGradients(
         grad_x,
@@ -140,6 +209,36 @@ def backward(
         torch.stack(grad_c_0).to(x.dtype) if needs.c_0 else None,
         grad_weights,
     )
+
+
+def backward_steps(
+    grad_output: Tensor | None, grad_states: Tensor | None, dh: Tensor, dc: Tensor, w: LSTMWeights, spec: LSTMSpec,
+    reverse: bool, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
+    lengths: Tensor | None, resets: Tensor | None, steps: ModuleType,
+) -> None:  # fmt: skip
+    """All steps of one direction backward, into d_gates (T, B, G·H) and d_hidden (T, B, P), in place in dh and dc.
+
+    grad_output (T, B, P) and grad_states (T, B, H) of h_t and c_t; dh (B, P) and dc (B, H) of the last states, then of
+    the first.
+    """
+    if reverse and lengths is not None:
+        d_turned, h_turned = torch.empty_like(d_gates), None if d_hidden is None else torch.empty_like(d_hidden)
+        grads = (turn(grad_output, lengths), turn(grad_states, lengths), dh, dc)
+        saved = (turn(gates, lengths), turn(cells, lengths + 1))
+        backward_steps(*grads, w, spec, False, *saved, d_turned, h_turned, lengths, turn(resets, lengths), steps)
+        d_gates.copy_(turn(d_turned, lengths))
+        if d_hidden is not None and h_turned is not None:
+            d_hidden.copy_(turn(h_turned, lengths))
+        return
+    if lengths is not None:
+        # A row's last states are those of its own last step, and nothing comes from beyond.
+        T = len(gates)
+        grad_output = with_last(grad_output, dh, lengths, T)
+        grad_states = with_last(grad_states, dc, lengths, T)
+        dh.zero_()
+        dc.zero_()
+    out = (d_gates, d_hidden)
+    steps.backward(grad_output, dh, dc, w, spec, reverse, gates, cells, *out, as_bytes(resets), grad_states)
 
 
 def weight_gradients(
@@ -217,13 +316,58 @@ def previous_and_current(cells: Tensor, reverse: bool, resets: Tensor | None) ->
     return (previous if resets is None else previous.masked_fill(resets[..., None], 0)), current
 
 
+def as_bytes(resets: Tensor | None) -> Tensor | None:
+    """Resets as the kernels read them."""
+    return None if resets is None else resets.contiguous().view(torch.uint8)
+
+
+def beyond(lengths: Tensor, T: int) -> Tensor:
+    """Which steps a row does not have, (T, B, 1) bool, from lengths (B,)."""
+    return (torch.arange(T, device=lengths.device)[:, None] >= lengths)[..., None]
+
+
+@overload
+def turn(sequence: Tensor, lengths: Tensor) -> Tensor: ...
+@overload
+def turn(sequence: None, lengths: Tensor) -> None: ...
+def turn(sequence: Tensor | None, lengths: Tensor) -> Tensor | None:
+    """Each row of a sequence (T, B) or (T, B, F) backwards within its length (B,), the rest in its place."""
+    if sequence is None:
+        return None
+    t = torch.arange(len(sequence), device=lengths.device)[:, None]
+    places = torch.where(t < lengths, lengths - 1 - t, t)
+    return sequence.gather(0, places.view(*places.shape, *[1] * (sequence.dim() - 2)).expand(sequence.shape))
+
+
+def with_last(sequence: Tensor | None, last: Tensor, lengths: Tensor, T: int) -> Tensor:
+    """A sequence (T, B, F), None for zero, plus `last` (B, F) at each row's last step; zero beyond its length (B,)."""
+    if sequence is None:
+        sequence = last.new_zeros(T, *last.shape)
+    else:
+        sequence = sequence.to(last.dtype).masked_fill(beyond(lengths, T), 0)
+    own = (lengths - 1, torch.arange(len(lengths), device=lengths.device))
+    sequence[own] += last
+    return sequence
+
+
+def cell_states(cells: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Every c_t as the user sees it, (T, B, D·H) of the type, from cells (D, T + 1, B, H)."""
+    states = torch.cat([own[:-1] if direction == 1 else own[1:] for direction, own in enumerate(cells)], -1).to(dtype)
+    return states if lengths is None else states.masked_fill_(beyond(lengths, len(states)), 0)
+
+
+def at_last_step(sequence: Tensor, reverse: bool, lengths: Tensor | None) -> Tensor:
+    """Of a sequence (T, B, ...) what stands at the step that each row ends with, (B, ...)."""
+    return at_first_step(sequence, not reverse, lengths)
+
+
 def at_first_step(sequence: Tensor, reverse: bool, lengths: Tensor | None) -> Tensor:
     """Of a sequence (T, B, ...) what stands at the step that each row begins with, (B, ...)."""
     if not reverse:
         return sequence[0]
     if lengths is None:
         return sequence[-1]
-    return sequence[lengths.long() - 1, torch.arange(len(lengths), device=sequence.device)]
+    return sequence[lengths - 1, torch.arange(len(lengths), device=sequence.device)]
 
 
 def initial_hidden(h_0: Tensor, reverse: bool, lengths: Tensor | None, resets: Tensor | None) -> Tensor:
@@ -249,7 +393,7 @@ def previous_hidden(
         return torch.cat([first[None], rest])
     hidden = torch.cat([rest, first[None]])
     if lengths is not None:
-        hidden[lengths.long() - 1, torch.arange(len(lengths), device=hidden.device)] = first
+        hidden[lengths - 1, torch.arange(len(lengths), device=hidden.device)] = first
     return hidden
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lstm_triton import checks, functional, selection
 from lstm_triton.spec import LSTMSpec, OutputPeephole, Peephole, state_dict_name
@@ -18,9 +19,9 @@ class VariantModule(nn.Module):
     input_size: int
     hidden_size: int
     bias: bool
-    coupled: bool
-    peephole: Peephole | None
-    output_peephole: OutputPeephole
+    coupled: bool = False
+    peephole: Peephole | None = None
+    output_peephole: OutputPeephole = "previous"
 
     def _set_variant(self, spec: LSTMSpec) -> None:
         self.coupled, self.peephole, self.output_peephole = spec.coupled, spec.peephole, spec.output_peephole
@@ -148,6 +149,8 @@ class LSTM(VariantModule):
     Raises TypeError and ValueError as `torch.nn.LSTM` does, ValueError for an unknown variant or strategy.
     """
 
+    mode: str = "LSTM"
+    proj_size: int = 0
     strategy: str = "auto"
     recompute: bool = False
 
@@ -196,20 +199,30 @@ class LSTM(VariantModule):
                     self.register_parameter(state_dict_name(name, layer, direction), parameter)
         self.reset_parameters()
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """output, (h_n, c_n).
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_cell_states: bool = False,
+    ) -> tuple[Any, ...]:
+        """output, (h_n, c_n), and with return_cell_states cell_states.
 
-        - input: (T, B, I), (B, T, I) with batch_first, or (T, I) unbatched
+        - input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence
         - hx: (h_0, c_0), (D·L, B, P) and (D·L, B, H), without B for unbatched input; zeros if None
+        - lengths: (B,) integers, steps of each row, instead of packing; output is zero beyond
+        - resets: (T, B) bool, laid out as the input is: the state is zero before that step
         - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
+        - cell_states: every c_t of the last layer, (T, B, D·H), laid out as output
 
-        Raises ValueError or RuntimeError as `torch.nn.LSTM` does; TypeError for a PackedSequence.
+        Raises as `functional.lstm` does.
         """
-        names = functional.state_dict_names(self.spec, self.num_layers, self.bidirectional, self.bias, self.proj_size)
         return functional.lstm(
             input,
             hx,
-            [getattr(self, name) for name in names],
+            self._flat_weights,
             num_layers=self.num_layers,
             bias=self.bias,
             dropout=self.dropout,
@@ -222,7 +235,65 @@ class LSTM(VariantModule):
             output_peephole=self.output_peephole,
             strategy=self.strategy,
             recompute=self.recompute,
+            lengths=lengths,
+            resets=resets,
+            return_cell_states=return_cell_states,
         )
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return functional.state_dict_names(self.spec, self.num_layers, self.bidirectional, self.bias, self.proj_size)
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters, one list for each direction of each layer."""
+        flat = self._flat_weights
+        number = len(flat) // (self.num_layers * (2 if self.bidirectional else 1))
+        return [flat[n : n + number] for n in range(0, len(flat), number)]
+
+    def flatten_parameters(self) -> None:
+        """Nothing: the kernels take the parameters where they are. It is there for code that calls it."""
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raises RuntimeError or ValueError unless the input, 3-D or packed 2-D, fits, as `torch.nn.LSTM` does."""
+        checks.lstm_input(input, self.input_size, self._flat_weights[0].dtype, torch.is_autocast_enabled())
+        dimensions = 3 if batch_sizes is None else 2
+        if input.dim() != dimensions:
+            raise RuntimeError(f"input must have {dimensions} dimensions, got {input.dim()}")
+
+    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """The size of h_0 for this input, (D·L, B, P)."""
+        layers, B, H = self.get_expected_cell_size(input, batch_sizes)
+        return layers, B, self.proj_size or H
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """The size of c_0 for this input, (D·L, B, H)."""
+        B = int(batch_sizes[0]) if batch_sizes is not None else input.size(0 if self.batch_first else 1)
+        return self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size
+
+    def check_hidden_size(
+        self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = "Expected hidden size {}, got {}"
+    ) -> None:
+        """Raises RuntimeError unless the state has the expected size."""
+        if tuple(hx.size()) != expected_hidden_size:
+            raise RuntimeError(msg.format(expected_hidden_size, list(hx.size())))
+
+    def check_forward_args(self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
+        """Raises RuntimeError or ValueError unless the input and both states fit. `forward` checks this, and more."""
+        self.check_input(input, batch_sizes)
+        expected = (self.get_expected_hidden_size(input, batch_sizes), self.get_expected_cell_size(input, batch_sizes))
+        for n, (state, size) in enumerate(zip(hidden, expected, strict=True)):
+            self.check_hidden_size(state, size, f"Expected hidden[{n}] size {{}}, got {{}}")
+
+    def permute_hidden(self, hx: tuple[Tensor, Tensor], permutation: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both states with their rows in another order; as they are without one."""
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
     def extra_repr(self) -> str:
         """The arguments that are not the defaults."""

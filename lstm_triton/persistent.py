@@ -16,7 +16,7 @@ from lstm_triton_kernels.plan import accumulator_dtype, matmul_precision
 from torch import Tensor
 
 from lstm_triton import layer
-from lstm_triton.layer import LayerGradients, LayerResult, Needs
+from lstm_triton.layer import Keep, LayerGradients, LayerResult, Needs
 from lstm_triton.spec import LSTMSpec, LSTMWeights
 
 
@@ -34,10 +34,10 @@ def plan(c_0: Tensor, dtype: torch.dtype, spec: LSTMSpec, backward: bool, ragged
 
 
 def forward(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, save: bool, recompute: bool,
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, keep: Keep,
     lengths: Tensor | None = None, resets: Tensor | None = None,
 ) -> LayerResult:  # fmt: skip
-    """As `layer.forward`; lengths (B,) and resets (T, B) bool as in `reference.layer_states`, on the device of x."""
+    """As `layer.forward`; lengths (B,) and resets (T, B) bool on the device of x."""
     T, B, _ = x.shape
     D, _, H = c_0.shape
     gates = torch.empty(D, T, B, len(spec.gates) * H, dtype=x.dtype, device=x.device)
@@ -50,24 +50,29 @@ def forward(
         *recurrent_weights(weights),
         spec,
         plan(c_0, x.dtype, spec, backward=False, ragged=lengths is not None or resets is not None),
-        save=save,
-        save_gates=save and not recompute,
+        save=keep.save or keep.states,
+        save_gates=keep.gates,
         lengths=lengths,
-        resets=as_bytes(resets),
+        resets=layer.as_bytes(resets),
     )
-    if not save or recompute:
-        gates = gates.new_empty(0)
-    cells = states.cells if states.cells is not None else gates.new_empty(0, dtype=accumulator_dtype(x.dtype))
-    return LayerResult(states.hidden[:T], states.h_n, states.c_n, gates, cells)
+    cells = states.cells if states.cells is not None else x.new_empty(0, dtype=accumulator_dtype(x.dtype))
+    return LayerResult(
+        states.hidden[:T],
+        states.h_n,
+        states.c_n,
+        layer.cell_states(cells, lengths, x.dtype) if keep.states else x.new_empty(0),
+        gates if keep.gates else x.new_empty(0),
+        cells if keep.save else cells.new_empty(0),
+    )
 
 
 def backward(
-    grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None,
+    grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, grad_states: Tensor | None,
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights],
     output: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, needs: Needs,
-    lengths: Tensor | None = None, resets: Tensor | None = None, grad_cells: Tensor | None = None,
+    lengths: Tensor | None = None, resets: Tensor | None = None,
 ) -> LayerGradients:  # fmt: skip
-    """As `layer.backward`; grad_cells (T, B, D·H), the gradient of every c_t, or None."""
+    """As `layer.backward`."""
     D, _, H = c_0.shape
     if gates.numel() == 0:
         sides = [slice(direction * H, (direction + 1) * H) for direction in range(D)]
@@ -79,7 +84,7 @@ def backward(
     w_hh, w_ch = recurrent_weights(weights)
     d_gates, dc = sequence_persistent.backward(
         contiguous(grad_output),
-        contiguous(grad_cells),
+        contiguous(grad_states),
         contiguous(grad_h_n),
         contiguous(grad_c_n),
         gates,
@@ -89,7 +94,7 @@ def backward(
         spec,
         plan(c_0, x.dtype, spec, backward=True, ragged=lengths is not None or resets is not None),
         lengths=lengths,
-        resets=as_bytes(resets),
+        resets=layer.as_bytes(resets),
     )
     grad_x = None
     grad_h_0, grad_weights = [], []
@@ -131,8 +136,3 @@ def together(tensors: Sequence[Tensor]) -> Tensor:
 def contiguous(gradient: Tensor | None) -> Tensor | None:
     """A gradient that there is, as the kernels read it."""
     return None if gradient is None else gradient.contiguous()
-
-
-def as_bytes(resets: Tensor | None) -> Tensor | None:
-    """Resets as the kernels read them."""
-    return None if resets is None else resets.contiguous().view(torch.uint8)

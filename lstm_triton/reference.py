@@ -90,16 +90,18 @@ def layer_states(
 
 
 def lstm(
-    x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], spec: LSTMSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A stack of layers, without dropout.
+    x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], spec: LSTMSpec,
+    lengths: Tensor | None = None, resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """A stack of layers, without dropout; lengths and resets as in `layer_states`.
 
-    x (T, B, I), h_0 (D·L, B, P), c_0 (D·L, B, H) -> output (T, B, D·P), h_n (D·L, B, P), c_n (D·L, B, H).
+    x (T, B, I), h_0 (D·L, B, P), c_0 (D·L, B, H) -> output (T, B, D·P), h_n (D·L, B, P), c_n (D·L, B, H), and the cell
+    states of the last layer (T, B, D·H).
     """
     last_h, last_c = [], []
     for n, weights in enumerate(layers):
         states = slice(n * len(weights), (n + 1) * len(weights))
-        x, h_n, c_n = layer(x, h_0[states], c_0[states], weights, spec)
+        x, cells, h_n, c_n = layer_states(x, h_0[states], c_0[states], weights, spec, lengths, resets)
         last_h.append(h_n)
         last_c.append(c_n)
-    return x, torch.cat(last_h), torch.cat(last_c)
+    return x, torch.cat(last_h), torch.cat(last_c), cells

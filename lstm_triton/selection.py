@@ -24,7 +24,7 @@ from lstm_triton_kernels.persistent_plan import (
 from lstm_triton_kernels.plan import matmul_precision
 from torch import Tensor
 
-from lstm_triton import dispatch
+from lstm_triton import dispatch, transforms
 from lstm_triton.dispatch import Choice
 from lstm_triton.spec import LSTMSpec, LSTMWeights
 
@@ -37,7 +37,8 @@ STEPWISE_US = 5.0
 class Layer(NamedTuple):
     """The sizes of one layer: T steps, B rows, H units, D directions, whether it is projected, and what is asked of it.
 
-    precision: of float32 products, "tf32" or "ieee"; training: whether a backward pass will follow.
+    precision: of float32 products, "tf32" or "ieee"; training: whether a backward pass will follow; ragged: whether
+    rows have lengths or resets.
     """
 
     spec: LSTMSpec
@@ -49,13 +50,16 @@ class Layer(NamedTuple):
     dtype: torch.dtype
     precision: str
     training: bool
+    ragged: bool = False
 
 
-def layer_of(x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, training: bool) -> Layer:
+def layer_of(
+    x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, training: bool, ragged: bool = False
+) -> Layer:
     """The sizes of a layer with input x (T, B, I) and initial cell states c_0 (D, B, H)."""
     D, B, H = c_0.shape
     projected = weights[0].weight_hr is not None
-    return Layer(spec, x.shape[0], B, H, D, projected, x.dtype, matmul_precision(), training)
+    return Layer(spec, x.shape[0], B, H, D, projected, x.dtype, matmul_precision(), training, ragged)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ SHOWN_SLOWER: tuple[Slower, ...] = ()
 
 def recurrence(layer: Layer, backward: bool) -> Recurrence:
     """What a plan is made for."""
-    return Recurrence.of(layer.spec, layer.B, layer.H, layer.D, layer.dtype, layer.precision, backward)
+    return Recurrence.of(layer.spec, layer.B, layer.H, layer.D, layer.dtype, layer.precision, backward, layer.ragged)
 
 
 def plans(layer: Layer, gpu: GPU, preference: Preference = ANY) -> dict[str, PersistentPlan | str]:
@@ -194,11 +198,20 @@ def check_strategy(strategy: Any) -> None:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
 
 
-def check_runnable(strategy: str, device: torch.device, dtype: torch.dtype, spec: LSTMSpec) -> None:
-    """Raises RuntimeError with the reason where the strategy that was asked for cannot run on such tensors at all."""
+def check_runnable(
+    strategy: str, device: torch.device, dtype: torch.dtype, spec: LSTMSpec, beyond_torch: str | None = None
+) -> None:
+    """Raises RuntimeError with the reason where the strategy that was asked for cannot run on such tensors at all.
+
+    beyond_torch: the arguments of the call that `torch.nn.LSTM` does not have.
+    """
     obstacle = None
     if strategy == "cudnn":
         obstacle = why_not_cudnn(device, spec)
+        if obstacle is None and transforms.active():
+            obstacle = "torch.func does not see through torch.nn.LSTM's operator"
+        if obstacle is None and beyond_torch is not None:
+            obstacle = f"torch.nn.LSTM's operator takes no {beyond_torch}"
         if obstacle is None and dispatch.requested() == "triton":
             obstacle = "backend 'triton' was asked for"
     elif strategy != "auto":

@@ -27,20 +27,23 @@ from lstm_triton_kernels.equations import (
     previous_cell_gradient,
     store_gates,
 )
+from lstm_triton_kernels.gates import carried_rows
 from lstm_triton_kernels.plan import ceil_div, elementwise_plan
 
 
 @triton.jit(do_not_specialize=["B", "t", "hidden_t", "previous", "current"])
 def cell_forward_kernel(
-    preact_ptr, cells_ptr, hidden_ptr, gates_ptr, w_ch_ptr,
+    preact_ptr, cells_ptr, hidden_ptr, gates_ptr, w_ch_ptr, resets_ptr,
     B, H, t, hidden_t, previous, current, stride_ht, stride_hb,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, SAVE_GATES: tl.constexpr,
-    UPDATE_CELL: tl.constexpr, UPDATE_HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
+    HAS_RESETS: tl.constexpr, UPDATE_CELL: tl.constexpr, UPDATE_HIDDEN: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """preact (B, G·H), cells[previous] -> cells[current] (slots, B, H), hidden[hidden_t] (., B, H) and
     gates[t] (T, B, G·H).
 
-    The gates are saved activated. Program: (row block, unit block).
+    The gates are saved activated. With HAS_RESETS cells[previous] is read as zero where resets (T, B) uint8 is not
+    zero, at t. Program: (row block, unit block).
     """
     F: tl.constexpr = 0 if COUPLED else 1
     unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
@@ -49,7 +52,8 @@ def cell_forward_kernel(
     state = row[:, None] * H + unit[None, :]
     gate = row[:, None] * (F + 3) * H + unit[None, :]
     saved = t.to(tl.int64) * B * (F + 3) * H + gate
-    c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=inside, other=0.0)
+    carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & inside
+    c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
 
     if UPDATE_CELL:
@@ -73,15 +77,18 @@ def cell_forward_kernel(
 
 @triton.jit(do_not_specialize=["B", "t", "previous", "current"])
 def cell_backward_kernel(
-    grad_output_ptr, dh_ptr, dc_ptr, gates_ptr, cells_ptr, d_gates_ptr, w_ch_ptr,
+    grad_output_ptr, dh_ptr, dc_ptr, gates_ptr, cells_ptr, d_gates_ptr, w_ch_ptr, resets_ptr,
     B, H, t, previous, current, stride_gt, stride_gb,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr,
-    GRAD_HIDDEN: tl.constexpr, GRAD_CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
+    HAS_RESETS: tl.constexpr, GRAD_HIDDEN: tl.constexpr, GRAD_CELL: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the pre-activations, d_gates[t] (T, B, G·H), and of c_{t-1}, in place of that of c_t in dc (B, H).
 
     The gradient of h_t is dh (B, H) plus, with HAS_GRAD_OUTPUT, grad_output (T, B, H)[t]; gates (T, B, G·H)[t] are the
-    saved activations, cells (slots, B, H) the saved cell states. Program: (row block, unit block).
+    saved activations, cells (slots, B, H) the saved cell states. With HAS_RESETS the step read zero in place
+    of c_{t-1} where resets (T, B) uint8 is not zero, at t; dc becomes the gradient of what it read.
+    Program: (row block, unit block).
     """
     F: tl.constexpr = 0 if COUPLED else 1
     unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
@@ -107,7 +114,8 @@ def cell_backward_kernel(
         dc += dc_by_hidden
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v[F + 1] * d_o
-        c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=inside, other=0.0)
+        carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & inside
+        c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
         f = tl.load(gates_ptr + gate + F * H, mask=inside, other=0.0).to(dc.dtype)
         g = tl.load(gates_ptr + gate + (F + 1) * H, mask=inside, other=0.0).to(dc.dtype)
         if COUPLED:
@@ -134,12 +142,13 @@ def variant_constants(spec: Any) -> dict[str, bool]:
 
 def cell_forward(
     preact: Tensor, cells: Tensor, hidden: Tensor, gates: Tensor | None, weight_ch: Tensor | None, spec: Any,
-    t: int, hidden_index: int, previous: int, current: int, *, update_cell: bool = True, update_hidden: bool = True,
+    t: int, hidden_index: int, previous: int, current: int, resets: Tensor | None = None,
+    *, update_cell: bool = True, update_hidden: bool = True,
 ) -> None:  # fmt: skip
     """Launch `cell_forward_kernel` for one step.
 
     preact (B, G·H), cells (slots, B, H) accumulator type; hidden (., B, H) with contiguous columns; gates (T, B, G·H)
-    or None; weight_ch diagonal (Q·H,) or None.
+    or None; weight_ch diagonal (Q·H,) or None; resets (T, B) uint8 or None.
     """
     B, H = cells.shape[-2:]
     grid, blocks = launch_shape(B, H)
@@ -149,6 +158,7 @@ def cell_forward(
         hidden_ptr=hidden,
         gates_ptr=gates,
         w_ch_ptr=weight_ch if spec.diagonal else None,
+        resets_ptr=resets,
         B=B,
         H=H,
         t=t,
@@ -158,6 +168,7 @@ def cell_forward(
         stride_ht=hidden.stride(0),
         stride_hb=hidden.stride(1),
         SAVE_GATES=gates is not None,
+        HAS_RESETS=resets is not None,
         UPDATE_CELL=update_cell,
         UPDATE_HIDDEN=update_hidden,
         **variant_constants(spec),
@@ -167,13 +178,13 @@ def cell_forward(
 
 def cell_backward(
     grad_output: Tensor | None, dh: Tensor, dc: Tensor, gates: Tensor, cells: Tensor, d_gates: Tensor,
-    weight_ch: Tensor | None, spec: Any, t: int, previous: int, current: int,
+    weight_ch: Tensor | None, spec: Any, t: int, previous: int, current: int, resets: Tensor | None = None,
     *, grad_hidden: bool = True, grad_cell: bool = True,
 ) -> None:  # fmt: skip
     """Launch `cell_backward_kernel` for one step.
 
     grad_output (T, B, H) with contiguous columns, or None; dh (B, H); dc (B, H) accumulator type, updated in place;
-    gates, d_gates (T, B, G·H); cells (T + 1, B, H).
+    gates, d_gates (T, B, G·H); cells (T + 1, B, H); resets (T, B) uint8 or None.
     """
     B, H = cells.shape[-2:]
     grid, blocks = launch_shape(B, H)
@@ -185,6 +196,7 @@ def cell_backward(
         cells_ptr=cells,
         d_gates_ptr=d_gates,
         w_ch_ptr=weight_ch if spec.diagonal else None,
+        resets_ptr=resets,
         B=B,
         H=H,
         t=t,
@@ -193,6 +205,7 @@ def cell_backward(
         stride_gt=grad_output.stride(0) if grad_output is not None else 0,
         stride_gb=grad_output.stride(1) if grad_output is not None else 0,
         HAS_GRAD_OUTPUT=grad_output is not None,
+        HAS_RESETS=resets is not None,
         GRAD_HIDDEN=grad_hidden,
         GRAD_CELL=grad_cell,
         **variant_constants(spec),

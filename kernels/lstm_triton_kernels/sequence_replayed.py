@@ -65,26 +65,27 @@ _chunks: OrderedDict[tuple[Any, ...], Chunk | Literal["seen", "refused"]] = Orde
 
 def forward(
     x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: Any, spec: Any, reverse: bool,
-    output: Tensor, gates: Tensor | None, cells: Tensor,
+    output: Tensor, gates: Tensor | None, cells: Tensor, resets: Tensor | None = None,
 ) -> None:  # fmt: skip
     """All steps forward, into output, gates and cells; see `sequence_stepwise.forward`."""
     T = output.shape[0]
     rest = (weights, spec, reverse)
     if gate_input is None or not pays(output.device, T, cells.shape[1], cells.shape[2], h_0.shape[1], spec, h_0.dtype):
-        return sequence_stepwise.forward(x, gate_input, h_0, *rest, output, gates, cells)
+        return sequence_stepwise.forward(x, gate_input, h_0, *rest, output, gates, cells, resets)
     saved = cells.shape[0] > 1
     sizes = dict(gate_input=part(gate_input), h_0=h_0, output=part(output), gates=part(gates),
-                 cells=cells[: STEPS + 1])  # fmt: skip
+                 cells=cells[: STEPS + 1], resets=part(resets))  # fmt: skip
 
     def steps(b: dict[str, Tensor]) -> None:
-        sequence_stepwise.forward(x, b["gate_input"], b["h_0"], *rest, b["output"], b.get("gates"), b["cells"])
+        out = (b["output"], b.get("gates"), b["cells"])
+        sequence_stepwise.forward(x, b["gate_input"], b["h_0"], *rest, *out, b.get("resets"))
         b["h_0"].copy_(b["output"][0 if reverse else -1])
         if saved:
             b["cells"][initial_slot(STEPS, reverse, saved)] = b["cells"][final_slot(STEPS, reverse, saved)]
 
     chunk = chunk_of(("forward", spec.name, reverse), sizes, weights, steps)
     if chunk is None:
-        return sequence_stepwise.forward(x, gate_input, h_0, *rest, output, gates, cells)
+        return sequence_stepwise.forward(x, gate_input, h_0, *rest, output, gates, cells, resets)
     whole, left = divmod(T, STEPS)
     with chunk.in_use() as b:
         b["h_0"].copy_(h_0)
@@ -93,6 +94,8 @@ def forward(
             start = T - (n + 1) * STEPS if reverse else n * STEPS
             now = slice(start, start + STEPS)
             b["gate_input"].copy_(gate_input[now])
+            if resets is not None:
+                b["resets"].copy_(resets[now])
             chunk.replay()
             output[now] = b["output"]
             if gates is not None:
@@ -107,12 +110,14 @@ def forward(
         states = cells[now.start : now.stop + 1] if saved else cells
         h = output[left if reverse else T - left - 1]
         part_gates = gates[now] if gates is not None else None
-        sequence_stepwise.forward(x, gate_input[now], h, *rest, output[now], part_gates, states)
+        part_resets = resets[now] if resets is not None else None
+        sequence_stepwise.forward(x, gate_input[now], h, *rest, output[now], part_gates, states, part_resets)
 
 
 def backward(
     grad_output: Tensor | None, dh: Tensor, dc: Tensor, weights: Any, spec: Any, reverse: bool,
     gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
+    resets: Tensor | None = None, grad_cells: Tensor | None = None,
 ) -> None:  # fmt: skip
     """All steps backward, into d_gates (and d_hidden), in place in dh and dc; see `sequence_stepwise.backward`."""
     T = gates.shape[0]
@@ -120,30 +125,36 @@ def backward(
     chunk = None
     if pays(gates.device, T, dc.shape[0], dc.shape[1], dh.shape[1], spec, dh.dtype):
         sizes = dict(grad_output=part(grad_output), dh=dh, dc=dc, gates=part(gates), cells=cells[: STEPS + 1],
-                     d_gates=part(d_gates), d_hidden=part(d_hidden))  # fmt: skip
+                     d_gates=part(d_gates), d_hidden=part(d_hidden), resets=part(resets),
+                     grad_cells=part(grad_cells))  # fmt: skip
 
         def steps(b: dict[str, Tensor]) -> None:
+            saved, out = (b["gates"], b["cells"]), (b["d_gates"], b.get("d_hidden"))
             sequence_stepwise.backward(
-                b.get("grad_output"), b["dh"], b["dc"], *rest, b["gates"], b["cells"], b["d_gates"], b.get("d_hidden")
+                b.get("grad_output"), b["dh"], b["dc"], *rest, *saved, *out, b.get("resets"), b.get("grad_cells")
             )
 
         chunk = chunk_of(("backward", spec.name, reverse), sizes, weights, steps)
     if chunk is None:
-        return sequence_stepwise.backward(grad_output, dh, dc, *rest, gates, cells, d_gates, d_hidden)
+        out = (d_gates, d_hidden)
+        return sequence_stepwise.backward(grad_output, dh, dc, *rest, gates, cells, *out, resets, grad_cells)
     whole, left = divmod(T, STEPS)
     if left:  # what forward computed last
         now = slice(0, left) if reverse else slice(T - left, T)
-        of_part = (grad_output[now] if grad_output is not None else None, dh, dc)
-        out = (d_gates[now], d_hidden[now] if d_hidden is not None else None)
-        sequence_stepwise.backward(*of_part, *rest, gates[now], cells[now.start : now.stop + 1], *out)
+        grads, hidden, restarts, grads_c = (
+            t[now] if t is not None else None for t in (grad_output, d_hidden, resets, grad_cells)
+        )
+        saved, out = (gates[now], cells[now.start : now.stop + 1]), (d_gates[now], hidden)
+        sequence_stepwise.backward(grads, dh, dc, *rest, *saved, *out, restarts, grads_c)
     with chunk.in_use() as b:
         b["dh"].copy_(dh)
         b["dc"].copy_(dc)
         for n in reversed(range(whole)):
             start = T - (n + 1) * STEPS if reverse else n * STEPS
             now = slice(start, start + STEPS)
-            if grad_output is not None:
-                b["grad_output"].copy_(grad_output[now])
+            for name, sequence in (("grad_output", grad_output), ("resets", resets), ("grad_cells", grad_cells)):
+                if sequence is not None:
+                    b[name].copy_(sequence[now])
             b["gates"].copy_(gates[now])
             b["cells"].copy_(cells[start : start + STEPS + 1])
             chunk.replay()

@@ -23,7 +23,7 @@ def fuses_input(T: int) -> bool:
 
 def forward(
     x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: Any, spec: Any, reverse: bool,
-    output: Tensor, gates: Tensor | None, cells: Tensor,
+    output: Tensor, gates: Tensor | None, cells: Tensor, resets: Tensor | None = None,
 ) -> None:  # fmt: skip
     """All steps forward, into output, gates and cells.
 
@@ -32,6 +32,7 @@ def forward(
     - output: (T, B, P), columns contiguous, out
     - gates: (T, B, G·H) activated gates, out; None to save none
     - cells: (T + 1, B, H) or (1, B, H), accumulator type, out
+    - resets: (T, B) uint8, contiguous: the state is zero before step t of row b where it is not 0
     """
     T, B, _ = output.shape
     H = cells.shape[-1]
@@ -41,9 +42,9 @@ def forward(
     for step in steps(T, reverse, saved=cells.shape[0] > 1):
         h, h_index = (h_0.unsqueeze(0), 0) if step.h_index is None else (output, step.h_index)
         x_t = x[step.t] if gate_input is None else None
-        gate_preactivations(preact, x_t, gate_input, h, cells, weights, spec, step.t, h_index, step.previous)
+        gate_preactivations(preact, x_t, gate_input, h, cells, weights, spec, step.t, h_index, step.previous, resets)
         buffers = (preact, cells, hidden, gates, weights.weight_ch, spec)
-        indices = (step.t, 0 if projected else step.t, step.previous, step.current)
+        indices = (step.t, 0 if projected else step.t, step.previous, step.current, resets)
         if spec.full and spec.output_current:
             cell_forward(*buffers, *indices, update_hidden=False)
             add_output_peephole(preact, cells, weights, spec, step.current)
@@ -57,6 +58,7 @@ def forward(
 def backward(
     grad_output: Tensor | None, dh: Tensor, dc: Tensor, weights: Any, spec: Any, reverse: bool,
     gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
+    resets: Tensor | None = None, grad_cells: Tensor | None = None,
 ) -> None:  # fmt: skip
     """All steps backward, into d_gates; dh and dc become the gradients of h_0 and c_0.
 
@@ -65,6 +67,7 @@ def backward(
     - gates (T, B, G·H), cells (T + 1, B, H): saved by `forward`
     - d_gates: (T, B, G·H) gradients of the pre-activations, out
     - d_hidden: (T, B, P) gradients of h_t, out; with a projection only, else None
+    - resets: as in `forward`; grad_cells: (T, B, H), gradient of every c_t, or None
     """
     T = d_gates.shape[0]
     H = cells.shape[-1]
@@ -74,11 +77,13 @@ def backward(
     v_o = spec.split_peephole(weights.weight_ch)["o"] if spec.full and spec.output_current else None
     for step in reversed(list(steps(T, reverse, saved=True))):
         d_step = d_gates[step.t]
+        if grad_cells is not None:
+            dc += grad_cells[step.t]
         if d_hidden is not None:
             d_hidden[step.t] = dh if grad_output is None else dh + grad_output[step.t]
             torch.mm(d_hidden[step.t], weights.weight_hr, out=dr)
         buffers = (None if projected else grad_output, dr, dc, gates, cells, d_gates, weights.weight_ch, spec)
-        indices = (step.t, step.previous, step.current)
+        indices = (step.t, step.previous, step.current, resets)
         if v_o is not None:
             cell_backward(*buffers, *indices, grad_cell=False)
             dc += d_step[:, -H:] @ v_o  # o is the last gate block
@@ -88,3 +93,7 @@ def backward(
         if v_previous is not None:
             dc += d_step @ v_previous
         torch.mm(d_step, weights.weight_hh, out=dh)
+        if resets is not None:
+            begun = resets[step.t].unsqueeze(1).bool()
+            dh.masked_fill_(begun, 0)
+            dc.masked_fill_(begun, 0)

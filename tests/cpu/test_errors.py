@@ -163,9 +163,3 @@ def test_a_refused_call_changes_nothing():
     assert not x.any() and not states[0].any() and not states[1].any()
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     assert all(p.grad is None for p in layer.parameters())
-
-
-def test_a_packed_sequence_is_refused_in_words():
-    packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(3, 4), torch.zeros(2, 4)])
-    with pytest.raises(TypeError, match="PackedSequence input is not supported yet: pass the padded tensor"):
-        lstm_triton.LSTM(4, 5)(packed)

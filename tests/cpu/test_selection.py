@@ -227,6 +227,9 @@ def test_the_sizes_of_a_layer():
     weights = autograd.group(flat, COUPLED, True, True)
     expected = Layer(COUPLED, 3, 2, 7, 2, True, torch.float32, selection.matmul_precision(), True)
     assert selection.layer_of(x, c_0, weights, COUPLED, True) == expected
+    ragged = selection.layer_of(x, c_0, weights, COUPLED, True, ragged=True)
+    assert ragged == expected._replace(ragged=True)
+    assert selection.recurrence(ragged, backward=True).ragged and not selection.recurrence(expected, True).ragged
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
     try:
@@ -368,7 +371,8 @@ def called(monkeypatch):
     def note(name):
         def compute(x, h_0, c_0, weights, *rest):
             calls.append((name, rest[1]) if name == "kernels" else (name, None))
-            return x.new_zeros(*x.shape[:2], c_0.shape[0] * c_0.shape[2]), h_0, c_0
+            results = (x.new_zeros(*x.shape[:2], c_0.shape[0] * c_0.shape[2]), h_0, c_0)
+            return results if name == "cudnn" else (*results, x.new_empty(0))
 
         return compute
 
@@ -427,8 +431,8 @@ def test_the_operators_run_what_the_selection_says(monkeypatch):
     case = Case(COUPLED, T=3, B=2, I=5, H=7, dtype=torch.float32)
     x, _, c_0, *flat = (t.detach() for t in random_inputs(case).values())
 
-    def modules(strategy, x=x, c_0=c_0, spec=COUPLED, training=True):
-        found = autograd.passes(strategy, x, c_0, autograd.group(flat, spec, True, False), spec, training)
+    def modules(strategy, x=x, c_0=c_0, spec=COUPLED, training=True, ragged=False):
+        found = autograd.passes(strategy, x, c_0, autograd.group(flat, spec, True, False), spec, training, ragged)
         return [getattr(f, "keywords", {}).get("steps", f) for f in found]
 
     from lstm_triton import eager, persistent
@@ -437,7 +441,7 @@ def test_the_operators_run_what_the_selection_says(monkeypatch):
     resident = [persistent.forward, persistent.backward]
     stepwise = [importlib.import_module(autograd.STEPS["stepwise"])] * 2
     assert modules("torch") == [eager, eager]
-    assert modules("auto") == modules("persistent") == resident
+    assert modules("auto") == modules("persistent") == modules("persistent", ragged=True) == resident
     assert modules("stepwise") == modules("auto", x=x[:1]) == stepwise
     assert modules("persistent", x=x[:1]) == resident
     assert modules("auto", x=x.double()) == stepwise
@@ -546,9 +550,10 @@ def test_a_wrong_recomputed_gate_is_seen(gate, written_out, monkeypatch):
 def test_recomputing_keeps_no_gates(spec):
     case = Case(spec, T=5)
     x, h_0, c_0, *weights = (t.detach() for t in random_inputs(case).values())
-    parameters = (spec.name, True, False, "torch")
+    parameters, none = (spec.name, True, False, "torch"), (None, None)
+    inputs = (x, h_0, c_0, weights, *none)
     gates = {
-        (save, recompute): autograd.layer_forward(x, h_0, c_0, weights, *parameters, save, recompute)[3].numel()
+        (save, recompute): autograd.layer_forward(*inputs, *parameters, save, recompute, False)[4].numel()
         for save in (True, False)
         for recompute in (True, False)
     }
@@ -559,14 +564,14 @@ def test_recomputing_keeps_no_gates(spec):
 def test_the_module_recomputes_and_may_be_told_later(monkeypatch):
     asked = []
     forward = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda *a, **k: asked.append(a[5:7]) or forward(*a, **k))
+    monkeypatch.setattr(layer, "forward", lambda *a, **k: asked.append(a[5]) or forward(*a, **k))
     module, x = lstm_triton.LSTM(3, 4, coupled=True, recompute=True), torch.randn(2, 1, 3)
     module(x)[0].sum().backward()
     first = module.weight_hh_l0.grad.clone()
     module.recompute = False
     module.zero_grad()
     module(x)[0].sum().backward()
-    assert asked == [(True, True), (True, False)]
+    assert asked == [layer.Keep(True, True), layer.Keep(True, False)]
     torch.testing.assert_close(module.weight_hh_l0.grad, first)
 
 

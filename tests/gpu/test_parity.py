@@ -24,6 +24,11 @@ SHAPES = {
     "one step": dict(T=1, B=17, I=63, H=65),
     "transposed": dict(T=5, B=6, I=40, H=48, layout="transposed"),
     "expanded": dict(T=5, B=6, I=40, H=48, layout="expanded"),
+    "lengths": dict(T=41, B=12, I=33, H=130, bidirectional=True, lengths=True),
+    "resets, cell states": dict(T=41, B=12, I=33, H=130, resets=True, states=True),
+    "lengths, resets, cell states, projection": dict(
+        T=9, B=5, I=33, H=64, L=2, bidirectional=True, proj_size=20, lengths=True, resets=True, states=True
+    ),
 }
 STRATEGIES = ("stepwise", "auto")
 

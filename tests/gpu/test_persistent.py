@@ -307,16 +307,14 @@ def layer_results(case, inputs):
     arguments = (on_gpu.x, on_gpu.h_0, on_gpu.c_0, on_gpu.weights)
     grad_output, grad_cells, grad_h_n, grad_c_n = on_gpu.gradients
     with torch.no_grad():
-        result = persistent.forward(*arguments, case.spec, True, False, lengths, resets)
+        result = persistent.forward(*arguments, case.spec, layer.Keep(save=True, states=True), lengths, resets)
         saved = (result.output, result.gates, result.cells)
         gradients = persistent.backward(
-            grad_output, grad_h_n, grad_c_n, *arguments, *saved, case.spec, needs, lengths, resets, grad_cells
+            grad_output, grad_h_n, grad_c_n, grad_cells, *arguments, *saved, case.spec, needs, lengths, resets
         )
-    cells = torch.cat([c[:-1] if direction else c[1:] for direction, c in enumerate(result.cells)], -1)
-    beyond = torch.arange(case.T, device="cuda")[:, None] >= lengths
     by_name = [side[name] for side in gradients.weights for name in names]
     return [
-        result.output, cells.masked_fill(beyond[..., None], 0), result.h_n, result.c_n,
+        result.output, result.states, result.h_n, result.c_n,
         gradients.x, gradients.h_0, gradients.c_0, *by_name,
     ]  # fmt: skip
 

@@ -32,7 +32,11 @@ def stepwise(case, inputs):
         return results(case, inputs, call)
 
 
-SHAPES = {"two directions": dict(T=5, bidirectional=True), "projection": dict(T=3, proj_size=3, bias=False)}
+SHAPES = {
+    "two directions": dict(T=5, bidirectional=True),
+    "projection": dict(T=3, proj_size=3, bias=False),
+    "ragged": dict(T=5, bidirectional=True, lengths=True, resets=True, states=True),
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

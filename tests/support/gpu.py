@@ -51,7 +51,9 @@ def cudnn(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> 
 
 def bounds(case: Case) -> dict[str, float]:
     """TIMES_CUDNN times cuDNN's own error, by output and gradient, of the standard variant at this type and shape."""
-    found = _errors_of_cudnn(replace(case, spec=LSTMSpec(), strategy="auto"), matmul_precision())
+    found = _errors_of_cudnn(
+        replace(case, spec=LSTMSpec(), strategy="auto", lengths=False, resets=False, states=False), matmul_precision()
+    )
     return {name: max(TIMES_CUDNN * error, FLOOR[case.dtype]) for name, error in found.items()}
 
 
@@ -77,8 +79,9 @@ def layer_of(case: Case, precision: str) -> selection.Layer:
     """The sizes of each layer of the case, in training; precision as in TYPES."""
     float32 = "tf32" if precision.endswith("tf32") else "ieee"
     return selection.Layer(
-        case.spec, case.T, case.B, case.H, case.D, case.proj_size > 0, case.dtype, float32, training=True
-    )
+        case.spec, case.T, case.B, case.H, case.D, case.proj_size > 0, case.dtype, float32, training=True,
+        ragged=case.lengths or case.resets,
+    )  # fmt: skip
 
 
 def strategies(case: Case, precision: str) -> tuple[str, ...]:

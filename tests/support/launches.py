@@ -28,18 +28,20 @@ TYPES = [
 
 
 def launch_layer(
-    spec: LSTMSpec, dtype: torch.dtype, T: int, B: int, H: int, *, bias: bool, save: bool, grad: bool
-) -> None:
+    spec: LSTMSpec, dtype: torch.dtype, T: int, B: int, H: int, *, bias: bool, save: bool, grad: bool,
+    resets: bool = False,
+) -> None:  # fmt: skip
     """Run one layer through the launchers; the values are of no interest."""
     shapes = spec.parameter_shapes(H, H, bias)
     weights = group([torch.zeros(shape, dtype=dtype) for shape in shapes.values()], spec, bias, False)
     x, state = torch.zeros(T, B, H, dtype=dtype), torch.zeros(1, B, H, dtype=dtype)
-    result = layer.forward(x, state, state, weights, spec, save, False, steps=sequence_stepwise)
+    rows = (None, torch.zeros(T, B, dtype=torch.bool) if resets else None)
+    result = layer.forward(x, state, state, weights, spec, layer.Keep(save), *rows, steps=sequence_stepwise)
     if save:
         needs = layer.Needs(False, False, False, [[]])
         grad_output = result.output if grad else None
-        saved = (result.output, result.gates, result.cells)
-        layer.backward(grad_output, None, None, x, state, state, weights, *saved, spec, needs, steps=sequence_stepwise)
+        arguments = (x, state, state, weights, result.output, result.gates, result.cells, spec, needs)
+        layer.backward(grad_output, None, None, None, *arguments, *rows, steps=sequence_stepwise)
 
 
 @functools.cache
@@ -58,6 +60,7 @@ def launches_of(dtype: torch.dtype, precision: str) -> frozenset[Launch]:
                 for T, bias, save in ((1, True, True), (1, False, True), (2, True, True), (2, True, False)):
                     for grad in (True, False):
                         launch_layer(spec, dtype, T, B=64, H=128, bias=bias, save=save, grad=grad)
+                launch_layer(spec, dtype, 2, B=64, H=128, bias=True, save=True, grad=True, resets=True)
             for B, H in ((1, 1), (17, 24), (32, 48), (300, 130)):
                 launch_layer(
                     LSTMSpec(peephole="full", output_peephole="current"),

@@ -13,15 +13,17 @@ def check_operators(spec: LSTMSpec, backend: str) -> None:
     for options in (dict(proj_size=2, bidirectional=True), dict(bias=False)):
         case = Case(spec, T=2, B=2, I=3, H=4, **options)
         x, h_0, c_0, *weights = (t.detach() for t in random_inputs(case).values())
+        ragged = (torch.tensor([2, 1]), torch.tensor([[True, False], [False, True]])) if case.bias else (None, None)
+        inputs = (x, h_0, c_0, weights, *ragged)
         parameters = (spec.name, case.bias, case.proj_size > 0, {"triton": "stepwise"}.get(backend, backend))
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         for save in (True, False):
             torch.library.opcheck(
-                autograd.layer_forward, (x, h_0, c_0, weights, *parameters, save, False), test_utils=checks
+                autograd.layer_forward, (*inputs, *parameters, save, False, not save), test_utils=checks
             )
-        output, h_n, c_n, gates, cells = autograd.layer_forward(x, h_0, c_0, weights, *parameters, True, False)
-        saved = (x, h_0, c_0, weights, output, gates, cells)
+        output, h_n, c_n, states, gates, cells = autograd.layer_forward(*inputs, *parameters, True, False, True)
+        saved = (*inputs, output, gates, cells)
         everything = [True] * (3 + len(weights))
         some = [n % 2 == 0 for n in range(3 + len(weights))]
-        for grads, needs in (((output, h_n, c_n), everything), ((None, h_n, None), some)):
+        for grads, needs in (((output, h_n, c_n, states), everything), ((None, h_n, None, None), some)):
             torch.library.opcheck(autograd.layer_backward, (*grads, *saved, *parameters, needs), test_utils=checks)

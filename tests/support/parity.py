@@ -32,12 +32,17 @@ class Case:
     device: str = "cpu"
     cell: bool = False
     strategy: str = "auto"
+    lengths: bool = False
+    resets: bool = False
+    states: bool = False
+    """whether rows have lengths, whether they are reset, and whether every c_t is wanted"""
     layout: str = "contiguous"
     """how the input is laid out: "contiguous", "transposed" (columns far apart), "expanded" (all rows one)"""
 
     def __str__(self) -> str:
         flags = [self.spec.name, str(self.dtype).removeprefix("torch."), f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"]
         flags += [f"L{self.L}"] * (self.L > 1) + ["both-directions"] * self.bidirectional + ["cell"] * self.cell
+        flags += [name for name in ("lengths", "resets", "states") if getattr(self, name)]
         flags += ["no-bias"] * (not self.bias) + [f"P{self.proj_size}"] * (self.proj_size > 0)
         flags += [self.layout] * (self.layout != "contiguous") + [self.strategy] * (self.strategy != "auto")
         return "-".join(flags)
@@ -96,17 +101,25 @@ def laid_out(case: Case, x: Tensor) -> Tensor:
     return x.expand(*x.shape[:-2], case.B, case.I) if case.layout == "expanded" else x
 
 
+def ragged(case: Case) -> dict[str, Tensor]:
+    """The lengths (B,) and resets (T, B) of the case, those that it has; scattered, the first row with all T steps."""
+    t, b = torch.arange(case.T, device=case.device)[:, None], torch.arange(case.B, device=case.device)
+    asked = dict(lengths=case.T - 7 * b % case.T) if case.lengths else {}
+    return asked | (dict(resets=(5 * t + 3 * b) % 4 == 1) if case.resets else {})
+
+
 def call(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The public function that the case is about: (output, h_n, c_n), for a cell (h, c)."""
     x = laid_out(case, x)
     if case.cell:
         named = dict(zip(case.parameter_names(), weights, strict=True))
         return functional.lstm_cell(x, (h_0, c_0), **named, **case.variant)
-    output, (h_n, c_n) = functional.lstm(
+    output, (h_n, c_n), *states = functional.lstm(
         x, (h_0, c_0), weights, num_layers=case.L, bias=case.bias, bidirectional=case.bidirectional,
-        proj_size=case.proj_size, strategy=case.strategy, **case.variant,
+        proj_size=case.proj_size, strategy=case.strategy, **case.variant, **ragged(case),
+        return_cell_states=case.states,
     )  # fmt: skip
-    return output, h_n, c_n
+    return output, h_n, c_n, *states
 
 
 def call_reference(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -115,7 +128,8 @@ def call_reference(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Te
     layers = functional.group_layers(weights, case.spec, case.L, case.D, case.bias, case.proj_size)
     if case.cell:
         return reference.cell(x, h_0, c_0, layers[0][0], case.spec)
-    return reference.lstm(x, h_0, c_0, layers, case.spec)
+    *results, states = reference.lstm(x, h_0, c_0, layers, case.spec, **ragged(case))
+    return (*results, states) if case.states else tuple(results)
 
 
 def results(
@@ -128,8 +142,8 @@ def results(
     gradients = torch.autograd.grad(
         outputs, list(inputs.values()), [w.to(t.dtype) for w, t in zip(weights, outputs, strict=True)]
     )
-    names = ("h", "c") if case.cell else ("output", "h_n", "c_n")
-    named = dict(zip(names, outputs, strict=True))
+    names = ("h", "c") if case.cell else ("output", "h_n", "c_n", "states")
+    named = dict(zip(names, outputs, strict=False))
     return named | {f"grad {name}": g for name, g in zip(inputs, gradients, strict=True)}
 
 
@@ -173,4 +187,8 @@ def odd_cases(spec: LSTMSpec) -> list[Case]:
         Case(spec, T=2, B=2, I=4, H=7, L=2, bidirectional=True, proj_size=3, bias=False, layout="transposed"),
         Case(spec, T=2, B=3, I=5, H=130, dtype=torch.float32),
         Case(spec, T=7, B=3, I=6, H=11, dtype=torch.float16, proj_size=5),
+        Case(spec, T=4, B=5, I=3, H=7, bidirectional=True, lengths=True, states=True),
+        Case(spec, T=4, B=3, I=5, H=9, L=2, bidirectional=True, resets=True, states=True, bias=False),
+        Case(spec, T=5, B=4, I=3, H=6, bidirectional=True, proj_size=2, lengths=True, resets=True, states=True),
+        Case(spec, T=1, B=3, I=4, H=5, lengths=True, resets=True, states=True),
     ]

@@ -145,17 +145,15 @@ def computed(case: LayerCase, inputs: Inputs, launching: Any = None) -> list[Ten
     grad_output, grad_cells, grad_h_n, grad_c_n = inputs.gradients
     arguments = (inputs.x, inputs.h_0, inputs.c_0, inputs.weights)
     with torch.no_grad(), planned(case.plan), launching or nullcontext():
-        result = persistent.forward(*arguments, case.spec, True, case.recompute, inputs.lengths, inputs.resets)
+        keep = layer.Keep(save=True, recompute=case.recompute, states=True)
+        result = persistent.forward(*arguments, case.spec, keep, inputs.lengths, inputs.resets)
         saved = (result.output, result.gates, result.cells)
         gradients = persistent.backward(
-            grad_output, grad_h_n, grad_c_n, *arguments, *saved, case.spec, needs, inputs.lengths, inputs.resets,
-            grad_cells,
+            grad_output, grad_h_n, grad_c_n, grad_cells, *arguments, *saved, case.spec, needs, inputs.lengths,
+            inputs.resets,
         )  # fmt: skip
-    cells = torch.cat([c[:-1] if d else c[1:] for d, c in enumerate(result.cells)], -1)
-    if inputs.lengths is not None:
-        cells = cells.masked_fill((torch.arange(case.T)[:, None] >= inputs.lengths)[..., None], 0)
     by_name = [side[name] for side in gradients.weights for name in case.spec.parameter_names(case.bias)]
-    return [result.output, cells, result.h_n, result.c_n, gradients.x, gradients.h_0, gradients.c_0, *by_name]
+    return [result.output, result.states, result.h_n, result.c_n, gradients.x, gradients.h_0, gradients.c_0, *by_name]
 
 
 @contextmanager
