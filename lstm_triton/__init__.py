@@ -1,13 +1,13 @@
 """An LSTM for PyTorch whose recurrence runs in Triton kernels: standard, coupled and peephole variants.
 
 `LSTM` and `LSTMCell` are used like `torch.nn.LSTM` and `torch.nn.LSTMCell`; `functional` has the same on explicit
-tensors; `backend` chooses the implementation; `check_launches` asks whether a launch
-gave up.
+tensors; `convert` swaps the modules of a whole model; `backend` chooses the implementation; `check_launches` asks
+whether a launch gave up.
 """
 
 from lstm_triton_kernels.watch import check_launches
 
-from lstm_triton import functional
+from lstm_triton import convert, functional
 from lstm_triton.dispatch import backend
 from lstm_triton.modules import LSTM, CoupledLSTM, LSTMCell, PeepholeLSTM
 from lstm_triton.spec import VARIANTS, LSTMSpec
@@ -23,5 +23,6 @@ __all__ = [
     "PeepholeLSTM",
     "backend",
     "check_launches",
+    "convert",
     "functional",
 ]

@@ -52,31 +52,33 @@ def lstm_layer(
     """
     bias, projection = weights[0].bias_ih is not None, weights[0].weight_hr is not None
     flat = [w for direction in weights for w in direction.present().values()]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *flat)):
-        return ATenLayerFunction.apply(bias, projection, packing, x, h_0, c_0, *flat)
-    return call(bias, packing, x, h_0, c_0, *flat)
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *flat))
+    if tracked and not torch.jit.is_tracing():  # a trace has room for operators alone
+        return ATenLayerFunction.apply(len(weights) == 2, bias, projection, packing, x, h_0, c_0, *flat)
+    return call(torch.jit.is_tracing(), len(weights) == 2, bias, packing, x, h_0, c_0, *flat)
 
 
 def call(
-    bias: bool, packing: Packing | None, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator itself, for one layer."""
-    bidirectional = h_0.shape[0] == 2
-    # cuDNN has a backward pass only for a forward pass in training mode; without dropout that changes no result.
-    options = (bias, 1, 0.0, torch.is_grad_enabled(), bidirectional)
+    train: bool, bidirectional: bool, bias: bool, packing: Packing | None,
+    x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The operator itself, for one layer. cuDNN has a backward pass only for a forward pass with `train`."""
+    options = (bias, 1, 0.0, train, bidirectional)
     if packing is not None:
         return torch._VF.lstm(x, packing.batch_sizes, (h_0, c_0), list(weights), *options)
     return torch._VF.lstm(x, (h_0, c_0), list(weights), *options, False)
 
 
 class ATenLayerFunction(torch.autograd.Function):
-    """apply(bias, projection, packing, x, h_0, c_0, *weights) -> output, h_n, c_n."""
+    """apply(bidirectional, bias, projection, packing, x, h_0, c_0, *weights) -> output, h_n, c_n."""
 
     @staticmethod
-    def forward(ctx: Any, bias: bool, projection: bool, packing: Packing | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, bidirectional: bool, bias: bool, projection: bool, packing: Packing | None, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             inner = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-            results = call(bias, packing, *inner)
+            results = call(True, bidirectional, bias, packing, *inner)
         ctx.call, ctx.packing = Call(LSTMSpec().name, bias, projection, "cudnn"), packing
         ctx.inner, ctx.results = inner, results
         ctx.set_materialize_grads(False)
@@ -85,13 +87,13 @@ class ATenLayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         inputs = ctx.saved_tensors  # read on every path: a freed graph is PyTorch's usual error
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():
+        if transforms.differentiated_again((*inputs, *grads)):
             again = differentiable_gradients((*grads, None), inputs, needs, ctx.call, packing=ctx.packing)
-            return None, None, None, *again
+            return None, None, None, None, *again
         wanted = [t for t, needed in zip(ctx.inner, needs, strict=True) if needed]
         # Whether the user will come back is known to the outer graph alone: keep the inner one.
-        return None, None, None, *gradients_where_needed(ctx.results, grads, wanted, needs, retain_graph=True)
+        return None, None, None, None, *gradients_where_needed(ctx.results, grads, wanted, needs, retain_graph=True)

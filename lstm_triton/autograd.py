@@ -188,12 +188,13 @@ class LSTMLayerFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[5:])
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            inputs = (x, h_0, c_0, *weights)
+        inputs = (x, h_0, c_0, *weights)
+        if transforms.differentiated_again((*inputs, *grads)):
             computed = iter(differentiable_gradients(grads, inputs, needs, ctx.call, lengths, resets))
             return (None,) * 5 + tuple(computed)
         saved = (x, h_0, c_0, weights, lengths, resets, hidden, gates, cells)
-        computed = iter(layer_backward(*grads, *saved, *ctx.call, needs))
+        with torch.no_grad():  # torch.func's tensors require gradients even here
+            computed = iter(layer_backward(*grads, *saved, *ctx.call, needs))
         return (None,) * 5 + tuple(next(computed) if needed else None for needed in needs)
 
 
@@ -213,17 +214,28 @@ def differentiable_gradients(
     - packing: how x and output are packed, if they are
     """
     spec = LSTMSpec.parse(call.variant)
-    # Views: the graph from the gradients back to the inputs must start at tensors of this call alone.
-    inputs = [t.view_as(t) for t in inputs]
-    x, h_0, c_0, *flat = inputs
-    grouped = group(flat, spec, call.bias, call.projection)
-    if packing is not None:
-        x, lengths = packing.pad(x), packing.lengths
-    output, cells, h_n, c_n = reference.layer_states(x, h_0, c_0, grouped, spec, lengths, resets)
-    if packing is not None:
-        output = packing.pack(output)
-    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
-    return gradients_where_needed((output, h_n, c_n, cells), grads, wanted, needs, create_graph=True)
+    given = [n for n, grad in enumerate(grads) if grad is not None]
+
+    def results(*wanted: Tensor) -> list[Tensor]:
+        """The results whose gradients are given, from the inputs whose gradients are wanted."""
+        left = iter(wanted)
+        x, h_0, c_0, *flat = (next(left) if needed else t for t, needed in zip(inputs, needs, strict=True))
+        grouped = group(flat, spec, call.bias, call.projection)
+        steps = lengths
+        if packing is not None:
+            x, steps = packing.pad(x), packing.lengths
+        output, cells, h_n, c_n = reference.layer_states(x, h_0, c_0, grouped, spec, steps, resets)
+        every = (packing.pack(output) if packing is not None else output, h_n, c_n, cells)
+        return [every[n] for n in given]
+
+    # Views: the graph from the gradients back to the inputs must start at tensors of this call alone. A tensor whose
+    # gradient only a transform wanted that has ended requires none any more.
+    views = [t.view_as(t) for t, needed in zip(inputs, needs, strict=True) if needed]
+    wanted = [t if t.requires_grad or transforms.active() else t.detach().requires_grad_() for t in views]
+    if transforms.active():
+        computed = iter(torch.func.vjp(results, *wanted)[1]([grads[n] for n in given]))
+        return [next(computed) if needed else None for needed in needs]
+    return gradients_where_needed(results(*wanted), [grads[n] for n in given], wanted, needs, create_graph=True)
 
 
 def gradients_where_needed(

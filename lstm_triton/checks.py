@@ -126,7 +126,9 @@ def lstm_input_dimensions(input: Tensor | PackedSequence) -> None:
 
 
 def lstm_state_dimensions(hx: tuple[Tensor, Tensor], batched: bool) -> None:
-    """Raises RuntimeError unless both states have the dimensions that go with the input's."""
+    """Raises RuntimeError unless there are two states, with the dimensions that go with the input's."""
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
     dimensions = 3 if batched else 2
     if hx[0].dim() != dimensions or hx[1].dim() != dimensions:
         raise RuntimeError(
@@ -135,13 +137,17 @@ def lstm_state_dimensions(hx: tuple[Tensor, Tensor], batched: bool) -> None:
         )
 
 
-def lstm_input(input: Tensor, input_size: int, weight_dtype: torch.dtype, autocast: bool) -> None:
-    """Raises ValueError for a type other than the weights', RuntimeError for a wrong number of features."""
+def lstm_dtype(input: Tensor, weight_dtype: torch.dtype, autocast: bool) -> None:
+    """Raises ValueError for a type other than the weights', where autocast does not see to it."""
     if input.dtype != weight_dtype and not autocast:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_dtype}). "
             f"Convert input: input.to({weight_dtype}), or convert model: model.to({input.dtype})"
         )
+
+
+def lstm_features(input: Tensor, input_size: int) -> None:
+    """Raises RuntimeError for a wrong number of features."""
     if input.size(-1) != input_size:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {input.size(-1)}")
 

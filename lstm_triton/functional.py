@@ -139,7 +139,8 @@ def lstm(
     x = layout.sequence(input.data if isinstance(input, PackedSequence) else input)
     if hx is not None:
         checks.lstm_state_dimensions(hx, layout.batched)
-    checks.lstm_input(x, I, first.weight_ih.dtype, autocast_dtype(x) is not None)
+    checks.lstm_dtype(x, first.weight_ih.dtype, autocast_dtype(x) is not None)
+    checks.lstm_features(x, I)
     if hx is None:
         h_0, c_0 = x.new_zeros(D * L, layout.B, P), x.new_zeros(D * L, layout.B, H)
     else:

@@ -222,7 +222,8 @@ class LSTM(VariantModule):
         return functional.lstm(
             input,
             hx,
-            self._flat_weights,
+            # Not the property: in one, nn.Module reports a parameter that is gone as the property's own absence.
+            [getattr(self, name) for name in self._flat_weights_names],
             num_layers=self.num_layers,
             bias=self.bias,
             dropout=self.dropout,
@@ -260,10 +261,11 @@ class LSTM(VariantModule):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raises RuntimeError or ValueError unless the input, 3-D or packed 2-D, fits, as `torch.nn.LSTM` does."""
-        checks.lstm_input(input, self.input_size, self._flat_weights[0].dtype, torch.is_autocast_enabled())
+        checks.lstm_dtype(input, self._flat_weights[0].dtype, functional.autocast_dtype(input) is not None)
         dimensions = 3 if batch_sizes is None else 2
         if input.dim() != dimensions:
             raise RuntimeError(f"input must have {dimensions} dimensions, got {input.dim()}")
+        checks.lstm_features(input, self.input_size)
 
     def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
         """The size of h_0 for this input, (D·L, B, P)."""
