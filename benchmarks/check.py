@@ -16,7 +16,6 @@ from benchmarks.problem import Problem, make_problem
 from benchmarks.providers import Model
 from benchmarks.suites import FORWARD, TRAINING, Case
 from lstm_triton import functional, reference
-from lstm_triton.spec import LSTMWeights
 
 STEPS = 64
 """Steps over which all rows and gradients are compared."""
@@ -87,34 +86,12 @@ class Reference(Model):
         zeros = x.new_zeros(self.states[0], x.shape[-2], self.states[2])
         if self.cell:
             return reference.cell(x, zeros[0], zeros[0], self.layers[0][0], self.spec)
-        if self.lengths is None:
-            return reference.lstm(x, zeros, zeros, self.layers, self.spec)
-        last_h, last_c = [], []
-        for weights in self.layers:
-            outputs = []
-            for direction, direction_weights in enumerate(weights):
-                output, h, c = self._masked(x, direction_weights, direction == 1)
-                outputs.append(output)
-                last_h.append(h)
-                last_c.append(c)
-            x = torch.cat(outputs, -1)
-        return x, torch.stack(last_h), torch.stack(last_c)
+        lengths = self.lengths.to(x.device) if self.lengths is not None else None
+        *found, _ = reference.lstm(x, zeros, zeros, self.layers, self.spec, lengths)
+        return tuple(found)
 
     def parameters(self) -> dict[str, Tensor]:
         return self.weights
-
-    def _masked(self, x: Tensor, weights: LSTMWeights, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """One direction; beyond its length a row keeps its state and its output is zero."""
-        assert self.lengths is not None
-        h = c = x.new_zeros(x.shape[1], self.states[2])
-        steps = range(x.shape[0])
-        hidden: list[Tensor] = [h] * len(steps)
-        for t in reversed(steps) if reverse else steps:
-            lives = (self.lengths > t).to(x.device)[:, None]
-            h_t, c_t = reference.cell(x[t], h, c, weights, self.spec)
-            h, c = torch.where(lives, h_t, h), torch.where(lives, c_t, c)
-            hidden[t] = torch.where(lives, h, torch.zeros_like(h))
-        return torch.stack(hidden), h, c
 
 
 class Oracle:

@@ -17,7 +17,8 @@ def layer_of(case: Case) -> Layer:
     """The sizes of each layer of the case."""
     precision = "tf32" if case.dtype == "tf32" else "ieee"
     training = case.mode == TRAINING
-    return Layer(case.spec, case.T, case.B, case.H, case.D, False, STORAGE[case.dtype], precision, training)
+    sizes = (case.T, case.B, case.H, case.D)
+    return Layer(case.spec, *sizes, False, STORAGE[case.dtype], precision, training, ragged=case.ragged)
 
 
 def obstacle(found: Plans) -> str | None:

@@ -145,11 +145,15 @@ NO_STRATEGY = "is no strategy of one step (LSTMCell)"
 
 
 class How(NamedTuple):
-    """What a user would say to have it computed so: a strategy, a backend; and what is wanted of persistent plans."""
+    """What a user would say to have it computed so: a strategy, a backend; and what is wanted of persistent plans.
+
+    lengths: rows that differ are given by their lengths, not packed as for `torch.nn.LSTM`.
+    """
 
     strategy: str = "auto"
     backend: str = "auto"
     preference: Preference = ANY
+    lengths: bool = False
 
 
 class LstmTritonModel(ModuleModel):
@@ -163,6 +167,12 @@ class LstmTritonModel(ModuleModel):
     def settings(self) -> Iterator[None]:
         with lstm_triton.backend(self.how.backend), wanted(self.how.preference):
             yield
+
+    def run(self, x: Tensor) -> Results:
+        if not self.how.lengths:
+            return super().run(x)
+        output, (h_n, c_n) = self.module(x, lengths=self.lengths)
+        return output, h_n, c_n
 
 
 def wanted(preference: Preference) -> AbstractContextManager[None]:
@@ -181,9 +191,10 @@ class LstmTriton(Provider):
     """
 
     name = "lstm_triton"
-    leaves_out = "packed sequences (not supported yet)"
+    leaves_out = ""
     HOW = {  # noqa: RUF012
         "auto": How(),
+        "lengths": How(lengths=True),
         "persistent": How("persistent"),
         "persistent-counter": How("persistent", preference=Preference(wait="counter")),
         "persistent-data": How("persistent", preference=Preference(wait="data")),
@@ -199,7 +210,7 @@ class LstmTriton(Provider):
     def __init__(self, strategy: str) -> None:
         self.strategy = strategy
         self.how = self.HOW[strategy]
-        self.detour = 0 if strategy == "auto" else 2
+        self.detour = 0 if strategy in ("auto", "lengths") else 2
 
     def rank(self, case: Case) -> int:
         if case.suite == "anchor" and self.how.strategy == "persistent":
@@ -210,6 +221,8 @@ class LstmTriton(Provider):
         device = torch.device(device_type)
         if self.strategy == "torch" and device_type == "cpu":
             return "is what `auto` takes on a CPU"
+        if self.how.lengths and not case.ragged:
+            return "is `auto` where all rows are of one length"
         if self.how.strategy == "auto":
             return None
         if self.how.strategy == "cudnn":
@@ -234,8 +247,8 @@ class LstmTriton(Provider):
         if device_type != "cuda" or dispatch.why_not_triton(device, STORAGE[case.dtype]) is not None:
             return ""
         layer, gpu = plans.layer_of(case), gpus.gpu_of(device)
-        if self.strategy == "auto":
-            cudnn_may = selection.why_not_cudnn(device, case.spec) is None
+        if self.strategy in ("auto", "lengths"):
+            cudnn_may = selection.why_not_cudnn(device, case.spec) is None and not self.how.lengths
             chosen = selection.strategy_of("auto", layer, gpu, cudnn_may).name
             return plans.in_words(selection.plans(layer, gpu)) if chosen == "persistent" else chosen
         if self.how.strategy == "persistent":

@@ -115,9 +115,9 @@ def test_ragged_rows_end_where_packed_ones_do():
     found = new_bench().measure(BASELINE, case)
     assert found.failure is None and found.error < 1e-5
     assert found.rows == pytest.approx(float(make_problem(case, CPU).lengths.sum()) / case.T)
-    unsupported = new_bench().measure(LstmTriton("auto"), case)
-    assert unsupported.failure.startswith("failed: TypeError: PackedSequence input is not supported yet")
-    assert unsupported.ms is None
+    for strategy in ("auto", "lengths"):
+        ours = new_bench().measure(LstmTriton(strategy), case)
+        assert ours.failure is None and ours.error < 1e-5 and ours.rows == found.rows
 
 
 @pytest.mark.parametrize(
@@ -346,8 +346,9 @@ def test_the_most_telling_rows_come_first_and_providers_only_get_what_they_compu
     ranks = [task.provider.rank(task.case) for task in todo]
     assert ranks == sorted(ranks) and len(set(todo)) == len(todo)
     assert {task.provider.key for task in todo} == {
-        "torch.nn.LSTM:aten", "lstm_triton:auto", "reference:torch.compile"
+        "torch.nn.LSTM:aten", "lstm_triton:auto", "lstm_triton:lengths", "reference:torch.compile"
     }  # fmt: skip
+    assert all(task.case.ragged for task in todo if task.provider.strategy == "lengths")
     assert all(task.case.variant == "standard" for task in todo if task.provider.name == "torch.nn.LSTM")
     on_gpu = {
         task.provider.key
