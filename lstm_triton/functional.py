@@ -111,7 +111,7 @@ def lstm(
       output and cell states are zero, and h_n and c_n are the row's last; the second direction starts at its end. On a
       GPU they are checked there, which waits for it once; on the host nothing waits
     - resets: bool, (T, B), (B, T) with `batch_first`, (T,) unbatched: the state is zero before that step, in each
-      layer and direction (an episode that begins there)
+      layer and direction (an episode that begins there). From the host they are copied, which waits for a GPU
     - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
     - cell_states: every c_t of the last layer, (T, B, D·H), laid out as the output is
 

@@ -26,7 +26,9 @@ def checked_lengths(lengths: Tensor, T: int, device: torch.device) -> Tensor:
         for row, length in enumerate(lengths.tolist()):
             if not 1 <= length <= T:
                 raise ValueError(f"lengths must be from 1 to the {T} steps of the input, got {length} in row {row}")
-    return lengths.to(device, torch.int64, copy=True).clamp_(1, T)
+    # A copy from pageable memory has read it when it returns, and does not wait for the device.
+    own = lengths.clone() if lengths.device.type == "cpu" else lengths
+    return own.to(device, torch.int64, non_blocking=True, copy=True).clamp_(1, T)
 
 
 @checked_lengths.register_fake

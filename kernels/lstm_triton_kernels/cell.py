@@ -27,8 +27,16 @@ from lstm_triton_kernels.equations import (
     previous_cell_gradient,
     store_gates,
 )
-from lstm_triton_kernels.gates import carried_rows
 from lstm_triton_kernels.plan import ceil_div, elementwise_plan
+
+
+@triton.jit
+def carried_rows(resets_ptr, t, row, B, HAS_RESETS: tl.constexpr):
+    """Which rows there are whose state is carried into step t, (BLOCK_B,): not those that resets (T, B) starts anew."""
+    carried = row < B
+    if HAS_RESETS:
+        carried = carried & (tl.load(resets_ptr + t.to(tl.int64) * B + row, mask=carried, other=0) == 0)
+    return carried
 
 
 @triton.jit(do_not_specialize=["B", "t", "hidden_t", "previous", "current"])

@@ -20,47 +20,33 @@ from lstm_triton_kernels.plan import MatmulPlan, accumulator_dtype, ceil_div, ma
 
 @triton.jit
 def add_product(
-    acc, a_ptr, w_ptr, row, read, unit, H, K, stride_ab, stride_w,
+    acc, a_ptr, w_ptr, row, unit, B, H, K, stride_ab, stride_w,
     BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc (BLOCK_B, BLOCK_U) + a w^T for a (B, K) with rows stride_ab apart and w (H, K) with rows stride_w apart.
-
-    Rows of a that are not `read` (BLOCK_B,) are zero.
-    """
+    """acc (BLOCK_B, BLOCK_U) + a w^T for a (B, K) with rows stride_ab apart and w (H, K) with rows stride_w apart."""
     k = tl.arange(0, BLOCK_K)
     a_row = a_ptr + row[:, None] * stride_ab
     w_row = w_ptr + unit[None, :] * stride_w
     for start in range(0, K, BLOCK_K):
         column = start + k
-        a = tl.load(a_row + column[None, :], mask=read[:, None] & (column[None, :] < K), other=0.0)
+        a = tl.load(a_row + column[None, :], mask=(row[:, None] < B) & (column[None, :] < K), other=0.0)
         w = tl.load(w_row + column[:, None], mask=(unit[None, :] < H) & (column[:, None] < K), other=0.0)
         acc = tl.dot(a.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
-@triton.jit
-def carried_rows(resets_ptr, t, row, B, HAS_RESETS: tl.constexpr):
-    """Which rows there are whose state is carried into step t, (BLOCK_B,): not those that resets (T, B) starts anew."""
-    carried = row < B
-    if HAS_RESETS:
-        carried = carried & (tl.load(resets_ptr + t.to(tl.int64) * B + row, mask=carried, other=0) == 0)
-    return carried
-
-
 @triton.jit(do_not_specialize=["B", "t", "h_t", "c_slot"])
 def gate_preactivations_kernel(
     preact_ptr, x_ptr, w_ih_ptr, bias_ih_ptr, bias_hh_ptr, gate_input_ptr, h_ptr, w_hh_ptr, cells_ptr, w_ch_ptr,
-    resets_ptr, B, I, H, P, t, h_t, c_slot, stride_xb, stride_ht, stride_hb,
+    B, I, H, P, t, h_t, c_slot, stride_xb, stride_ht, stride_hb,
     GATES: tl.constexpr, HAS_X: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
-    HAS_RESETS: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """preact (B, G·H) = input side + W_hh h_{t-1} (+ V c_{t-1} for the gates that read it).
 
     Input side: with HAS_X, W_ih x + b_ih + b_hh for x (B, I); else row t of gate_input (T, B, G·H).
-    h (., B, P) is read at index h_t, cells (slots, B, H) at c_slot; w_ih (G·H, I), w_hh (G·H, P), w_ch (Q·H, H). With
-    HAS_RESETS both states are read as zero where resets (T, B) uint8 is not zero, at t.
+    h (., B, P) is read at index h_t, cells (slots, B, H) at c_slot; w_ih (G·H, I), w_hh (G·H, P), w_ch (Q·H, H).
     Program: (row block, unit block, gate block).
     """
     gate = tl.program_id(2)
@@ -68,14 +54,11 @@ def gate_preactivations_kernel(
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     block = gate.to(tl.int64) * H
     tile = row[:, None] * GATES * H + block + unit[None, :]
-    there = row < B
-    carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)
-    inside = there[:, None] & (unit[None, :] < H)
+    inside = (row[:, None] < B) & (unit[None, :] < H)
 
     if HAS_X:
-        w_ih = w_ih_ptr + block * I
         acc = tl.zeros((BLOCK_B, BLOCK_U), ACC)
-        acc = add_product(acc, x_ptr, w_ih, row, there, unit, H, I, stride_xb, I, BLOCK_K, DOT, PRECISION)
+        acc = add_product(acc, x_ptr, w_ih_ptr + block * I, row, unit, B, H, I, stride_xb, I, BLOCK_K, DOT, PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias_ih_ptr + block + unit, mask=unit < H, other=0.0).to(ACC)[None, :]
             acc += tl.load(bias_hh_ptr + block + unit, mask=unit < H, other=0.0).to(ACC)[None, :]
@@ -83,8 +66,7 @@ def gate_preactivations_kernel(
         acc = tl.load(gate_input_ptr + t.to(tl.int64) * B * GATES * H + tile, mask=inside, other=0.0).to(ACC)
 
     h_base = h_ptr + h_t.to(tl.int64) * stride_ht
-    w_hh = w_hh_ptr + block * P
-    acc = add_product(acc, h_base, w_hh, row, carried, unit, H, P, stride_hb, P, BLOCK_K, DOT, PRECISION)
+    acc = add_product(acc, h_base, w_hh_ptr + block * P, row, unit, B, H, P, stride_hb, P, BLOCK_K, DOT, PRECISION)
 
     if FULL:
         reads = gate != GATES - 2
@@ -93,7 +75,7 @@ def gate_preactivations_kernel(
         v_block = tl.where(gate == GATES - 1, GATES - 2, gate).to(tl.int64) * H
         c_base = cells_ptr + c_slot.to(tl.int64) * B * H
         K = tl.where(reads, H, 0)  # no turn of the loop for a gate that does not read c_{t-1}
-        acc = add_product(acc, c_base, w_ch_ptr + v_block * H, row, carried, unit, H, K, H, H, BLOCK_K, DOT, PRECISION)
+        acc = add_product(acc, c_base, w_ch_ptr + v_block * H, row, unit, B, H, K, H, H, BLOCK_K, DOT, PRECISION)
 
     tl.store(preact_ptr + tile, acc, mask=inside)
 
@@ -111,12 +93,11 @@ def output_peephole_kernel(
     unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     tile = row[:, None] * GATES * H + (GATES - 1) * H + unit[None, :]
-    there = row < B
-    inside = there[:, None] & (unit[None, :] < H)
+    inside = (row[:, None] < B) & (unit[None, :] < H)
     v_o = w_ch_ptr + (GATES - 2) * tl.full((), 1, tl.int64) * H * H
     acc = tl.load(preact_ptr + tile, mask=inside, other=0.0).to(ACC)
     c_base = cells_ptr + c_slot.to(tl.int64) * B * H
-    acc = add_product(acc, c_base, v_o, row, there, unit, H, H, H, H, BLOCK_K, DOT, PRECISION)
+    acc = add_product(acc, c_base, v_o, row, unit, B, H, H, H, H, BLOCK_K, DOT, PRECISION)
     tl.store(preact_ptr + tile, acc, mask=inside)
 
 
@@ -149,12 +130,12 @@ def dot_constants(dtype: torch.dtype, plan: MatmulPlan, precision: str) -> dict[
 
 def gate_preactivations(
     preact: Tensor, x: Tensor | None, gate_input: Tensor | None, h: Tensor, cells: Tensor, weights: Any, spec: Any,
-    t: int, h_index: int, c_slot: int, resets: Tensor | None = None,
+    t: int, h_index: int, c_slot: int,
 ) -> None:  # fmt: skip
     """Launch `gate_preactivations_kernel` for one step; exactly one of x (B, I) and gate_input (T, B, G·H) is given.
 
-    preact (B, G·H) accumulator type, out; h (., B, P); cells (slots, B, H) accumulator type; resets (T, B) uint8. Rows
-    of x and h may be strided, their columns and all else contiguous.
+    preact (B, G·H) accumulator type, out; h (., B, P); cells (slots, B, H) accumulator type. Rows of x and h may be
+    strided, their columns and all else contiguous.
     """
     B, H = cells.shape[-2:]
     P = h.shape[-1]
@@ -173,7 +154,6 @@ def gate_preactivations(
         w_hh_ptr=weights.weight_hh,
         cells_ptr=cells if spec.full else None,
         w_ch_ptr=weights.weight_ch if spec.full else None,
-        resets_ptr=resets,
         B=B,
         I=I,
         H=H,
@@ -189,7 +169,6 @@ def gate_preactivations(
         HAS_BIAS=x is not None and weights.bias_ih is not None,
         FULL=spec.full,
         OUTPUT_CURRENT=spec.full and spec.output_current,
-        HAS_RESETS=resets is not None,
         **dot_constants(h.dtype, plan, matmul_precision()),
     )
 

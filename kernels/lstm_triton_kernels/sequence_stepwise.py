@@ -42,7 +42,13 @@ def forward(
     for step in steps(T, reverse, saved=cells.shape[0] > 1):
         h, h_index = (h_0.unsqueeze(0), 0) if step.h_index is None else (output, step.h_index)
         x_t = x[step.t] if gate_input is None else None
-        gate_preactivations(preact, x_t, gate_input, h, cells, weights, spec, step.t, h_index, step.previous, resets)
+        c, c_slot = cells, step.previous
+        if resets is not None:
+            begun = resets[step.t].unsqueeze(1).bool()
+            h, h_index = h[h_index].masked_fill(begun, 0).unsqueeze(0), 0
+            if spec.full:
+                c, c_slot = c[c_slot].masked_fill(begun, 0).unsqueeze(0), 0
+        gate_preactivations(preact, x_t, gate_input, h, c, weights, spec, step.t, h_index, c_slot)
         buffers = (preact, cells, hidden, gates, weights.weight_ch, spec)
         indices = (step.t, 0 if projected else step.t, step.previous, step.current, resets)
         if spec.full and spec.output_current:
