@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml
 test: test-cpu test-interpreted test-compile
 
 test-cpu: setup
-	$(TEST) -n $(WORKERS) tests/cpu tests/gpu
+	$(TEST) -n $(WORKERS) --dist loadgroup tests/cpu tests/gpu
 
 test-interpreted: setup
 	TRITON_INTERPRET=1 $(TEST) -n $(WORKERS) tests/interpreted

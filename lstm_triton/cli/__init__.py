@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the program with these arguments (default: those of the process) and exit.
 
     Exit codes: 0, 1 (something given cannot be used), 2 (unknown option or value), 130 (Ctrl-C).
-    Every error is one line on stderr that starts with `error:`.
+    Every error is one line on stderr that starts with `error:`; of several processes one writes it.
     """
     missing = [name for name in REQUIREMENTS if find_spec(name) is None]
     if missing:
@@ -27,6 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and os.environ.get("RANK", "0") == "0":
         print("interrupted", file=sys.stderr)
     raise SystemExit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lstm_triton import VARIANTS, LSTMSpec, dispatch
-from lstm_triton.cli import INTERRUPTED, checkpoints, info, plans, report
+from lstm_triton.cli import INTERRUPTED, checkpoints, info, parallel, plans, report
 from lstm_triton.cli.devices import parse_device
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.files import check_writable, write_whole
@@ -41,22 +42,31 @@ app = typer.Typer(help="A fast LSTM for PyTorch, in Triton.", add_completion=Fal
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command and return the exit code; what the user did wrong becomes one line on stderr."""
+    """Run a command and return the exit code; what the user did wrong becomes one line on stderr.
+
+    Of several processes one prints; of those that fail the first says why, an unforeseen error included.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return app(list(arguments) or ["--help"], prog_name="lstm-triton", standalone_mode=False) or 0
+        with parallel.leader_prints():
+            return app(list(arguments) or ["--help"], prog_name="lstm-triton", standalone_mode=False) or 0
     except UserError as error:
         return _fail(str(error), 1)
     except torch.OutOfMemoryError as error:
         return _fail(f"out of memory, try a smaller --hidden, --batch or --window: {error}", 1)
     except typer.TyperException as error:
         return _fail(error.format_message(), 2)
+    except Exception:
+        if parallel.speaks_first():
+            raise
+        return 1
 
 
 def _fail(message: str, code: int) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    if parallel.speaks_first():
+        print("error:", " ".join(message.split()), file=sys.stderr)
     return code
 
 
@@ -158,7 +168,9 @@ def train(
     embedding: Annotated[int, typer.Option(min=1, help="Size of the character embedding.")] = 64,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden units of each layer.")] = 192,
     layers: Annotated[int, typer.Option(min=1, help="LSTM layers.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Streams of text that are read in parallel.")] = 32,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Streams of text that are read in parallel, by all processes together.")
+    ] = 32,
     window: Annotated[int, typer.Option(min=1, help="Characters of each stream in a step.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Steps in all, those before --resume included.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 4e-3,
@@ -169,9 +181,22 @@ def train(
         typer.Option(help="Of everything: weights, activations, optimizer. Only the loss is at least float32."),
     ] = "float32",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="File to save to: regularly, at the end and on Ctrl-C.", show_default="none")
+        Path | None,
+        typer.Option(
+            help="Directory to save to: regularly, at the end and on Ctrl-C. All processes must see it, so on several "
+            "machines it lies on a file system that they share.",
+            show_default="none",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is saved in --checkpoint.")] = False,
+    parallel_mode: Annotated[
+        Literal["ddp", "fsdp"],
+        typer.Option(
+            "--parallel",
+            help="What several processes share: the gradients (DistributedDataParallel), or the parameters and the "
+            "optimizer's state too (fully_shard). One process has nothing to share.",
+        ),
+    ] = "ddp",
     save_every: Annotated[int, typer.Option(min=1, help="Steps from one regular save to the next.")] = 100,
     plot: Annotated[Path, typer.Option(help="PNG to draw the curves into.")] = Path("lstm-triton-curves.png"),
     sample_length: Annotated[int, typer.Option(min=1, help="Characters to generate at the end.")] = 400,
@@ -179,8 +204,14 @@ def train(
 ) -> None:
     """Train a character-level language model with this library's LSTM and with torch.nn.LSTM, side by side.
 
-    All models start from the same weights and see the same batches. Ctrl-C stops after the step in progress and saves;
-    a second one stops at once.
+    All models start from the same weights and see the same batches.
+    Ctrl-C stops after the step in progress and saves; a second one stops at once.
+
+    On several GPUs, or CPU processes, start it with torchrun, on each machine if there are many:
+
+        torchrun --nproc-per-node 4 -m lstm_triton.cli train ...
+
+    The processes share the batch and train as one would; a run may be continued by another number of them.
     """
     for name, value in (("--learning-rate", learning_rate), ("--temperature", temperature)):
         if not 0 < value < math.inf:
@@ -196,57 +227,70 @@ def train(
         dtype=dtype,
         seed=seed,
     )
-    chosen_device = parse_device(device)
-    backend = choose_backend(chosen_device, DTYPES[dtype])
-    check_writable(plot)
     for option, path in (("--text", text), ("--checkpoint", checkpoint)):
         if path is not None and path.resolve() == plot.resolve():
             raise UserError(f"--plot and {option} are the same file: {plot}")
     if checkpoint is None and resume:
-        raise UserError("--resume needs --checkpoint FILE, the file to continue from")
-    if checkpoint is not None:
-        check_writable(checkpoint)
-        if checkpoint.exists() and not resume:
-            raise UserError(f"{checkpoint} exists: add --resume to continue its run, or remove it")
+        raise UserError("--resume needs --checkpoint DIRECTORY, the one to continue from")
+    place = parallel.place_in(os.environ)
+    parallel.check_shares(batch, place.size)
+    chosen_device = parse_device(parallel.device_name(device, place))
+    backend = choose_backend(chosen_device, DTYPES[dtype])
 
-    training = Run(settings, build_corpus(read_text(text), batch, window), chosen_device)
-    if checkpoint is not None and resume:
-        checkpoints.resume(checkpoint, training)
-        if training.step >= steps:
-            raise UserError(f"{checkpoint} has {training.step} steps already: --steps must be larger, got {steps}")
+    with parallel.joined(place, chosen_device, parallel_mode) as world:
+        console = _console()
+        if world.leads:
+            check_writable(plot)
+            if checkpoint is not None:
+                checkpoints.check_savable(checkpoint, resume)
+        training = Run(settings, build_corpus(read_text(text), batch, window), world)
+        if checkpoint is not None and resume:
+            checkpoints.resume(checkpoint, training)
+            if training.step >= steps:
+                raise UserError(f"{checkpoint} has {training.step} steps already: --steps must be larger, got {steps}")
 
-    console = _console()
-    console.print(
-        f"{len(training.corpus.vocabulary)} different characters, {training.corpus.training.numel():,} to learn, "
-        f"{training.corpus.validation.numel():,} to validate; {dtype} on {chosen_device}, backend {backend.name}: "
-        f"{backend.reason}",
-        highlight=False,
-        markup=False,
-    )
-    if not train_until(training, steps, save_every, checkpoint, console):
-        outcome = (
-            f"saved to {checkpoint}, continue with --resume" if checkpoint else "nothing was saved: no --checkpoint"
+        console.print(
+            f"{len(training.corpus.vocabulary)} different characters, {training.corpus.training.numel():,} to learn, "
+            f"{training.corpus.validation.numel():,} to validate; {dtype} on {world.description}, "
+            f"backend {backend.name}: {backend.reason}",
+            highlight=False,
+            markup=False,
         )
-        console.print(f"stopped after step {training.step} of {steps}; {outcome}", highlight=False, markup=False)
+        finished = train_until(training, steps, save_every, checkpoint, console)
+        if finished:
+            conclude(training, plot, sample_length, temperature, console)
+            outcome = f"checkpoint: {checkpoint}" if checkpoint else None
+        else:
+            outcome = f"stopped after step {training.step} of {steps}; " + (
+                f"saved to {checkpoint}, continue with --resume" if checkpoint else "nothing was saved: no --checkpoint"
+            )
+        if outcome is not None:
+            console.print(outcome, highlight=False, markup=False, soft_wrap=True)
+    if not finished:
         raise typer.Exit(INTERRUPTED)
 
+
+def conclude(training: Run, plot: Path, sample_length: int, temperature: float, console: Console) -> None:
+    """Print the results and a text that the best variant writes, and draw the curves.
+
+    All processes write the text, since with `fsdp` each has a part of the model.
+    """
     console.print(report.results_table(training))
     best = min(training.variants, key=lambda learner: learner.validation[training.step])
-    prompt = training.corpus.validation[0, :window]
-    written = sample(best.model, training.corpus.vocabulary, prompt, sample_length, temperature, seed)
+    prompt = training.corpus.validation[0, : training.settings.window].to(training.world.device)
+    written = sample(best.model, training.corpus.vocabulary, prompt, sample_length, temperature, training.settings.seed)
     console.print(Panel(Text(printable(written)), title=f"sample of {best.name}, temperature {temperature:g}"))
-    write_whole(plot, report.plot_curves(training))
+    if training.world.leads:
+        write_whole(plot, report.plot_curves(training))
     console.print(f"curves: {plot}", highlight=False, markup=False, soft_wrap=True)
-    if checkpoint is not None:
-        console.print(f"checkpoint: {checkpoint}", highlight=False, markup=False, soft_wrap=True)
 
 
 def train_until(training: Run, last: int, save_every: int, path: Path | None, console: Console) -> bool:
-    """Train to step `last` with a display, saving to `path` on the way; False if Ctrl-C came first."""
+    """Train to step `last` with a display, saving to `path` on the way; False if Ctrl-C came first, in any process."""
     with interruptible() as interrupted, display_for(console, training, last) as display:
         for step in training.steps(last, evaluate_every=math.ceil(last / EVALUATIONS)):
             display.update()
-            stopping = interrupted()
+            stopping = training.world.any(interrupted())
             if path is not None and (stopping or step == last or step % save_every == 0):
                 checkpoints.save(path, training)
             if stopping:

@@ -28,6 +28,33 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def check_directory(path: Path) -> None:
+    """Find out that no files could be written into the directory `path`, or that it cannot be made if it is missing.
+
+    Raises UserError.
+    """
+    path = path.resolve()
+    try:
+        if path.exists():
+            check_writable(path / "file")
+        else:
+            path.mkdir()
+            path.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk; Windows has no way to ask for that."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Replace the contents of `path` by `data`; after a failure or a crash the former contents are still there.
 

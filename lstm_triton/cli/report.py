@@ -113,7 +113,7 @@ def plot_curves(run: Run) -> bytes:
     curves.legend(handles[::-1], labels[::-1], title="model, final validation loss", frameon=False)
     curves.set_title(
         f"Character models: hidden {run.settings.hidden}, layers {run.settings.layers}, {run.settings.dtype} on "
-        f"{run.device}\nlines: training (smoothed), dots: validation",
+        f"{run.world.description}\nlines: training (smoothed), dots: validation",
         loc="left",
     )
     curves.set_ylabel("loss in bits per character")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lstm_triton.cli.errors import UserError
+from lstm_triton.cli.parallel import World
 
 VALIDATION_SHARE = 10
 """One character in so many is for validation: the tail of the text."""
@@ -73,7 +74,12 @@ class Corpus:
 
     def to(self, device: torch.device) -> Corpus:
         """The same corpus with its tokens on a device."""
-        return Corpus(self.vocabulary, self.digest, self.training.to(device), self.validation.to(device), self.window)
+        return replace(self, training=self.training.to(device), validation=self.validation.to(device))
+
+    def share(self, world: World) -> Corpus:
+        """The same corpus with the streams of one process of `world` only, on its device."""
+        shared = replace(self, training=world.share(self.training), validation=world.share(self.validation))
+        return shared.to(world.device)
 
 
 def build_corpus(text: str, batch: int, window: int) -> Corpus:

@@ -13,10 +13,11 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.model import CharacterModel, State, build_baseline, build_variant
+from lstm_triton.cli.parallel import World
 from lstm_triton.cli.text import Corpus
 from lstm_triton.spec import LSTMSpec
 
@@ -32,7 +33,10 @@ MAX_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the curves; a checkpoint is only continued with the settings it was made with."""
+    """What decides the curves; a checkpoint is only continued with the settings it was made with.
+
+    The batch is that of all processes together: how many they are is no setting.
+    """
 
     variants: tuple[str, ...]
     embedding: int
@@ -49,14 +53,16 @@ class Settings:
 class Learner:
     """A model in training, with its curves.
 
-    - state: carried from window to window; None at the beginning of the text
-    - losses: training loss of each step, bits per character
+    - model: the model itself; wrapped: what a training step calls, so that the processes average their gradients
+    - state: of this process's streams, carried from window to window; None at the beginning of the text
+    - losses: training loss of each step over the whole batch, bits per character
     - validation: step to validation loss, bits per character
     - seconds: duration of each step of this process
     """
 
     name: str
     model: CharacterModel
+    wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     state: State | None = None
     losses: list[float] = field(default_factory=list)
@@ -92,7 +98,7 @@ def bits_per_character(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def training_step(
-    model: CharacterModel, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, state: State | None
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, state: State | None
 ) -> tuple[Tensor, State]:
     """One step of truncated backpropagation through time, in place.
 
@@ -124,14 +130,16 @@ def evaluate(model: CharacterModel, streams: Tensor, window: int) -> float:
 class Run:
     """`torch.nn.LSTM` and the chosen variants, trained from the same weights on the same batches.
 
-    `learners` holds the baseline first, then a learner per variant; `step` counts the steps made.
+    `learners` holds the baseline first, then a learner per variant; `step` counts the steps made. `corpus` is the whole
+    corpus, `share` the streams of this process on its device; all losses are of the whole corpus.
     Raises UserError if models of these sizes cannot be built.
     """
 
-    def __init__(self, settings: Settings, corpus: Corpus, device: torch.device) -> None:
+    def __init__(self, settings: Settings, corpus: Corpus, world: World) -> None:
         self.settings = settings
-        self.corpus = corpus.to(device)
-        self.device = device
+        self.corpus = corpus
+        self.share = corpus.share(world)
+        self.world = world
         self.step = 0
         try:
             baseline = build_baseline(
@@ -145,10 +153,11 @@ class Run:
             raise UserError(f"cannot build the models: {error}") from error
 
     def _learner(self, name: str, model: CharacterModel) -> Learner:
-        model.to(self.device, DTYPES[self.settings.dtype])
+        model.to(self.world.device, DTYPES[self.settings.dtype])
+        wrapped = self.world.wrap(model)
         # The usual beta of 0.999 is 1 in bfloat16.
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.settings.learning_rate, betas=(0.9, 0.99))
-        return Learner(name, model, optimizer)
+        return Learner(name, model, wrapped, optimizer)
 
     @property
     def baseline(self) -> Learner:
@@ -162,8 +171,14 @@ class Run:
 
     @property
     def characters_per_step(self) -> int:
-        """B·T, what each learner reads in a step."""
+        """B·T, what each learner reads in a step, in all processes together."""
         return self.settings.batch * self.settings.window
+
+    def zero_state(self) -> State:
+        """A state of zeros for the streams of this process."""
+        shape = (self.settings.layers, len(self.share.training), self.settings.hidden)
+        h, c = torch.zeros(2, *shape, dtype=DTYPES[self.settings.dtype], device=self.world.device)
+        return h, c
 
     def steps(self, last: int, evaluate_every: int) -> Iterator[int]:
         """Train up to step `last`; yield the number of each step once all learners have made it.
@@ -175,22 +190,23 @@ class Run:
             self._advance()
             if self.step % evaluate_every == 0 or self.step == last:
                 for learner in self.learners:
-                    learner.validation[self.step] = evaluate(learner.model, self.corpus.validation, self.corpus.window)
+                    loss = evaluate(learner.model, self.share.validation, self.share.window)
+                    learner.validation[self.step] = self.world.mean(loss)
             yield self.step
 
     def _advance(self) -> None:
-        inputs, targets, fresh = self.corpus.training_window(self.step)
+        inputs, targets, fresh = self.share.training_window(self.step)
         # No learner always runs right after the same other one, whose data would be in the caches.
         first = self.step % len(self.learners)
         for learner in self.learners[first:] + self.learners[:first]:
             self._synchronize()
             start = perf_counter()
             loss, learner.state = training_step(
-                learner.model, learner.optimizer, inputs, targets, None if fresh else learner.state
+                learner.wrapped, learner.optimizer, inputs, targets, None if fresh else learner.state
             )
             self._synchronize()
             learner.seconds.append(perf_counter() - start)
-            learner.losses.append(loss.item())
+            learner.losses.append(self.world.mean(loss.item()))
             if not math.isfinite(learner.losses[-1]):
                 raise UserError(
                     f"the loss of {learner.name} is {learner.losses[-1]} at step {self.step + 1}: "
@@ -199,5 +215,5 @@ class Run:
         self.step += 1
 
     def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)

@@ -1,23 +1,31 @@
 import errno
+import hashlib
+import json
 import math
 import os
 import pickle
 import pydoc_data.topics
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from lstm_triton import VARIANTS, cli, dispatch
-from lstm_triton.cli import app, files, model, progress, report, text, training
+from lstm_triton.cli import app, checkpoints, files, model, progress, report, text, training
 from lstm_triton.cli.errors import UserError
+from lstm_triton.cli.parallel import World
+from tests.support import checkpoints as saved
+from tests.support.checkpoints import load
 
 TEXT = "".join(pydoc_data.topics.topics.values())[:6000]
 STEPS = 12
@@ -31,7 +39,8 @@ SETTINGS = training.Settings(
 def surroundings(tmp_path, monkeypatch):
     """A directory of its own with a small text, and no backend asked for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    for variable in (dispatch.ENVIRONMENT_VARIABLE, "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
     Path("text.txt").write_text(TEXT, encoding="utf-8")
 
 
@@ -80,17 +89,13 @@ def interrupt_in_step(monkeypatch):
 
 def small_run(**changes):
     corpus = text.build_corpus(TEXT, SETTINGS.batch, SETTINGS.window)
-    return training.Run(replace(SETTINGS, **changes), corpus, torch.device("cpu"))
+    return training.Run(replace(SETTINGS, **changes), corpus, World(torch.device("cpu")))
 
 
 def rows(output):
     """The table of results: variant to its other cells."""
     cells = (line.split() for line in output.splitlines())
     return {row[0]: row[1:] for row in cells if len(row) == 6 and row[4].endswith("x")}
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 
 def same(one, other):
@@ -208,7 +213,7 @@ def test_module_and_ctrl_c_in_a_process():
         text=True,
     )
     assert process.stdout and "to learn" in process.stdout.readline()
-    while not Path("run.pt").exists():
+    while not Path("run.pt/run.json").exists():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -289,25 +294,26 @@ def test_second_ctrl_c_stops_at_once(train, interrupt_in_step):
 
 
 def test_saves_regularly(train, monkeypatch):
-    saved = []
-    monkeypatch.setattr(app.checkpoints, "save", lambda path, run: saved.append(run.step))
+    steps = []
+    monkeypatch.setattr(app.checkpoints, "save", lambda path, run: steps.append(run.step))
     assert train("--checkpoint=run.pt", "--save-every=5")[0] == 0
-    assert saved == [5, 10, 12]
+    assert steps == [5, 10, 12]
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_failed_save_leaves_the_former_file(train, monkeypatch, function):
+@pytest.mark.parametrize("function", ["fsync", "rename", "replace"])
+def test_failed_save_leaves_the_former_checkpoint(train, monkeypatch, function):
     assert train("--checkpoint=run.pt", "--steps=3")[0] == 0
-    former = Path("run.pt").read_bytes()
+    former = saved.contents("run.pt")
     before = names_in_directory()
 
     def fail(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, function, fail)
-    assert_one_error(train("--checkpoint=run.pt", "--resume"), 1, "cannot write", "run.pt: No space left on device")
-    assert Path("run.pt").read_bytes() == former
+    assert_one_error(train("--checkpoint=run.pt", "--resume"), 1, "cannot write", "run.pt", ": No space left on device")
+    assert saved.contents("run.pt") == former
     assert names_in_directory() == before
+    assert len(list(Path("run.pt").iterdir())) == 2
 
 
 def test_a_link_to_a_checkpoint_stays_a_link(train):
@@ -318,25 +324,120 @@ def test_a_link_to_a_checkpoint_stays_a_link(train):
     assert load("elsewhere/run.pt")["step"] == 1
 
 
+def test_a_first_save_that_fails_leaves_nothing(train, monkeypatch):
+    before = names_in_directory()
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    assert_one_error(train("--checkpoint=run.pt", "--steps=1"), 1, "cannot write", "Input/output error")
+    assert names_in_directory() == before
+
+
+def test_a_first_save_that_was_cut_off_is_no_checkpoint(train):
+    Path("run.pt/tensors-a").mkdir(parents=True)
+    Path("run.pt/tensors-a/__0_0.distcp").write_bytes(b"half")
+    assert train("--checkpoint=run.pt", "--steps=1")[0] == 0
+    assert load("run.pt")["step"] == 1
+
+
+def test_a_later_save_that_was_cut_off_changes_nothing(train):
+    assert train("--checkpoint=run.pt", "--steps=1")[0] == 0
+    other = Path("run.pt/tensors-b")
+    assert saved.folder("run.pt").name == "tensors-a"
+    other.mkdir()
+    (other / ".metadata").write_bytes(b"half")
+    assert train("--checkpoint=run.pt", "--steps=2", "--resume")[0] == 0
+    assert saved.folder("run.pt") == other
+    assert load("run.pt")["step"] == 2
+    assert sorted(path.name for path in Path("run.pt").iterdir()) == ["run.json", "tensors-b"]
+
+
+@pytest.mark.parametrize("moment", ["write_whole", "sync_directory"])
+def test_a_second_ctrl_c_during_a_save_leaves_a_whole_checkpoint(train, monkeypatch, moment):
+    assert train("--checkpoint=run.pt", "--steps=1")[0] == 0
+    genuine, calls = getattr(checkpoints, moment), []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        genuine(*arguments)
+        # The third directory to be synchronised is that of a record which was replaced already.
+        if moment == "write_whole" or len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, moment, interrupted)
+    assert train("--checkpoint=run.pt", "--steps=2", "--resume")[0] == 130
+    assert load("run.pt")["step"] == 2
+    assert len(list(Path("run.pt").iterdir())) == 2
+
+
+def test_a_checkpoint_is_not_overwritten(train):
+    assert train("--checkpoint=run.pt", "--steps=1")[0] == 0
+    before = saved.contents("run.pt")
+    assert_one_error(train("--checkpoint=run.pt", "--steps=1"), 1, "run.pt exists: add --resume")
+    assert saved.contents("run.pt") == before
+
+
 def flip_a_bit(data):
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
+def the_record(change):
+    """Damage to the record's bytes."""
+
+    def damage(path):
+        record = path / "run.json"
+        record.write_bytes(change(record.read_bytes()))
+
+    return damage
+
+
+def the_file(pattern, change):
+    """Damage to the bytes of a file of the tensors, which is removed if nothing is left of it."""
+
+    def damage(path):
+        (file,) = saved.folder(path).glob(pattern)
+        data = change(file.read_bytes())
+        file.write_bytes(data) if data is not None else file.unlink()
+
+    return damage
+
+
+def an_additional_file(path):
+    (saved.folder(path) / "more.distcp").write_bytes(b"")
+
+
 def without(key):
-    def remove(data):
-        Path("whole.pt").write_bytes(data)
-        checkpoint = load("whole.pt")
-        del checkpoint["learners"]["standard"][key]
-        torch.save(checkpoint, "part.pt")
-        return Path("part.pt").read_bytes()
+    def damage(path):
+        record = saved.read_record(path)
+        del record["learners"]["standard"][key]
+        saved.seal(path, record)
 
-    return remove
+    return damage
 
 
-def foreign(data):
-    torch.save({"weights": torch.zeros(2)}, "foreign.pt")
-    return Path("foreign.pt").read_bytes()
+def without_tensors(*keys):
+    """Resealed, with an index that has lost the tensors whose path begins so."""
+
+    def damage(path):
+        def lose(index):
+            lost = [name for name, nested in index.planner_data.items() if nested[: len(keys)] == keys]
+            assert lost
+            for name in lost:
+                del index.state_dict_metadata[name]
+            return index
+
+        change_index(path, lose)
+
+    return damage
+
+
+def change_index(path, change):
+    file = saved.folder(path) / ".metadata"
+    file.write_bytes(pickle.dumps(change(pickle.loads(file.read_bytes()))))
+    saved.seal(path)
 
 
 class Malicious:
@@ -344,31 +445,95 @@ class Malicious:
         return Path.touch, (Path("touched"),)
 
 
-def malicious(data):
-    torch.save(Malicious(), "malicious.pt")
-    return Path("malicious.pt").read_bytes()
+def malicious_index(path):
+    change_index(path, lambda index: Malicious())
+
+
+def malicious_part_of_the_index(path):
+    change_index(path, lambda index: replace(index, storage_meta=Malicious()))
+
+
+def malicious_entry(path):
+    """The format can hold any object beside the tensors; PyTorch unpickles those without any limit."""
+    (file,) = saved.folder(path).glob("*.distcp")
+    buffer = BytesIO()
+    torch.save(Malicious(), buffer)
+    begin = file.stat().st_size
+    file.write_bytes(file.read_bytes() + buffer.getvalue())
+
+    def enter(index):
+        name = "standard.model.decoder.bias"
+        index.state_dict_metadata[name] = BytesStorageMetadata()
+        (former,) = [key for key in index.storage_data if key.fqn == name]
+        del index.storage_data[former]
+        index.storage_data[MetadataIndex(name)] = _StorageInfo(file.name, begin, len(buffer.getvalue()))
+        return index
+
+    change_index(path, enter)
+
+
+def malicious_tensors(path):
+    (file,) = saved.folder(path).glob("*.distcp")
+    torch.save(Malicious(), file)
+
+    def point_to_the_beginning(index):
+        for info in index.storage_data.values():
+            info.offset, info.length = 0, file.stat().st_size
+        return index
+
+    change_index(path, point_to_the_beginning)
+
+
+def elsewhere(path):
+    """Resealed, naming a folder that is not its own."""
+    record = saved.read_record(path)
+    saved.folder(path).rename("outside")
+    text = json.dumps(record | {"folder": "../outside"})
+    (path / "run.json").write_text(f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}", "run": {text}}}')
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda data: b"", "run.pt is empty"),
-        (lambda data: data[: len(data) // 2], "run.pt is damaged"),
-        (lambda data: data[:-1], "run.pt is damaged"),
-        (flip_a_bit, "run.pt is damaged"),
-        (lambda data: b"not a checkpoint", "run.pt is damaged"),
-        (lambda data: pickle.dumps({"step": 1}), "run.pt is damaged"),
-        (without("state"), "run.pt is damaged"),
-        (without("optimizer"), "run.pt is damaged"),
-        (foreign, "run.pt is no checkpoint"),
-        (malicious, "run.pt is damaged"),
+        (the_record(lambda data: b""), "run.pt is damaged"),
+        (the_record(lambda data: data[: len(data) // 2]), "run.pt is damaged"),
+        (the_record(lambda data: data[:-1]), "run.pt is damaged"),
+        (the_record(flip_a_bit), "run.pt is damaged"),
+        (the_record(lambda data: b"not a checkpoint"), "run.pt is damaged"),
+        (the_record(lambda data: b"[" * 100_000), "run.pt is damaged"),
+        (the_record(lambda data: pickle.dumps({"step": 1})), "run.pt is damaged"),
+        (the_record(lambda data: b'{"sha256": "", "run": {"weights": [0, 0]}}'), "run.pt is no checkpoint"),
+        (the_file("*.distcp", lambda data: b""), "run.pt is damaged"),
+        (the_file("*.distcp", lambda data: data[:-1]), "run.pt is damaged"),
+        (the_file("*.distcp", flip_a_bit), "run.pt is damaged"),
+        (the_file("*.distcp", lambda data: None), "run.pt is damaged"),
+        (the_file(".metadata", flip_a_bit), "run.pt is damaged"),
+        (the_file(".metadata", lambda data: None), "run.pt is damaged"),
+        (an_additional_file, "run.pt is damaged"),
+        (lambda path: shutil.rmtree(saved.folder(path)), "run.pt is damaged"),
+        (lambda path: (path / "run.json").unlink(), "run.pt is no checkpoint of lstm-triton train"),
+        (without("losses"), "run.pt is damaged"),
+        (without_tensors("standard", "optimizer"), "run.pt is damaged"),
+        (without_tensors("standard", "state", "h"), "run.pt is damaged"),
+        (elsewhere, "run.pt is damaged"),
+        (malicious_index, "run.pt is damaged: pathlib"),
+        (malicious_part_of_the_index, "run.pt is damaged: pathlib"),
+        (malicious_entry, "metadata.BytesStorageMetadata has no place in an index"),
+        (malicious_tensors, "run.pt is damaged"),
     ],
 )
 def test_damaged_checkpoint(train, damage, message):
     assert train("--checkpoint=run.pt", "--steps=1")[0] == 0
-    Path("run.pt").write_bytes(damage(Path("run.pt").read_bytes()))
+    damage(Path("run.pt"))
     assert_one_error(train("--checkpoint=run.pt", "--resume"), 1, message)
     assert not Path("touched").exists()
+
+
+def test_the_malicious_entry_would_have_been_unpickled(train):
+    assert train("--checkpoint=run.pt", "--steps=1")[0] == 0
+    malicious_entry(Path("run.pt"))
+    load("run.pt")
+    assert Path("touched").exists()
 
 
 @pytest.mark.parametrize(
@@ -413,12 +578,16 @@ def test_checkpoint_of_another_run(train, change, message):
         (["--plot=text.txt"], 1, "--plot and --text are the same file"),
         (["--plot=new", "--checkpoint=./new"], 1, "--plot and --checkpoint are the same file"),
         (["--checkpoint=missing/run.pt"], 1, "missing/run.pt: No such file or directory"),
-        (["--checkpoint=text.txt"], 1, "text.txt exists: add --resume"),
+        (["--checkpoint=text.txt"], 1, "text.txt is a file, a checkpoint is a directory"),
+        (["--checkpoint=text.txt", "--resume"], 1, "text.txt is a file, a checkpoint is a directory"),
+        (["--checkpoint=."], 1, ". exists and is no checkpoint"),
+        (["--checkpoint=.", "--resume"], 1, ". is no checkpoint of lstm-triton train: it has no run.json"),
         (["--checkpoint=missing.pt", "--resume"], 1, "cannot read the checkpoint missing.pt: No such file"),
         (["--resume"], 1, "--resume needs --checkpoint"),
         (["--steps=0"], 2, "--steps"),
         (["--hidden=many"], 2, "--hidden"),
         (["--dtype=float8"], 2, "--dtype"),
+        (["--parallel=horovod"], 2, "--parallel"),
         (["--nonsense"], 2, "--nonsense"),
     ],
 )
@@ -495,7 +664,7 @@ def test_a_step_carries_a_detached_state_and_changes_the_weights():
 
 
 def test_state_is_carried_through_an_epoch_and_reset_after_it(monkeypatch):
-    run = training.Run(SETTINGS, text.build_corpus(TEXT[:200], 4, 9), torch.device("cpu"))
+    run = training.Run(SETTINGS, text.build_corpus(TEXT[:200], 4, 9), World(torch.device("cpu")))
     genuine, states = training.training_step, {learner.model: [] for learner in run.learners}
 
     def training_step(model, optimizer, inputs, targets, state):
