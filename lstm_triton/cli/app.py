@@ -102,6 +102,9 @@ def info_command(
         int | None, typer.Option(min=0, max=plans.LARGEST_SIZE, help="Size of a projection.", show_default="0, none")
     ] = None,
     inference: Annotated[bool, typer.Option("--inference", help="No backward pass will follow.")] = False,
+    ragged: Annotated[
+        bool, typer.Option("--ragged", help="Rows have lengths of their own (a PackedSequence, lengths=), or resets.")
+    ] = False,
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -126,6 +129,7 @@ def info_command(
             "--variant": variant,
             "--proj": proj,
             "--inference": inference,
+            "--ragged": ragged,
             "--gpu": gpu,
         }
         alone = [option for option, value in given.items() if value]
@@ -144,6 +148,7 @@ def info_command(
         "standard" if variant is None else variant,
         proj or 0,
         inference,
+        ragged,
     )
     chosen, note = plans.targets(gpu or ())
     if note is not None:

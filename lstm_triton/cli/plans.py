@@ -84,6 +84,7 @@ def question(
     variant: str = "standard",
     proj: int = 0,
     inference: bool = False,
+    ragged: bool = False,
 ) -> Question:
     """The layer that the options describe; inputs None: as many as hidden units.
 
@@ -99,7 +100,8 @@ def question(
     spec = LSTMSpec.parse(variant)
     storage, precision = DTYPES[dtype]
     directions = 2 if bidirectional else 1
-    layer = Layer(spec, steps, batch, hidden, directions, proj > 0, storage, precision, training=not inference)
+    sizes = (steps, batch, hidden, directions)
+    layer = Layer(spec, *sizes, proj > 0, storage, precision, training=not inference, ragged=ragged)
     return Question(layer, hidden if inputs is None else inputs, proj)
 
 
@@ -140,7 +142,7 @@ def layer_facts(asked: Question) -> Rows:
     rows = [
         ("variant", layer.spec.name),
         ("sizes", f"{plural(layer.H, 'hidden unit')}, {plural(asked.inputs, 'input')}"),
-        ("sequence", f"{plural(layer.B, 'batch row')} of {plural(layer.T, 'step')}"),
+        ("sequence", sequence_words(layer)),
         ("directions", "two" if layer.D == 2 else "one"),
         ("dtype", dtype_words(layer)),
         ("for", "training: forward and backward pass" if layer.training else "inference: forward pass alone"),
@@ -148,6 +150,13 @@ def layer_facts(asked: Question) -> Rows:
     if asked.proj:
         rows.insert(2, ("projection", f"to {asked.proj}"))
     return rows
+
+
+def sequence_words(layer: Layer) -> str:
+    """How many rows and steps, and whether the rows differ."""
+    if layer.ragged:
+        return f"{plural(layer.B, 'batch row')} of up to {plural(layer.T, 'step')}, with lengths or resets"
+    return f"{plural(layer.B, 'batch row')} of {plural(layer.T, 'step')}"
 
 
 def dtype_words(layer: Layer) -> str:

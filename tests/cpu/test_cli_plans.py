@@ -284,6 +284,9 @@ def test_layer_facts():
     assert "tf32" in said["dtype"]
     assert said["for"].startswith("inference")
     assert "projection" not in dict(plans.layer_facts(BF16))
+    ragged = plans.question(12, 2, ragged=True)
+    assert dict(plans.layer_facts(ragged))["sequence"] == "2 batch rows of up to 512 steps, with lengths or resets"
+    assert ragged.layer.ragged and not asked.layer.ragged
 
 
 @pytest.mark.parametrize("name, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp64", "float64")])
@@ -363,9 +366,9 @@ def test_every_option_reaches_the_question(program, monkeypatch):
     genuine = plans.sections
     monkeypatch.setattr(plans, "sections", lambda *arguments: seen.append(arguments) or genuine(*arguments))
     options = ["--batch=3", "--input=5", "--steps=7", "--bidirectional", "--dtype=tf32", "--variant=full", "--proj=2"]
-    assert program("--hidden=9", *options, "--inference", "--gpu=l4", "--gpu=a100")[0] == 0
+    assert program("--hidden=9", *options, "--inference", "--ragged", "--gpu=l4", "--gpu=a100")[0] == 0
     assert program("--hidden=9", "--gpu=l4")[0] == 0
-    expected = plans.question(9, 3, 5, 7, True, "tf32", "full", 2, True)
+    expected = plans.question(9, 3, 5, 7, True, "tf32", "full", 2, True, True)
     assert seen[0] == (expected, [plans.Target(GPUS["l4"]), plans.Target(GPUS["a100"])])
     assert seen[1] == (
         plans.question(9, 16, 9, 512, False, "float32", "standard", 0, False),
@@ -397,6 +400,7 @@ def test_info_without_hidden_is_as_ever(program):
         (["--hidden=8", "--proj=8"], 1, "--proj must be smaller than --hidden 8, got 8"),
         (["--batch=8", "--gpu=h100"], 1, "--batch, --gpu: add --hidden N"),
         (["--inference"], 1, "--inference: add --hidden N"),
+        (["--ragged"], 1, "--ragged: add --hidden N"),
         (["--hidden=0"], 2, "--hidden"),
         (["--hidden=many"], 2, "--hidden"),
         (["--hidden=8", "--batch=0"], 2, "--batch"),
@@ -455,6 +459,7 @@ SIZES = st.integers(1, 5000)
     variant=st.sampled_from([spec.name for spec in VARIANTS]),
     projected=st.booleans(),
     inference=st.booleans(),
+    ragged=st.booleans(),
     gpu=st.sampled_from(list(GPUS)),
 )
 def test_any_layer_on_any_gpu_is_explained(projected, gpu, hidden, **options):
