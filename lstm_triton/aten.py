@@ -83,7 +83,11 @@ class ATenLayerFunction(torch.autograd.Function):
         ctx.inner, ctx.results = inner, results
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
-        return tuple(result.detach() for result in results)
+        detached = tuple(result.detach() for result in results)
+        # Of a single step with a projection c_n does not depend on weight_hr: where that alone is trained, it is fixed.
+        pairs = zip(detached, results, strict=True)
+        ctx.mark_non_differentiable(*(own for own, result in pairs if not result.requires_grad))
+        return detached
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

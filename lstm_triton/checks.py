@@ -94,14 +94,19 @@ def resets(resets: Any, T: int, B: int, batched: bool, batch_first: bool) -> Non
         raise ValueError(f"Expected resets size {expected}, one for each step of each row, got {list(resets.shape)}")
 
 
-def same_kind(input: Tensor, others: Sequence[Tensor], what: str) -> None:
-    """All of one device and type. Raises RuntimeError in ATen's words ("Input and `what` tensors are not ...")."""
+def same_device(input: Tensor, others: Sequence[Tensor], what: str) -> None:
+    """Raises RuntimeError in ATen's words ("Input and `what` tensors are not ...") unless all are on one device."""
     for tensor in others:
         if tensor.device != input.device:
             raise RuntimeError(
                 f"Input and {what} tensors are not at the same device, found input tensor at {input.device} "
                 f"and {what} tensor at {tensor.device}"
             )
+
+
+def same_dtype(input: Tensor, others: Sequence[Tensor], what: str) -> None:
+    """Raises RuntimeError in ATen's words unless all are of one type."""
+    for tensor in others:
         if tensor.dtype != input.dtype:
             raise RuntimeError(
                 f"Input and {what} tensors are not the same dtype, found input tensor with {input.dtype} "
@@ -127,7 +132,7 @@ def lstm_input_dimensions(input: Tensor | PackedSequence) -> None:
 
 def lstm_state_dimensions(hx: tuple[Tensor, Tensor], batched: bool) -> None:
     """Raises RuntimeError unless there are two states, with the dimensions that go with the input's."""
-    if len(hx) != 2:
+    if len(hx) < 2:
         raise RuntimeError("lstm expects two hidden states")
     dimensions = 3 if batched else 2
     if hx[0].dim() != dimensions or hx[1].dim() != dimensions:
@@ -156,10 +161,12 @@ def lstm_states(
     hx: tuple[Tensor, Tensor], expected: tuple[tuple[int, int, int], tuple[int, int, int]], batched: bool
 ) -> None:
     """Raises RuntimeError unless (h_0, c_0) have the expected sizes (D·L, B, P) and (D·L, B, H); unbatched B = 1."""
-    for n, (state, size) in enumerate(zip(hx, expected, strict=True)):
+    for n, (state, size) in enumerate(zip(hx, expected, strict=False)):
         actual = tuple(state.shape) if batched else (state.shape[0], 1, *state.shape[1:])
         if actual != size:
             raise RuntimeError(f"Expected hidden[{n}] size {size}, got {list(actual)}")
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
 
 
 def sequence_length(T: int) -> None:

@@ -64,8 +64,8 @@ def lstm_cell(
     checks.cell_sizes(x, (h, c), weight_ih.size(1), H)
     x, h, c, (weights,) = autocast(x, h, c, [weights])
     checks.cell_dtypes(x, (h, c, *weights.present().values()))
-    checks.same_kind(x, (h, c), "hidden")
-    checks.same_kind(x, tuple(weights.present().values()), "parameter")
+    checks.same_device(x, (h, c), "hidden")
+    checks.same_device(x, tuple(weights.present().values()), "parameter")
 
     if dispatch.choose(x.device, x.dtype).name == "torch" and aten.serves_cell(x, spec):
         h, c = aten.lstm_cell(x, h, c, weights)
@@ -146,13 +146,15 @@ def lstm(
     else:
         checks.lstm_states(hx, ((D * L, layout.B, P), (D * L, layout.B, H)), layout.batched)
         h_0, c_0 = layout.state(hx[0]), layout.state(hx[1])
+    checks.same_device(x, (h_0, c_0), "hidden")
+    checks.same_device(x, weights, "parameter")
     checks.sequence_length(layout.T)
     checks.lengths(lengths, layout.B, packed=layout.packed is not None)
     checks.resets(resets, layout.T, layout.B, layout.batched, batch_first)
     x, h_0, c_0, cast = autocast(x, h_0, c_0, [w for layer in layers for w in layer])
     layers = [cast[n : n + D] for n in range(0, D * L, D)]
-    checks.same_kind(x, (h_0, c_0), "hidden")
-    checks.same_kind(x, [p for layer in layers for w in layer for p in w.present().values()], "parameter")
+    checks.same_dtype(x, (h_0, c_0), "hidden")
+    checks.same_dtype(x, [p for layer in layers for w in layer for p in w.present().values()], "parameter")
     rows = Rows(layout.packing, lengths, None if resets is None else layout.steps(resets.to(x.device)))
     selection.check_runnable(strategy, x.device, x.dtype, spec, rows.beyond_torch(return_cell_states))
     if lengths is not None:
