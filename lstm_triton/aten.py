@@ -28,7 +28,7 @@ def serves(x: Tensor, spec: LSTMSpec) -> bool:
     torch.compile the opaque operator is used instead, which does not unroll the sequence; so it is under torch.func,
     to which the graph that the Function keeps would be hidden.
     """
-    if torch.compiler.is_compiling() or transforms.active() or not spec.standard:
+    if torch.compiler.is_compiling() or transforms.active() or transforms.forward_mode() or not spec.standard:
         return False
     return x.device.type == "cuda" or x.dtype in (torch.float32, torch.float64)
 
@@ -95,7 +95,7 @@ class ATenLayerFunction(torch.autograd.Function):
         inputs = ctx.saved_tensors  # read on every path: a freed graph is PyTorch's usual error
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        if transforms.differentiated_again((*inputs, *grads)):
+        if transforms.differentiated_again((*inputs, *grads), inputs[0], None):
             again = differentiable_gradients((*grads, None), inputs, needs, ctx.call, packing=ctx.packing)
             return None, None, None, None, *again
         wanted = [t for t, needed in zip(ctx.inner, needs, strict=True) if needed]

@@ -73,7 +73,8 @@ def lstm_layer(
     flat = [w for direction in weights for w in direction.present().values()]
     # Under torch.func a tensor may hide that it requires a gradient.
     tracked = transforms.active() or any(t.requires_grad for t in (x, h_0, c_0, *flat))
-    if torch.is_grad_enabled() and tracked:
+    exporting = torch.compiler.is_exporting()  # a program has no backward pass
+    if torch.is_grad_enabled() and tracked and not exporting:
         return LSTMLayerFunction.apply(call, recompute, states, lengths, resets, x, h_0, c_0, *flat)[:4]
     return layer_forward(x, h_0, c_0, flat, lengths, resets, *call, False, False, states)[:4]
 
@@ -175,6 +176,7 @@ class LSTMLayerFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.recorder = transforms.recorder()
         ctx.call, _, ctx.states, lengths, resets, x, h_0, c_0, *weights = inputs
         hidden, _, _, _, gates, cells = output
         ctx.mark_non_differentiable(gates, cells)
@@ -189,7 +191,7 @@ class LSTMLayerFunction(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         inputs = (x, h_0, c_0, *weights)
-        if transforms.differentiated_again((*inputs, *grads)):
+        if transforms.differentiated_again((*inputs, *grads), hidden, ctx.recorder):
             computed = iter(differentiable_gradients(grads, inputs, needs, ctx.call, lengths, resets))
             return (None,) * 5 + tuple(computed)
         saved = (x, h_0, c_0, weights, lengths, resets, hidden, gates, cells)
@@ -230,12 +232,13 @@ def differentiable_gradients(
 
     # Views: the graph from the gradients back to the inputs must start at tensors of this call alone. A tensor whose
     # gradient only a transform wanted that has ended requires none any more.
-    views = [t.view_as(t) for t, needed in zip(inputs, needs, strict=True) if needed]
-    wanted = [t if t.requires_grad or transforms.active() else t.detach().requires_grad_() for t in views]
-    if transforms.active():
-        computed = iter(torch.func.vjp(results, *wanted)[1]([grads[n] for n in given]))
-        return [next(computed) if needed else None for needed in needs]
-    return gradients_where_needed(results(*wanted), [grads[n] for n in given], wanted, needs, create_graph=True)
+    with torch.enable_grad():
+        views = [t.view_as(t) for t, needed in zip(inputs, needs, strict=True) if needed]
+        wanted = [t if t.requires_grad or transforms.active() else t.detach().requires_grad_() for t in views]
+        if transforms.active():
+            computed = iter(torch.func.vjp(results, *wanted)[1]([grads[n] for n in given]))
+            return [next(computed) if needed else None for needed in needs]
+        return gradients_where_needed(results(*wanted), [grads[n] for n in given], wanted, needs, create_graph=True)
 
 
 def gradients_where_needed(

@@ -109,7 +109,8 @@ def lstm(
       (PyTorch's own operator, where that computes, keeps what it likes)
     - lengths: (B,) integers from 1 to T on any device, instead of packing: beyond a row's length nothing is read,
       output and cell states are zero, and h_n and c_n are the row's last; the second direction starts at its end. On a
-      GPU they are checked there, which waits for it once; on the host nothing waits
+      GPU they are checked there, which waits for it once (but not inside a CUDA graph's capture); on the host nothing
+      waits
     - resets: bool, (T, B), (B, T) with `batch_first`, (T,) unbatched: the state is zero before that step, in each
       layer and direction (an episode that begins there). From the host they are copied, which waits for a GPU
     - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
@@ -211,10 +212,11 @@ def run_layer(
     if rows.packing is not None:
         x, lengths = rows.packing.pad(x), rows.packing.lengths
     inputs = (x, h_0, c_0, weights, spec)
-    if transforms.forward_mode():
+    if transforms.unfit_for_operators():
         if how.strategy != "auto" or dispatch.requested() == "triton":
             raise RuntimeError(
-                "forward-mode differentiation (jvp) is for strategy 'auto' and backend 'auto' or 'torch'"
+                "forward-mode differentiation, and torch.func inside of torch.compile, are for strategy 'auto' with "
+                "backend 'auto' or 'torch'"
             )
         output, states, h_n, c_n = reference.layer_states(*inputs, lengths, rows.resets)
     else:

@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     def of(cls, input: Tensor | PackedSequence, batch_first: bool) -> Layout:
         """The layout of an input whose number of dimensions is right."""
         if isinstance(input, PackedSequence):
-            packing = Packing.of(input)
+            packing = Packing(input)
             return cls(packing.T, packing.B, True, batch_first, input, packing)
         if input.dim() == 2:
             return cls(input.shape[0], 1, False, False)

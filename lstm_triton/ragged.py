@@ -6,8 +6,6 @@ rest follows from them. Shapes: T time steps, B batch rows, N the steps of all r
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -19,10 +17,16 @@ from lstm_triton.batching import one_by_one
 def checked_lengths(lengths: Tensor, T: int, device: torch.device) -> Tensor:
     """lengths (B,), integers on any device -> (B,) int64 on `device`, each from 1 to T.
 
-    Raises ValueError for a value that is not. Lengths on a GPU are looked at, too, which waits for the GPU; inside a
-    CUDA graph's capture they cannot be, and what is out of range is taken as 1 or T.
+    Raises ValueError for a value that is not. Lengths on a GPU are looked at, too, which waits for the GPU. Inside a
+    CUDA graph's capture they must be there (else RuntimeError) and cannot be looked at: what is out of range is taken
+    as 1 or T.
     """
-    if not (lengths.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if capturing(device):
+        if lengths.device != device:
+            raise RuntimeError(
+                f"inside a CUDA graph's capture lengths must be on {device}, they are on {lengths.device}"
+            )
+    else:
         for row, length in enumerate(lengths.tolist()):
             if not 1 <= length <= T:
                 raise ValueError(f"lengths must be from 1 to the {T} steps of the input, got {length} in row {row}")
@@ -39,46 +43,59 @@ def _(lengths, T, device):  # type: ignore[no-untyped-def]
 checked_lengths.register_vmap(one_by_one(checked_lengths))
 
 
-class Packing(NamedTuple):
+class Packing:
     """How a batch is packed: step by step, in each the rows that are still running, the longest row first.
 
     - batch_sizes: (T,) int64 on the host, rows in each step
-    - places: (N,) int64, where each packed row of features stands in padded form, t·B + b
-    - lengths: (B,) int64
+    - device: that of the data
+    - T, B, N: steps of the longest row, rows, steps of all rows together
     """
 
-    batch_sizes: Tensor
-    places: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def of(cls, packed: PackedSequence) -> Packing:
-        """The packing of a sequence, on the device of its data."""
-        data, batch_sizes = packed.data, packed.batch_sizes
-        device = data.device
-        B = int(batch_sizes[0])
-        running = batch_sizes.to(device, non_blocking=True)
-        ends = running.cumsum(0)
-        n = torch.arange(len(data), device=device)
-        t = torch.searchsorted(ends, n, right=True)
-        places = t * B + n - (ends - running)[t]
-        return cls(batch_sizes, places, (running[:, None] > torch.arange(B, device=device)).sum(0))
+    def __init__(self, packed: PackedSequence) -> None:
+        self.batch_sizes = packed.batch_sizes
+        self.device = packed.data.device
+        self.T, self.N = self.batch_sizes.shape[0], packed.data.shape[0]
+        # int() of it would be a constant for torch.export.
+        self.B: int = self.batch_sizes[0].item()  # type: ignore[assignment]
+        self._index: tuple[Tensor, Tensor] | None = None
 
     @property
-    def T(self) -> int:
-        """Steps of the longest row."""
-        return len(self.batch_sizes)
-
-    @property
-    def B(self) -> int:
-        """Rows."""
-        return len(self.lengths)
+    def lengths(self) -> Tensor:
+        """(B,) int64, on the device."""
+        return self._places_and_lengths()[1]
 
     def pad(self, data: Tensor) -> Tensor:
         """(N, F) -> (T, B, F), zero beyond each row's length."""
-        flat = data.new_zeros(self.T * self.B, data.shape[1]).index_copy(0, self.places, data)
+        flat = data.new_zeros(self.T * self.B, data.shape[1]).index_copy(0, self._places_and_lengths()[0], data)
         return flat.view(self.T, self.B, data.shape[1])
 
     def pack(self, padded: Tensor) -> Tensor:
         """(T, B, F) -> (N, F)."""
-        return padded.flatten(0, 1).index_select(0, self.places)
+        return padded.flatten(0, 1).index_select(0, self._places_and_lengths()[0])
+
+    def _places_and_lengths(self) -> tuple[Tensor, Tensor]:
+        """Where each packed row of features stands in padded form, t·B + b, (N,); and the lengths. Made once."""
+        if self._index is None:
+            running = self._running()
+            ends = running.cumsum(0)
+            n = torch.arange(self.N, device=self.device)
+            t = torch.searchsorted(ends, n, right=True)
+            lengths = (running[:, None] > torch.arange(self.B, device=self.device)).sum(0)
+            self._index = (t * self.B + n - (ends - running)[t], lengths)
+        return self._index
+
+    def _running(self) -> Tensor:
+        """The batch sizes on the device."""
+        if not capturing(self.device):
+            return self.batch_sizes.to(self.device, non_blocking=True)
+        # A graph would copy from the host's memory at each replay; launches carry their numbers.
+        sizes, counts = self.batch_sizes.unique_consecutive(return_counts=True)
+        pieces = zip(sizes.tolist(), counts.tolist(), strict=True)
+        return torch.cat([torch.full((count,), size, device=self.device) for size, count in pieces])
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the device."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
+
+RECORDING = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
 def active() -> bool:
@@ -17,22 +19,62 @@ def active() -> bool:
 
 def forward_mode() -> bool:
     """Whether the call is inside of torch.func.jvp, jacfwd, hessian, or of `forward_ad.dual_level`."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0
 
 
-def differentiated_again(tensors: Iterable[Tensor | None]) -> bool:
+def unfit_for_operators() -> bool:
+    """Whether what is around differentiates in a way that the operators are not made for.
+
+    That is forward mode; and under torch.compile every transform but vmap, since Dynamo does not let the Function see
+    it. (In this order: Dynamo guards on the level, which a jvp inside of the compiled function changes.)
+    """
+    return (torch.compiler.is_compiling() and _recorded_while_compiling()) or forward_mode()
+
+
+def _recorded_while_compiling() -> bool:
+    """Dynamo enters the transforms that it sees while it traces, and guards on those around."""
+    return any(level.key() in RECORDING for level in _functorch.get_interpreter_stack() or ())
+
+
+# What torch.compiler.assume_constant_result does, which would import all of Dynamo, and triton, here.
+_recorded_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def recorder() -> int | None:
+    """The level of the innermost torch.func.grad or vjp, which records what is computed here; None without one."""
+    if torch.compiler.is_compiling() or not active():
+        return None
+    levels = [level.level() for level in _functorch.get_interpreter_stack() if level.key() == RECORDING[0]]
+    return max(levels, default=None)
+
+
+def differentiated_again(tensors: Iterable[Tensor | None], result: Tensor, own: int | None) -> bool:
     """Whether what a backward pass computes from these tensors may itself be differentiated.
 
-    torch.func always asks for that; it is meant where another transform that differentiates is around, or a tensor at
-    the bottom of the transforms requires a gradient.
+    torch.func always asks for that; it is meant where a transform that differentiates is around other than the own one,
+    which recorded the `result` and may have ended, or where a tensor at the bottom of the transforms requires a
+    gradient.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
+        return False
+    if forward_mode():
+        return True
+    if not torch.is_grad_enabled():
         return False
     if active():
-        levels = [level.key() for level in _functorch.get_interpreter_stack()]
-        if levels.count(_functorch.TransformType.Grad) > 1:
+        levels = [level.level() for level in _functorch.get_interpreter_stack() if level.key() in RECORDING]
+        if own in levels and any(_functorch.maybe_get_level(t) == own for t in wrappers(result)):
+            levels.remove(own)
+        if levels:
             return True
     return any(t is not None and innermost(t).requires_grad for t in tensors)
+
+
+def wrappers(tensor: Tensor) -> Iterator[Tensor]:
+    """The wrappers of torch.func around a tensor, from the outermost; a wrapper whose transform ended has level -2."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        yield tensor
+        tensor = _functorch.get_unwrapped(tensor)
 
 
 def innermost(tensor: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def test_the_order_of_rows_is_the_user_s():
 def test_padding_and_packing_on_the_device_are_torch_s(lengths, features):
     rows = [torch.randn(length, features) for length in lengths]
     sequences = pack_sequence(rows, enforce_sorted=False)
-    packing = Packing.of(sequences)
+    packing = Packing(sequences)
     padded, sorted_lengths = pad_packed_sequence(PackedSequence(sequences.data, sequences.batch_sizes))
     assert padded.shape[:2] == (packing.T, packing.B)
     assert torch.equal(packing.lengths, sorted_lengths)

@@ -13,3 +13,8 @@ def precision(request):
     yield request.param
     for switch, value in zip(switches, before, strict=True):
         switch.fp32_precision = value
+
+
+def pytest_collection_modifyitems(items):
+    """What PyTorch does around the kernels comes after what the kernels do by themselves."""
+    items.sort(key=lambda item: "tests/gpu/test_composes" in item.nodeid)
