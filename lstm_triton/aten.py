@@ -2,6 +2,7 @@
 
 `torch.nn.LSTM`'s operator has no double backward where oneDNN or cuDNN serves it. The Function here runs the operator
 on detached tensors, keeps the graph that it records, and differentiates the reference only under `create_graph=True`.
+What that graph saves is saved by the Function, as its own.
 
 Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), D
 directions.
@@ -9,11 +10,14 @@ directions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from lstm_triton import transforms
 from lstm_triton.autograd import Call, differentiable_gradients, gradients_where_needed
@@ -69,6 +73,34 @@ def call(
     return torch._VF.lstm(x, (h_0, c_0), list(weights), *options, False)
 
 
+@dataclass
+class InnerGraph:
+    """The graph that the operator recorded, between its results and its inputs, without the tensors that it saved.
+
+    - outputs, inputs: its edges, None where no gradient passes
+    - saved: those tensors, while a backward pass runs through it; else they are the outer graph's alone, so that hooks
+      see them, and they are freed with it
+    """
+
+    outputs: list[GradientEdge | None] = field(default_factory=list)
+    inputs: list[GradientEdge | None] = field(default_factory=list)
+    saved: Sequence[Tensor] = ()
+
+    @contextmanager
+    def holding(self, saved: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the graph has the tensors that it saved."""
+        self.saved = saved
+        try:
+            yield
+        finally:
+            self.saved = ()
+
+
+def edge(tensor: Tensor) -> GradientEdge | None:
+    """Where the gradient of a tensor enters its graph."""
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
+
+
 class ATenLayerFunction(torch.autograd.Function):
     """apply(bidirectional, bias, projection, packing, x, h_0, c_0, *weights) -> output, h_n, c_n."""
 
@@ -76,13 +108,21 @@ class ATenLayerFunction(torch.autograd.Function):
     def forward(
         ctx: Any, bidirectional: bool, bias: bool, projection: bool, packing: Packing | None, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
+        graph, saved = InnerGraph(), []
+
+        def keep(tensor: Tensor) -> int:
+            saved.append(tensor.detach())
+            return len(saved) - 1
+
+        with torch.enable_grad(), saved_tensors_hooks(keep, lambda n: graph.saved[n]):
             inner = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
             results = call(True, bidirectional, bias, packing, *inner)
+        graph.outputs, graph.inputs = list(map(edge, results)), list(map(edge, inner))
         ctx.call, ctx.packing = Call(LSTMSpec().name, bias, projection, "cudnn"), packing
-        ctx.inner, ctx.results = inner, results
+        ctx.graph, ctx.count = graph, len(inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs, *saved)
+        saved.clear()  # the graph holds the hook, the hook this list
         detached = tuple(result.detach() for result in results)
         # Of a single step with a projection c_n does not depend on weight_hr: where that alone is trained, it is fixed.
         pairs = zip(detached, results, strict=True)
@@ -92,12 +132,15 @@ class ATenLayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[4:]
-        inputs = ctx.saved_tensors  # read on every path: a freed graph is PyTorch's usual error
+        tensors = ctx.saved_tensors  # read on every path: a freed graph is PyTorch's usual error
+        inputs, saved = tensors[: ctx.count], tensors[ctx.count :]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if transforms.differentiated_again((*inputs, *grads), inputs[0], None):
             again = differentiable_gradients((*grads, None), inputs, needs, ctx.call, packing=ctx.packing)
             return None, None, None, None, *again
-        wanted = [t for t, needed in zip(ctx.inner, needs, strict=True) if needed]
-        # Whether the user will come back is known to the outer graph alone: keep the inner one.
-        return None, None, None, None, *gradients_where_needed(ctx.results, grads, wanted, needs, retain_graph=True)
+        wanted = [own for own, needed in zip(ctx.graph.inputs, needs, strict=True) if needed]
+        with ctx.graph.holding(saved):
+            # Whether the user will come back is known to the outer graph alone: keep the inner one.
+            found = gradients_where_needed(ctx.graph.outputs, grads, wanted, needs, retain_graph=True)
+        return None, None, None, None, *found

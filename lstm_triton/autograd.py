@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from lstm_triton_kernels.gpus import gpu_of
+from lstm_triton_kernels.plan import accumulator_dtype
 from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 
@@ -71,10 +72,8 @@ def lstm_layer(
     first = weights[0]
     call = Call(spec.name, first.bias_ih is not None, first.weight_hr is not None, strategy)
     flat = [w for direction in weights for w in direction.present().values()]
-    # Under torch.func a tensor may hide that it requires a gradient.
-    tracked = transforms.active() or any(t.requires_grad for t in (x, h_0, c_0, *flat))
     exporting = torch.compiler.is_exporting()  # a program has no backward pass
-    if torch.is_grad_enabled() and tracked and not exporting:
+    if torch.is_grad_enabled() and transforms.recorded((x, h_0, c_0, *flat)) and not exporting:
         return LSTMLayerFunction.apply(call, recompute, states, lengths, resets, x, h_0, c_0, *flat)[:4]
     return layer_forward(x, h_0, c_0, flat, lengths, resets, *call, False, False, states)[:4]
 
@@ -226,13 +225,13 @@ def differentiable_gradients(
         steps = lengths
         if packing is not None:
             x, steps = packing.pad(x), packing.lengths
-        output, cells, h_n, c_n = reference.layer_states(x, h_0, c_0, grouped, spec, steps, resets)
+        output, h_n, c_n, cells = reference_layer(x, h_0, c_0, grouped, spec, steps, resets)
         every = (packing.pack(output) if packing is not None else output, h_n, c_n, cells)
         return [every[n] for n in given]
 
     # Views: the graph from the gradients back to the inputs must start at tensors of this call alone. A tensor whose
     # gradient only a transform wanted that has ended requires none any more.
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
         views = [t.view_as(t) for t, needed in zip(inputs, needs, strict=True) if needed]
         wanted = [t if t.requires_grad or transforms.active() else t.detach().requires_grad_() for t in views]
         if transforms.active():
@@ -241,14 +240,34 @@ def differentiable_gradients(
         return gradients_where_needed(results(*wanted), [grads[n] for n in given], wanted, needs, create_graph=True)
 
 
+def reference_layer(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec,
+    lengths: Optional[Tensor], resets: Optional[Tensor],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `lstm_layer` with states, by the reference, for what differentiates in other ways than the operators do.
+
+    In the accumulator type, like the operators, and whatever autocast is around.
+    """
+    dtype = accumulator_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        wide = [w.map(lambda weight: weight.to(dtype)) for w in weights]
+        output, cells, h_n, c_n = reference.layer_states(
+            x.to(dtype), h_0.to(dtype), c_0.to(dtype), wide, spec, lengths, resets
+        )
+    return tuple(result.to(x.dtype) for result in (output, h_n, c_n, cells))
+
+
 def gradients_where_needed(
-    results: Sequence[Tensor],
+    results: Sequence[Any],
     grads: Sequence[Optional[Tensor]],
-    wanted: Sequence[Tensor],
+    wanted: Sequence[Any],
     needs: Sequence[bool],
     **options: bool,
 ) -> list[Optional[Tensor]]:
-    """`torch.autograd.grad` of the results whose gradient is given, by `wanted`, in the places that `needs` marks."""
+    """`torch.autograd.grad` of the results whose gradient is given, by `wanted`, in the places that `needs` marks.
+
+    Both are tensors or the edges of a graph.
+    """
     given = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     outputs, grad_outputs = zip(*given, strict=True)
     computed = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options))

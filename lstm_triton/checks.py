@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,14 +60,33 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
-def not_sharded(weights: Iterable[Tensor], names: Iterable[str]) -> None:
+def not_sharded(weights: Sequence[Tensor], names: Callable[[], Sequence[str]]) -> None:
     """Raises RuntimeError for a parameter that is spread over several processes, as FSDP leaves them between calls."""
-    for weight, name in zip(weights, names, strict=True):
+    for n, weight in enumerate(weights):
         if type(weight) not in (Tensor, Parameter) and hasattr(weight, "device_mesh"):
             raise RuntimeError(
-                f"{name} is sharded over {weight.device_mesh.size()} processes (a DTensor): call the module itself, "
-                "so that its FSDP hooks gather the parameters first, or unshard() it"
+                f"{names()[n]} is sharded over {weight.device_mesh.size()} processes (a DTensor): call the module "
+                "itself, so that its FSDP hooks gather the parameters first, or unshard() it"
             )
+
+
+def packed(input: Tensor | PackedSequence) -> None:
+    """Raises RuntimeError for a PackedSequence that was put together by hand and whose parts do not fit."""
+    if not isinstance(input, PackedSequence) or torch.compiler.is_compiling():
+        return
+    data, batch_sizes = input.data, input.batch_sizes
+    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
+        raise RuntimeError(
+            f"batch_sizes should be a 1-D int64 tensor on the CPU, got {batch_sizes.dim()}-D {batch_sizes.dtype} on "
+            f"{batch_sizes.device}"
+        )
+    sizes = batch_sizes.tolist()
+    if not sizes:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if sizes[-1] < 1 or any(later > earlier for earlier, later in pairwise(sizes)):
+        raise RuntimeError(f"batch_sizes of a PackedSequence must be positive and never increase, got {sizes}")
+    if sum(sizes) != len(data):
+        raise RuntimeError(f"a PackedSequence with batch_sizes of {sum(sizes)} in all has {len(data)} rows of data")
 
 
 def lengths(lengths: Any, B: int, packed: bool) -> None:

@@ -7,6 +7,7 @@ optimizers, tied weights, handles of hooks, a second place in the model, a list 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -69,12 +70,20 @@ def swap(module: Model, classes: dict[type[nn.Module], type[nn.Module]]) -> Mode
                 f"{name} ({type(found).__name__}) is of the variant {found.spec.name!r}, which PyTorch does not have: "
                 "only the standard variant can be converted"
             )
+        if isinstance(found, (LSTM, LSTMCell, nn.LSTM, nn.LSTMCell)) and is_sharded(found):
+            raise ValueError(f"{name} ({type(found).__name__}) is sharded: convert the model before fully_shard")
         kind = parametrize.type_before_parametrizations(found)
         if kind in classes:
             changes.append(change(name, found, skeleton(kind, found), skeleton(classes[kind], found)))
     for apply in changes:
         apply()
     return module
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the module was given to `fully_shard`, which makes a class of its own for it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def change(name: str, module: nn.Module, old: nn.Module, new: nn.Module) -> Callable[[], None]:

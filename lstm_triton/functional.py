@@ -15,10 +15,10 @@ from lstm_triton_kernels.gpus import gpu_of
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import aten, autograd, checks, dispatch, reference, selection, transforms
+from lstm_triton import aten, autograd, checks, dispatch, selection, transforms
 from lstm_triton.layer import beyond
 from lstm_triton.layout import Layout
-from lstm_triton.ragged import Packing, checked_lengths
+from lstm_triton.ragged import Packing, checked_lengths, without_waiting
 from lstm_triton.spec import LSTMSpec, LSTMWeights, OutputPeephole, Peephole, state_dict_name
 
 
@@ -51,7 +51,8 @@ def lstm_cell(
     spec = LSTMSpec(coupled, peephole, output_peephole)
     weights = LSTMWeights(weight_ih, weight_hh, bias_ih, bias_hh, weight_ch=weight_ch)
     H = weight_hh.size(-1)
-    checks.not_sharded(weights.present().values(), weights.present())
+    present = weights.present()
+    checks.not_sharded(list(present.values()), lambda: list(present))
     check_weights([weights], spec, [weight_ih.size(-1)], H, 0)
     checks.cell_dimensions(input, hx)
     batched = input.dim() == 2
@@ -112,7 +113,7 @@ def lstm(
       GPU they are checked there, which waits for it once (but not inside a CUDA graph's capture); on the host nothing
       waits
     - resets: bool, (T, B), (B, T) with `batch_first`, (T,) unbatched: the state is zero before that step, in each
-      layer and direction (an episode that begins there). From the host they are copied, which waits for a GPU
+      layer and direction (an episode that begins there); on any device
     - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
     - cell_states: every c_t of the last layer, (T, B, D·H), laid out as the output is
 
@@ -128,7 +129,7 @@ def lstm(
     D = 2 if bidirectional else 1
     L = num_layers
     layers = group_layers(weights, spec, L, D, bias, proj_size)
-    checks.not_sharded(weights, state_dict_names(spec, L, bidirectional, bias, proj_size))
+    checks.not_sharded(weights, lambda: state_dict_names(spec, L, bidirectional, bias, proj_size))
     first = layers[0][0]
     I = first.weight_ih.size(-1)  # noqa: E741
     P = first.weight_hh.size(-1)
@@ -136,6 +137,7 @@ def lstm(
     check_weights([w for layer in layers for w in layer], spec, [I] * D + [D * P] * (D * (L - 1)), H, proj_size)
 
     checks.lstm_input_dimensions(input)
+    checks.packed(input)
     layout = Layout.of(input, batch_first)
     x = layout.sequence(input.data if isinstance(input, PackedSequence) else input)
     if hx is not None:
@@ -156,8 +158,10 @@ def lstm(
     layers = [cast[n : n + D] for n in range(0, D * L, D)]
     checks.same_dtype(x, (h_0, c_0), "hidden")
     checks.same_dtype(x, [p for layer in layers for w in layer for p in w.present().values()], "parameter")
-    rows = Rows(layout.packing, lengths, None if resets is None else layout.steps(resets.to(x.device)))
+    rows = Rows(layout.packing, lengths, resets)
     selection.check_runnable(strategy, x.device, x.dtype, spec, rows.beyond_torch(return_cell_states))
+    if resets is not None:
+        rows = rows._replace(resets=layout.steps(without_waiting(resets, x.device)))
     if lengths is not None:
         lengths = checked_lengths(lengths, layout.T, x.device)
         rows = rows._replace(lengths=lengths)
@@ -165,8 +169,10 @@ def lstm(
 
     last_h, last_c = [], []
     for n, layer in enumerate(layers):
-        if n > 0 and dropout > 0:
-            x = F.dropout(x, dropout, training)
+        if n > 0 and dropout > 0 and training:
+            if layout.packing is not None and x.dim() == 3:
+                x = layout.packing.pack(x)  # as many random numbers as `torch.nn.LSTM` draws
+            x = F.dropout(x, dropout)
         states = slice(n * D, (n + 1) * D)
         how = How(strategy, recompute, return_cell_states and n == L - 1)
         x, h_n, c_n, cell_states = run_layer(x, h_0[states], c_0[states], layer, spec, rows, how)
@@ -203,14 +209,17 @@ def run_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """One layer by the chosen backend and strategy: output, h_n, c_n, and every c_t (empty unless wanted).
 
-    x (T, B, I), with a packing (N, I), finite beyond a length; h_0 (D, B, P), c_0 (D, B, H).
+    x (T, B, I), finite beyond a length, h_0 (D, B, P), c_0 (D, B, H). With a packing x may be (N, I), and output is
+    packed if PyTorch's own operator computed it: so the next layer will take it.
     """
     backend = dispatch.choose(x.device, x.dtype).name if how.strategy == "auto" else "triton"
     if rows.beyond_torch(how.states) is None and aten_computes(backend, x, h_0, c_0, weights, spec, rows, how):
+        if rows.packing is not None and x.dim() == 3:
+            x = rows.packing.pack(x)
         return (*aten.lstm_layer(x, h_0, c_0, weights, rows.packing), x.new_empty(0))
     lengths = rows.lengths
     if rows.packing is not None:
-        x, lengths = rows.packing.pad(x), rows.packing.lengths
+        x, lengths = rows.packing.pad(x) if x.dim() == 2 else x, rows.packing.lengths
     inputs = (x, h_0, c_0, weights, spec)
     if transforms.unfit_for_operators():
         if how.strategy != "auto" or dispatch.requested() == "triton":
@@ -218,14 +227,12 @@ def run_layer(
                 "forward-mode differentiation, and torch.func inside of torch.compile, are for strategy 'auto' with "
                 "backend 'auto' or 'torch'"
             )
-        output, states, h_n, c_n = reference.layer_states(*inputs, lengths, rows.resets)
+        output, h_n, c_n, states = autograd.reference_layer(*inputs, lengths, rows.resets)
     else:
         strategy = "torch" if backend == "torch" else how.strategy
         output, h_n, c_n, states = autograd.lstm_layer(
             *inputs, strategy, how.recompute, lengths, rows.resets, how.states
         )
-    if rows.packing is not None:
-        return rows.packing.pack(output), h_n, c_n, rows.packing.pack(states) if how.states else states
     return output, h_n, c_n, states
 
 

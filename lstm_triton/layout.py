@@ -64,10 +64,10 @@ class Layout(NamedTuple):
         return state if order is None else state.index_select(1, order)
 
     def user_sequence(self, sequence: Tensor) -> Tensor | PackedSequence:
-        """A sequence that the layers give, as the user laid out the input."""
-        if self.packed is not None:
+        """A sequence that the layers give, as the user laid out the input; packed, they may give it padded."""
+        if self.packed is not None and self.packing is not None:
             _, *order = self.packed
-            return PackedSequence(sequence, *order)
+            return PackedSequence(sequence if sequence.dim() == 2 else self.packing.pack(sequence), *order)
         if not self.batched:
             return sequence.squeeze(1)
         return sequence.transpose(0, 1) if self.batch_first else sequence

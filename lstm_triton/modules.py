@@ -249,6 +249,13 @@ class LSTM(VariantModule):
     def _flat_weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
 
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor]) -> None:
+        # Code for dropped weights sets PyTorch's private list anew; here the attributes are all there is.
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if getattr(self, name) is not weight:
+                setattr(self, name, weight)
+
     @property
     def all_weights(self) -> list[list[Tensor]]:
         """The parameters, one list for each direction of each layer."""

@@ -30,9 +30,7 @@ def checked_lengths(lengths: Tensor, T: int, device: torch.device) -> Tensor:
         for row, length in enumerate(lengths.tolist()):
             if not 1 <= length <= T:
                 raise ValueError(f"lengths must be from 1 to the {T} steps of the input, got {length} in row {row}")
-    # A copy from pageable memory has read it when it returns, and does not wait for the device.
-    own = lengths.clone() if lengths.device.type == "cpu" else lengths
-    return own.to(device, torch.int64, non_blocking=True, copy=True).clamp_(1, T)
+    return without_waiting(lengths, device).to(torch.int64, copy=True).clamp_(1, T)
 
 
 @checked_lengths.register_fake
@@ -41,6 +39,13 @@ def _(lengths, T, device):  # type: ignore[no-untyped-def]
 
 
 checked_lengths.register_vmap(one_by_one(checked_lengths))
+
+
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a copy from pageable memory has read it when it returns, and does not wait."""
+    if tensor.device == device:
+        return tensor
+    return (tensor.clone() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
 
 
 class Packing:

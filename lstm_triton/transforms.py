@@ -48,6 +48,13 @@ def recorder() -> int | None:
     return max(levels, default=None)
 
 
+def recorded(tensors: Iterable[Tensor]) -> bool:
+    """Whether a gradient may be asked of what is computed from these tensors; wrappers of torch.func may hide it."""
+    if active():
+        return recorder() is not None or any(innermost(t).requires_grad for t in tensors)
+    return any(t.requires_grad for t in tensors)
+
+
 def differentiated_again(tensors: Iterable[Tensor | None], result: Tensor, own: int | None) -> bool:
     """Whether what a backward pass computes from these tensors may itself be differentiated.
 

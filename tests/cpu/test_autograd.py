@@ -1,5 +1,8 @@
 """How the layer behaves as a differentiable function: operators, graphs, what is not wanted, torch.compile."""
 
+import weakref
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -123,6 +126,62 @@ def test_an_output_changed_in_place_is_an_error_not_a_wrong_gradient(case):
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
+
+
+class Packed:
+    """What a hook keeps of a tensor, in place of it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("hooks", [False, True], ids=["no hooks", "hooks"])
+def test_nothing_is_kept_after_a_backward_pass(case, hooks):
+    """What was saved is freed at once, though the loss is still there; and hooks see all of it."""
+    inputs, alive = random_inputs(case), []
+
+    def pack(tensor):
+        kept = Packed(tensor.detach().clone())
+        alive.append(weakref.ref(kept))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor) if hooks else nullcontext():
+        outputs = call(case, *inputs.values())
+    loss = sum((output * output).sum() for output in outputs)
+    before = sum(ref() is not None for ref in alive)
+    saved = outputs[0].grad_fn  # the last layer's part of the graph, alive with the loss
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    assert saved is not None and all(gradient is not None for gradient in gradients)
+    assert (before > 10) == hooks and not any(ref() is not None for ref in alive)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_gradients_to_be_differentiated_again_are_as_exact_as_others(spec, dtype):
+    """In half types too: the cell state is kept in float32 whoever computes it."""
+    case = Case(spec, T=64, dtype=dtype)
+    inputs = random_inputs(case)
+    expected = expected_results(case, inputs)
+    exact = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    outputs = call(case, *inputs.values())
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in outputs]
+    again = torch.autograd.grad(outputs, list(inputs.values()), grads, create_graph=True)
+    named = {f"grad {name}": gradient for name, gradient in zip(inputs, again, strict=True)}
+    found = errors(named, {name: expected[name] for name in named})
+    assert max(found.values()) < exact, found
+    # Forward mode gives the very values that a call outside of it does, or nearer ones.
+    primal, _ = torch.func.jvp(lambda x: call(case, x, *list(inputs.values())[1:])[0], (inputs["x"],), (inputs["x"],))
+    assert errors({"output": primal}, {"output": expected["output"]})["output"] < exact
+
+
+def test_autocast_does_not_reach_into_gradients_to_be_differentiated_again():
+    layer, x = lstm_triton.LSTM(3, 4, coupled=True), torch.randn(5, 2, 3, requires_grad=True)
+    output, _ = layer(x)
+    (plain,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (again,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("T, B", [(3, 0), (1, 0)])

@@ -248,6 +248,39 @@ def test_what_does_not_fit_a_packed_sequence():
         lstm(sequences, resets=zeros(T, 3))
 
 
+@pytest.mark.parametrize(
+    "rows, batch_sizes, words",
+    [
+        (6, torch.tensor([2, 2, 2, 1]), "batch_sizes of 7 in all has 6 rows of data"),
+        (9, torch.tensor([2, 2, 2, 1]), "batch_sizes of 7 in all has 9 rows of data"),
+        (5, torch.tensor([1, 2, 2]), r"must be positive and never increase, got \[1, 2, 2\]"),
+        (3, torch.tensor([2, 1, 0]), "must be positive and never increase"),
+        (5, torch.tensor([3, 2], dtype=torch.int32), "1-D int64 tensor on the CPU, got 1-D torch.int32"),
+        (5, torch.tensor([[3, 2]]), "got 2-D"),
+        (0, torch.tensor([], dtype=torch.int64), "sequence length to be larger than 0"),
+    ],
+    ids=["too short", "too long", "increasing", "an empty step", "int32", "2-D", "no step"],
+)
+def test_a_packed_sequence_whose_parts_do_not_fit_is_refused(rows, batch_sizes, words):
+    data = sequence(rows, I)
+    unchecked = PackedSequence.__new__(PackedSequence, data, batch_sizes)
+    for spec in (LSTMSpec(), LSTMSpec(coupled=True)):
+        with pytest.raises(RuntimeError, match=words):
+            layer(spec)(unchecked)
+
+
+@every_spec
+def test_a_packed_stack_is_padded_once(spec, monkeypatch):
+    """Between layers nothing is packed or padded, whoever computes them."""
+    done = []
+    for name in ("pad", "pack"):
+        method = getattr(Packing, name)
+        monkeypatch.setattr(Packing, name, lambda *a, name=name, method=method: done.append(name) or method(*a))
+    _, sequences, _ = packed(sort=False)
+    layer(spec, num_layers=3, bidirectional=True)(sequences)
+    assert done == ([] if spec.standard else ["pad", "pack"])
+
+
 def test_lengths_are_checked_when_compiled_too():
     torch._dynamo.reset()
     lstm, x = layer(LSTMSpec(coupled=True)), sequence()
@@ -275,6 +308,9 @@ def test_a_sharded_model_called_behind_the_back_of_fsdp_is_refused(one_process):
     with pytest.raises(RuntimeError, match=words):
         functional.lstm(x, None, list(model.parameters()))
     close(model(x)[0], expected)
+    for convert in (lstm_triton.convert.from_torch, lstm_triton.convert.to_torch):
+        with pytest.raises(ValueError, match=r"0 \(FSDPLSTM\) is sharded: convert the model before fully_shard"):
+            convert(torch.nn.Sequential(model))
     cell = lstm_triton.LSTMCell(I, H, dtype=torch.float64)
     fully_shard(cell, mesh=dist.init_device_mesh("cpu", (1,)))
     with pytest.raises(RuntimeError, match="weight_ih is sharded"):
