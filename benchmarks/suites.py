@@ -149,8 +149,6 @@ def _cpu() -> Iterator[Case]:
         yield Case("cpu", T=64, B=B, I=256, H=256, rank=2, **rest)
     for T in (16, 256):
         yield Case("cpu", T=T, B=16, I=256, H=256, rank=2, **rest)
-    for variant in ("standard", "coupled"):
-        yield Case("cpu", T=64, B=16, I=256, H=256, D=2, variant=variant, ragged=True, rank=2, **rest)
     for variant in ("coupled", "diagonal", "full"):
         yield Case("cpu", T=64, B=16, I=256, H=256, variant=variant, rank=3, **rest)
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lstm_triton import aten, autograd, checks, dispatch, selection, transforms
 from lstm_triton.layer import beyond
 from lstm_triton.layout import Layout
-from lstm_triton.ragged import Packing, checked_lengths, without_waiting
+from lstm_triton.ragged import Packing, all_full, checked_lengths, without_waiting
 from lstm_triton.spec import LSTMSpec, LSTMWeights, OutputPeephole, Peephole, state_dict_name
 
 
@@ -162,6 +162,8 @@ def lstm(
     selection.check_runnable(strategy, x.device, x.dtype, spec, rows.beyond_torch(return_cell_states))
     if resets is not None:
         rows = rows._replace(resets=layout.steps(without_waiting(resets, x.device)))
+    if lengths is not None and all_full(lengths, layout.T):
+        lengths, rows = None, rows._replace(lengths=None)
     if lengths is not None:
         lengths = checked_lengths(lengths, layout.T, x.device)
         rows = rows._replace(lengths=lengths)
@@ -256,7 +258,9 @@ def prefers_cudnn(
         return False
     tensors = (x, h_0, c_0, *(w for direction in weights for w in direction.present().values()))
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    layer = selection.layer_of(x, c_0, weights, spec, training, ragged=rows.packing is not None)
+    layer = selection.layer_of(
+        x, c_0, weights, spec, training, ragged=rows.packing is not None and not rows.packing.full
+    )
     if rows.packing is not None:
         layer = layer._replace(T=rows.packing.T)
     return selection.strategy_of("auto", layer, gpu_of(x.device), cudnn_may=True).name == "cudnn"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from lstm_triton import transforms
 from lstm_triton.batching import one_by_one
 
 
@@ -48,12 +49,19 @@ def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.clone() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
 
 
+def all_full(lengths: Tensor, T: int) -> bool:
+    """Whether lengths that stand on the host, where they can be looked at for nothing, are all T."""
+    looked_at = lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms.active()
+    return looked_at and bool((lengths == T).all())
+
+
 class Packing:
     """How a batch is packed: step by step, in each the rows that are still running, the longest row first.
 
     - batch_sizes: (T,) int64 on the host, rows in each step
     - device: that of the data
     - T, B, N: steps of the longest row, rows, steps of all rows together
+    - full: whether all rows have all T steps, so that padded form is the packed one with another shape
     """
 
     def __init__(self, packed: PackedSequence) -> None:
@@ -62,20 +70,25 @@ class Packing:
         self.T, self.N = self.batch_sizes.shape[0], packed.data.shape[0]
         # int() of it would be a constant for torch.export.
         self.B: int = self.batch_sizes[0].item()  # type: ignore[assignment]
+        self.full = not torch.compiler.is_compiling() and self.N == self.T * self.B
         self._index: tuple[Tensor, Tensor] | None = None
 
     @property
-    def lengths(self) -> Tensor:
-        """(B,) int64, on the device."""
-        return self._places_and_lengths()[1]
+    def lengths(self) -> Tensor | None:
+        """(B,) int64, on the device; None if the rows are full."""
+        return None if self.full else self._places_and_lengths()[1]
 
     def pad(self, data: Tensor) -> Tensor:
         """(N, F) -> (T, B, F), zero beyond each row's length."""
+        if self.full:
+            return data.reshape(self.T, self.B, data.shape[1])
         flat = data.new_zeros(self.T * self.B, data.shape[1]).index_copy(0, self._places_and_lengths()[0], data)
         return flat.view(self.T, self.B, data.shape[1])
 
     def pack(self, padded: Tensor) -> Tensor:
         """(T, B, F) -> (N, F)."""
+        if self.full:
+            return padded.flatten(0, 1)
         return padded.flatten(0, 1).index_select(0, self._places_and_lengths()[0])
 
     def _places_and_lengths(self) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,23 @@ def test_nothing_is_saved_without_gradients(monkeypatch):
     assert saved == [False, False, True]
 
 
+def test_nothing_is_saved_for_members_whose_gradient_nobody_asks(monkeypatch):
+    saved = []
+    forward = autograd.layer.forward
+    monkeypatch.setattr(autograd.layer, "forward", lambda *a, **k: saved.append(a[5].save) or forward(*a, **k))
+    layer = lstm_triton.LSTM(3, 4, coupled=True)
+    ensemble = {name: torch.stack([p, 2 * p]).detach() for name, p in layer.named_parameters()}
+    x = torch.randn(2, 1, 3)
+
+    def output(weights):
+        return torch.func.functional_call(layer, weights, (x,))[0]
+
+    torch.func.vmap(output)(ensemble)
+    assert saved == [False, False]
+    torch.func.vmap(torch.func.grad(lambda weights: output(weights).sum()))(ensemble)
+    assert saved == [False, False, True, True]
+
+
 def test_backward_works_in_eval(case):
     inputs = random_inputs(case)
     layer = lstm_triton.LSTM(

@@ -144,6 +144,25 @@ def test_copies_and_pickles():
         assert not torch.equal(other(x)[0], layer(x)[0])
 
 
+def test_pytorch_s_private_list_of_weights_can_be_set_as_old_code_does():
+    layer = lstm_triton.LSTM(3, 4, 2)
+    raw = layer.weight_hh_l1
+    x = torch.randn(5, 2, 3)
+    before = layer(x)[0]
+    layer._flat_weights = layer._flat_weights
+    assert layer.weight_hh_l1 is raw and torch.equal(layer(x)[0], before)
+    del layer.weight_hh_l1
+    layer.register_parameter("raw", raw)
+    layer.weight_hh_l1 = raw * 0
+    dropped = [w * 0 if name == "weight_hh_l1" else w for name, w in zip(layer._flat_weights_names, layer._flat_weights,
+                                                                         strict=True)]  # fmt: skip
+    layer._flat_weights = dropped
+    assert not torch.equal(layer(x)[0], before)
+    del layer.weight_hh_l1
+    with pytest.raises(AttributeError, match="no attribute 'weight_hh_l1'"):
+        layer(x)
+
+
 def test_repr_shows_what_is_not_a_default():
     assert repr(lstm_triton.LSTM(3, 4)) == "LSTM(3, 4)"
     assert repr(torch.nn.LSTM(3, 4, 2, batch_first=True)) == repr(lstm_triton.LSTM(3, 4, 2, batch_first=True))

@@ -101,6 +101,9 @@ def test_lengths_and_resets_follow_the_layout_of_the_input():
 def test_rows_that_all_have_every_step_are_as_without_lengths(dtype):
     lstm, x = layer(num_layers=2, bidirectional=True), sequence()
     close(lstm(x, lengths=torch.full((B,), T, dtype=dtype)), lstm(x))
+    sequences = pack_padded_sequence(x, [T] * B)
+    output, last = lstm(sequences)
+    close((pad_packed_sequence(output)[0], last), lstm(x))
     close(lstm(x, resets=torch.zeros(T, B, dtype=torch.bool)), lstm(x))
 
 
@@ -168,7 +171,8 @@ def test_padding_and_packing_on_the_device_are_torch_s(lengths, features):
     packing = Packing(sequences)
     padded, sorted_lengths = pad_packed_sequence(PackedSequence(sequences.data, sequences.batch_sizes))
     assert padded.shape[:2] == (packing.T, packing.B)
-    assert torch.equal(packing.lengths, sorted_lengths)
+    assert packing.full == (len(set(lengths)) == 1)
+    assert packing.lengths is None if packing.full else torch.equal(packing.lengths, sorted_lengths)
     assert torch.equal(packing.pad(sequences.data), padded)
     assert torch.equal(packing.pack(padded), sequences.data)
 
