@@ -16,7 +16,6 @@ from torch.autograd.functional import jacobian as plain_jacobian
 from torch.export import Dim
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.checkpoint import checkpoint
 
 import lstm_triton
 from lstm_triton import VARIANTS, LSTMCell, LSTMSpec, aten, autograd, reference
@@ -34,6 +33,7 @@ from tests.support.composes import (
     sequence,
     tensors,
     variant,
+    with_and_without_checkpoint,
 )
 
 STANDARD = LSTMSpec()
@@ -658,14 +658,8 @@ def test_a_checkpoint_changes_no_gradient_and_draws_the_same_dropout(spec, reent
     def run(x):
         return tuple(tensors(module(x if how is None else PackedSequence(x, *how), **options)))
 
-    found = []
-    for call in (run, lambda x: checkpoint(run, x, use_reentrant=reentrant)):
-        torch.manual_seed(3)
-        module.zero_grad()
-        input = x.clone().requires_grad_()
-        loss(call(input)).backward()
-        found.append([input.grad, *(p.grad for p in module.parameters())])
-    close(found[1], found[0], 0)
+    plain, again = with_and_without_checkpoint(module, run, x, reentrant)
+    close(again, plain, 0)
 
 
 @each_asked

@@ -134,6 +134,17 @@ def test_device_and_dtype_are_those_asked_for():
     assert LSTMCell(3, 4, dtype=torch.float64).weight_ih.dtype == torch.float64
 
 
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
+def test_half_and_double_change_the_type_of_everything(spec):
+    variant = dict(coupled=spec.coupled, peephole=spec.peephole, output_peephole=spec.output_peephole)
+    layer, x = lstm_triton.LSTM(3, 4, bidirectional=True, **variant), torch.randn(5, 2, 3)
+    exact = copy.deepcopy(layer).double()(x.double())[0]
+    output, (h_n, c_n) = layer.half()(x.half())
+    output.sum().backward()
+    assert {t.dtype for t in (output, h_n, c_n, *layer.parameters(), layer.weight_hh_l0.grad)} == {torch.float16}
+    torch.testing.assert_close(output.double(), exact, rtol=0, atol=3e-3)
+
+
 def test_copies_and_pickles():
     layer = lstm_triton.LSTM(3, 4, 2, peephole="diagonal")
     x = torch.randn(2, 1, 3)

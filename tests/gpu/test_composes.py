@@ -16,7 +16,6 @@ if not dispatch.TRITON_INSTALLED:
 
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.checkpoint import checkpoint
 
 import lstm_triton
 from lstm_triton import LSTMSpec
@@ -31,6 +30,7 @@ from tests.support.composes import (
     packed_by_reference,
     tensors,
     variant,
+    with_and_without_checkpoint,
 )
 from tests.support.gpu import FLOOR, NEEDS_GPU, TIMES_CUDNN, TYPES, finish
 
@@ -423,14 +423,7 @@ def test_a_checkpoint_changes_no_gradient_and_draws_the_same_dropout(spec, strat
     def run(x):
         return tuple(tensors(module(x if how is None else PackedSequence(x, *how), **options)))
 
-    found = []
-    for call in (run, lambda x: checkpoint(run, x, use_reentrant=reentrant)):
-        torch.manual_seed(3)
-        module.zero_grad()
-        given = x.clone().requires_grad_()
-        loss(call(given)).backward()
-        found.append([given.grad, *(p.grad for p in module.parameters())])
-    near(*found)
+    near(*with_and_without_checkpoint(module, run, x, reentrant))
 
 
 @each_strategy

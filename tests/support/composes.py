@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 import lstm_triton
 from lstm_triton import LSTM, LSTMSpec, functional, reference
@@ -113,3 +114,18 @@ def packed_by_reference(module: LSTM, input: PackedSequence) -> list[Tensor]:
 def close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-11) -> None:
     """The same tensors in float64, but for rounding."""
     torch.testing.assert_close(list(actual), list(expected), rtol=tolerance, atol=tolerance)
+
+
+def with_and_without_checkpoint(
+    module: LSTM, run: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, reentrant: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of x and of every parameter, of a plain call and of one whose results are computed again."""
+    found = []
+    for call in (run, lambda x: checkpoint(run, x, use_reentrant=reentrant)):
+        torch.manual_seed(3)
+        module.zero_grad()
+        given = x.clone().requires_grad_()
+        loss(call(given)).backward()
+        found.append([given.grad, *(p.grad for p in module.parameters())])
+    plain, again = found
+    return plain, again
