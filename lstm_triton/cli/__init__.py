@@ -30,4 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = INTERRUPTED
     if code == INTERRUPTED and os.environ.get("RANK", "0") == "0":
         print("interrupted", file=sys.stderr)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Of several processes: what PyTorch's process groups leave running can abort the interpreter on its way out.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     raise SystemExit(code)
