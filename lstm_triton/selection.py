@@ -208,8 +208,8 @@ def check_runnable(
     obstacle = None
     if strategy == "cudnn":
         obstacle = why_not_cudnn(device, spec)
-        if obstacle is None and transforms.active():
-            obstacle = "torch.func does not see through torch.nn.LSTM's operator"
+        if obstacle is None and (transforms.active() or transforms.forward_mode()):
+            obstacle = "torch.func and forward-mode differentiation do not see through torch.nn.LSTM's operator"
         if obstacle is None and beyond_torch is not None:
             obstacle = f"torch.nn.LSTM's operator takes no {beyond_torch}"
         if obstacle is None and dispatch.requested() == "triton":

@@ -594,3 +594,16 @@ def test_recompute_compiles_into_one_graph():
     compiled = torch.compile(lambda *t: calling(True)(case, *t), fullgraph=True, backend="aot_eager")
     actual = results(case, inputs, lambda _, *tensors: compiled(*tensors))
     assert max(errors(actual, expected_results(case, inputs)).values()) < 1e-12
+
+
+def test_cudnn_is_refused_what_its_operator_does_not_have_or_hides(cudnn):
+    device = torch.device("cuda")
+    refused = r"^strategy 'cudnn' cannot run here: "
+    with pytest.raises(RuntimeError, match=refused + "torch.nn.LSTM's operator takes no resets, lengths"):
+        selection.check_runnable("cudnn", device, torch.float32, STANDARD, "resets, lengths")
+    hidden = refused + "torch.func and forward-mode differentiation do not see through"
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=hidden):
+        selection.check_runnable("cudnn", device, torch.float32, STANDARD)
+    with pytest.raises(RuntimeError, match=hidden):
+        torch.func.vmap(lambda x: (selection.check_runnable("cudnn", device, x.dtype, STANDARD), x)[1])(torch.ones(2))
+    selection.check_runnable("cudnn", device, torch.float32, STANDARD)
