@@ -34,13 +34,13 @@ def forward(
     scratch = torch.empty(gate_input.shape[1:], dtype=dtype, device=cells.device)
     hidden = torch.empty(cells.shape[1:], dtype=dtype, device=cells.device)
     sigmoid_blocks = slice(0, H if spec.coupled else 2 * H)
+    begun = resets.view(torch.bool)[..., None] if resets is not None else None
     h = h_0.to(dtype)
     for step in steps(gate_input.shape[0], reverse, saved=cells.shape[0] > 1):
         a = gates[step.t] if gates is not None and gates.dtype == dtype else scratch
         c_previous, c = cells[step.previous], cells[step.current]
-        if resets is not None:
-            begun = resets[step.t].unsqueeze(1).bool()
-            h, c_previous = h.masked_fill(begun, 0), c_previous.masked_fill(begun, 0)
+        if begun is not None:
+            h, c_previous = h.masked_fill(begun[step.t], 0), c_previous.masked_fill(begun[step.t], 0)
         torch.addmm(gate_input[step.t].to(dtype), h, w_hh, out=a)
         if v_previous is not None:
             a.addmm_(c_previous, v_previous)
@@ -76,7 +76,7 @@ def backward(
     v = spec.split_peephole(w.weight_ch) if w.weight_ch is not None else {}
     v_previous = spec.previous_peephole(w.weight_ch) if spec.full and w.weight_ch is not None else None
     c_previous, c = (cells[1:], cells[:-1]) if reverse else (cells[:-1], cells[1:])
-    begun = resets.unsqueeze(2).bool() if resets is not None else None
+    begun = resets.view(torch.bool)[..., None] if resets is not None else None
     if begun is not None:
         c_previous = c_previous.masked_fill(begun, 0)
 

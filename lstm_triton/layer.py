@@ -177,10 +177,18 @@ def backward(
         wanted = needs.weights[direction]
         reverse = direction == 1
         columns = slice(direction * P, (direction + 1) * P)
-        dh = x.new_zeros(B, P) if grad_h_n is None else grad_h_n[direction].clone(memory_format=torch.contiguous_format)
+        of_output = grad_output[:, :, columns] if grad_output is not None else None
+        of_states = grad_states[:, :, direction * H : (direction + 1) * H] if grad_states is not None else None
+        of_h_n, of_c_n = (grad[direction] if grad is not None else None for grad in (grad_h_n, grad_c_n))
+        if lengths is not None:
+            # A row's last states are those of its own last step, and nothing comes from beyond.
+            of_output = with_last(of_output, of_h_n, reverse, lengths, T, x.dtype)
+            of_states = with_last(of_states, of_c_n, reverse, lengths, T, cells.dtype)
+            of_h_n = of_c_n = None
+        dh = x.new_zeros(B, P) if of_h_n is None else of_h_n.clone(memory_format=torch.contiguous_format)
         dc = torch.zeros(cells.shape[2:], dtype=cells.dtype, device=x.device)
-        if grad_c_n is not None:
-            dc += grad_c_n[direction]
+        if of_c_n is not None:
+            dc += of_c_n
         own = output[:, :, columns]
         states = cells[direction]
         if gates.numel() == 0:  # not saved, or of no rows
@@ -189,8 +197,6 @@ def backward(
             saved = gates[direction]
         d_gates = torch.empty_like(saved)
         d_hidden = x.new_empty(T, B, P) if w.weight_hr is not None else None
-        of_output = grad_output[:, :, columns] if grad_output is not None else None
-        of_states = grad_states[:, :, direction * H : (direction + 1) * H] if grad_states is not None else None
         grads = (of_output, of_states, dh, dc)
         backward_steps(*grads, w, spec, reverse, saved, states, d_gates, d_hidden, lengths, resets, steps)
         grad_h_0.append(dh)
@@ -218,8 +224,8 @@ def backward_steps(
 ) -> None:  # fmt: skip
     """All steps of one direction backward, into d_gates (T, B, G·H) and d_hidden (T, B, P), in place in dh and dc.
 
-    grad_output (T, B, P) and grad_states (T, B, H) of h_t and c_t; dh (B, P) and dc (B, H) of the last states, then of
-    the first.
+    grad_output (T, B, P) and grad_states (T, B, H) of h_t and c_t, zero beyond a length; dh (B, P) and dc (B, H) of the
+    states after step T, then of the first.
     """
     if reverse and lengths is not None:
         d_turned, h_turned = torch.empty_like(d_gates), None if d_hidden is None else torch.empty_like(d_hidden)
@@ -230,13 +236,6 @@ def backward_steps(
         if d_hidden is not None and h_turned is not None:
             d_hidden.copy_(turn(h_turned, lengths))
         return
-    if lengths is not None:
-        # A row's last states are those of its own last step, and nothing comes from beyond.
-        T = len(gates)
-        grad_output = with_last(grad_output, dh, lengths, T)
-        grad_states = with_last(grad_states, dc, lengths, T)
-        dh.zero_()
-        dc.zero_()
     out = (d_gates, d_hidden)
     steps.backward(grad_output, dh, dc, w, spec, reverse, gates, cells, *out, as_bytes(resets), grad_states)
 
@@ -339,14 +338,23 @@ def turn(sequence: Tensor | None, lengths: Tensor) -> Tensor | None:
     return sequence.gather(0, places.view(*places.shape, *[1] * (sequence.dim() - 2)).expand(sequence.shape))
 
 
-def with_last(sequence: Tensor | None, last: Tensor, lengths: Tensor, T: int) -> Tensor:
-    """A sequence (T, B, F), None for zero, plus `last` (B, F) at each row's last step; zero beyond its length (B,)."""
+def with_last(
+    sequence: Tensor | None, last: Tensor | None, reverse: bool, lengths: Tensor, T: int, dtype: torch.dtype
+) -> Tensor | None:
+    """A sequence (T, B, F) plus `last` (B, F) at the step that each row ends with; zero beyond its length (B,).
+
+    In the type; None stands for zero, in the result too.
+    """
+    if last is None:
+        return None if sequence is None else sequence.masked_fill(beyond(lengths, T), 0)
     if sequence is None:
-        sequence = last.new_zeros(T, *last.shape)
+        sequence = last.new_zeros(T, *last.shape, dtype=dtype)
     else:
-        sequence = sequence.to(last.dtype).masked_fill(beyond(lengths, T), 0)
-    own = (lengths - 1, torch.arange(len(lengths), device=lengths.device))
-    sequence[own] += last
+        sequence = sequence.to(dtype).masked_fill(beyond(lengths, T), 0)
+    if reverse:
+        sequence[0] += last
+    else:
+        sequence[lengths - 1, torch.arange(len(lengths), device=lengths.device)] += last
     return sequence
 
 

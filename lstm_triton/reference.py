@@ -46,22 +46,13 @@ def cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) 
     return h_next, c_next
 
 
-def layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer, all its directions (the second runs backwards in time).
-
-    x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H).
-    """
-    output, _, h_n, c_n = layer_states(x, h_0, c_0, weights, spec)
-    return output, h_n, c_n
-
-
 def layer_states(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec,
     lengths: Tensor | None = None, resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`layer` and every cell state: output (T, B, D·P), cells (T, B, D·H), h_n (D, B, P), c_n (D, B, H).
+    """One layer, all its directions (the second runs backwards in time), and every cell state.
+
+    x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), cells (T, B, D·H), h_n (D, B, P), c_n (D, B, H).
 
     - lengths: (B,), steps of each row: beyond them the row keeps its state (the second direction has not started yet),
       and its output and cells are zero

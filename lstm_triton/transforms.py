@@ -42,7 +42,7 @@ _recorded_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-de
 
 def recorder() -> int | None:
     """The level of the innermost torch.func.grad or vjp, which records what is computed here; None without one."""
-    if torch.compiler.is_compiling() or not active():
+    if not active():
         return None
     levels = [level.level() for level in _functorch.get_interpreter_stack() if level.key() == RECORDING[0]]
     return max(levels, default=None)

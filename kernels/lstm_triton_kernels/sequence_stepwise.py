@@ -38,16 +38,16 @@ def forward(
     H = cells.shape[-1]
     preact = torch.empty(B, len(spec.gates) * H, dtype=cells.dtype, device=cells.device)
     projected = weights.weight_hr is not None
+    begun = resets.view(torch.bool)[..., None] if resets is not None else None
     hidden = torch.empty(1, B, H, dtype=output.dtype, device=output.device) if projected else output
     for step in steps(T, reverse, saved=cells.shape[0] > 1):
         h, h_index = (h_0.unsqueeze(0), 0) if step.h_index is None else (output, step.h_index)
         x_t = x[step.t] if gate_input is None else None
         c, c_slot = cells, step.previous
-        if resets is not None:
-            begun = resets[step.t].unsqueeze(1).bool()
-            h, h_index = h[h_index].masked_fill(begun, 0).unsqueeze(0), 0
+        if begun is not None:
+            h, h_index = h[h_index].masked_fill(begun[step.t], 0).unsqueeze(0), 0
             if spec.full:
-                c, c_slot = c[c_slot].masked_fill(begun, 0).unsqueeze(0), 0
+                c, c_slot = c[c_slot].masked_fill(begun[step.t], 0).unsqueeze(0), 0
         gate_preactivations(preact, x_t, gate_input, h, c, weights, spec, step.t, h_index, c_slot)
         buffers = (preact, cells, hidden, gates, weights.weight_ch, spec)
         indices = (step.t, 0 if projected else step.t, step.previous, step.current, resets)
@@ -81,6 +81,7 @@ def backward(
     dr = torch.empty(dh.shape[0], H, dtype=dh.dtype, device=dh.device) if projected else dh
     v_previous = spec.previous_peephole(weights.weight_ch) if spec.full else None
     v_o = spec.split_peephole(weights.weight_ch)["o"] if spec.full and spec.output_current else None
+    begun = resets.view(torch.bool)[..., None] if resets is not None else None
     for step in reversed(list(steps(T, reverse, saved=True))):
         d_step = d_gates[step.t]
         if grad_cells is not None:
@@ -99,7 +100,6 @@ def backward(
         if v_previous is not None:
             dc += d_step @ v_previous
         torch.mm(d_step, weights.weight_hh, out=dh)
-        if resets is not None:
-            begun = resets[step.t].unsqueeze(1).bool()
-            dh.masked_fill_(begun, 0)
-            dc.masked_fill_(begun, 0)
+        if begun is not None:
+            dh.masked_fill_(begun[step.t], 0)
+            dc.masked_fill_(begun[step.t], 0)

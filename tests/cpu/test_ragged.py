@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence
 
 import lstm_triton
-from lstm_triton import VARIANTS, LSTMSpec, functional
+from lstm_triton import VARIANTS, LSTMSpec, eager, functional
 from lstm_triton.layer import turn
 from lstm_triton.ragged import Packing
 
@@ -149,6 +149,22 @@ def test_a_packed_sequence_is_as_its_rows_with_lengths(spec, sort):
     gradients = torch.autograd.grad(output.data.square().sum() + cells.data.sum() + last[1].sum(), arguments)
     expected = torch.autograd.grad(wanted[0].square().sum() + wanted[2].sum() + wanted[1][1].sum(), arguments)
     close(gradients, expected)
+
+
+def test_last_states_without_a_gradient_add_nothing_to_a_step(monkeypatch):
+    given = []
+    backward = eager.backward
+    monkeypatch.setattr(eager, "backward", lambda *a: given.append((a[0], a[-1])) or backward(*a))
+    lstm, x = layer(LSTMSpec(coupled=True), bidirectional=True), sequence()
+    output, (h_n, c_n) = lstm(x, lengths=LENGTHS)
+    output.sum().backward(retain_graph=True)
+    assert all(of_output is not None and of_states is None for of_output, of_states in given)
+    given.clear()
+    h_n.sum().backward(retain_graph=True)
+    assert all(of_output is not None and of_states is None for of_output, of_states in given)
+    given.clear()
+    c_n.sum().backward()
+    assert len(given) == 2 and all(of_output is None and of_states is not None for of_output, of_states in given)
 
 
 def test_the_order_of_rows_is_the_user_s():
