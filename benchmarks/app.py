@@ -21,9 +21,8 @@ from rich.table import Table
 from benchmarks import RESULTS, ROOT, constants, micro, plots, report, rows, run, suites
 from benchmarks import readme as brief
 from benchmarks.environment import environment, machine
-from benchmarks.providers import PROVIDERS, Provider
-from benchmarks.rows import BASELINE
-from benchmarks.summary import short_table
+from benchmarks.providers import BASELINES, PROVIDERS, Provider
+from benchmarks.summary import ratio_in_words, short_table
 from benchmarks.worker import Worker
 from lstm_triton.cli.devices import parse_device
 from lstm_triton.cli.errors import UserError
@@ -50,7 +49,7 @@ def run_command(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Repeat for several: {', '.join(suites.SUITES)}; gpu is all of them but cpu.",
+            help=f"Repeat for several: {', '.join(suites.SUITES)}; gpu is {', '.join(suites.GPU_SUITES)}.",
             show_default="gpu, or cpu without a GPU",
         ),
     ] = None,
@@ -89,7 +88,6 @@ def run_command(
     path = rows.new_file(results, machine(where), this.date, "+".join(dict.fromkeys(asked)))
     seen: dict[str, dict[str, object]] = {}
     left_out = 0
-    baseline = PROVIDERS[f"{BASELINE}:{'cudnn' if where.type == 'cuda' else 'aten'}"]
     bar = Progress(
         MofNCompleteColumn(),
         BarColumn(bar_width=30),
@@ -99,7 +97,7 @@ def run_command(
         disable=not out.is_terminal,
     )
     interrupted = False
-    with closing(Worker(str(where), baseline, row_seconds, path.with_suffix(".log"))) as worker, bar:
+    with closing(Worker(str(where), BASELINES, row_seconds, path.with_suffix(".log"))) as worker, bar:
         shown = bar.add_task("", total=len(todo), left="")
         try:
             measured = run.measure(
@@ -148,18 +146,15 @@ def report_command(
     results: Results = RESULTS,
     readme: Annotated[
         Path | None,
-        typer.Option(
-            help="File whose marked block is rewritten.",
-            show_default="README.md for the checkout's own results, none for others",
-        ),
+        typer.Option(help="File whose marked block is rewritten from them; none is if this is not given."),
     ] = None,
 ) -> None:
-    """Make tables and plots of all results files, and rewrite the marked block of the README from them."""
+    """Make tables and plots of all results files; where asked, rewrite the marked block of a README from them."""
     out = console()
     if not results.is_dir():
         raise typer.BadParameter(f"there is no folder {results}")
-    if readme is None and results.resolve() == RESULTS.resolve():
-        readme = ROOT / "README.md"
+    if readme is not None and not readme.is_file():
+        raise typer.BadParameter(f"--readme: there is no file {readme}")
     for path in write_report(results, readme, out):
         out.print(f"{path}", soft_wrap=True)
 
@@ -276,8 +271,9 @@ def line_of(row: rows.Row) -> str:
     start = f"{row.name:<24} {row.suite:<8} {row.mode:<16} {row.dtype:<8} {row.shape}:"
     if not row.timed:
         return f"{start} {row.error}"
-    ratio = f", {row.baseline_ratio:.3g}x {BASELINE}" if row.baseline_ratio is not None else ""
-    return f"{start} {row.ms_median:.4g} ms, {row.us_per_step:.3g} us a step{ratio}"
+    beside = "" if row.is_baseline or not row.baseline_ms else f", {row.baseline} {row.baseline_ms:.4g} ms"
+    ratio = f", ratio {ratio_in_words(row)}" if beside else ""
+    return f"{start} {row.ms_median:.4g} ms, {row.us_per_step:.3g} us a step{beside}{ratio}"
 
 
 def constants_table(found: Constants) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import re
-import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ import lstm_triton
 from benchmarks import timing
 from benchmarks.check import Oracle, allowed
 from benchmarks.problem import Problem, make_problem
-from benchmarks.providers import Model, Provider
+from benchmarks.providers import Model, Provider, baseline_of
 from benchmarks.suites import TRAINING, Case
 
 LONGEST_WORDS = 300
@@ -25,18 +25,17 @@ LONGEST_WORDS = 300
 class Measurement:
     """What one row measured; `failure` in words instead of times where there are none.
 
-    - ms: 20th, 50th and 80th percentile, milliseconds; cpu_us, peak_mib, error, baseline_ratio: as in `rows.Row`
+    - times: of the call and of its baseline; cpu_us, peak_mib, error: as in `rows.Row`
     - rows: rows of the batch that a step computes on average (fewer than B where rows end early)
     - kernels: names of the kernels that the baseline launched
     - lost_device: the device answers no more in this process; stopped: it was not done in time
     """
 
     failure: str | None = None
-    ms: tuple[float, float, float] | None = None
+    times: timing.Times | None = None
     cpu_us: float | None = None
     peak_mib: float | None = None
     error: float | None = None
-    baseline_ratio: float | None = None
     rows: float | None = None
     kernels: tuple[str, ...] = ()
     lost_device: bool = False
@@ -46,20 +45,20 @@ class Measurement:
 class Bench:
     """Measures providers on one device; keeps the last case's problem and baseline for the next row."""
 
-    def __init__(self, device: torch.device, baseline: Provider, seconds: float) -> None:
-        self.device, self.baseline, self.seconds = device, baseline, seconds
+    def __init__(self, device: torch.device, baselines: Sequence[Provider], seconds: float) -> None:
+        self.device, self.baselines, self.seconds = device, baselines, seconds
         self.stands: dict[Case, Stand] = {}
         """Of the case that is measured, and of the baseline's case, which is another for a variant."""
 
     def measure(self, provider: Provider, case: Case) -> Measurement:
         """One row. Whatever goes wrong becomes a Measurement that says so."""
-        plain = replace(case, variant="standard")
-        for old in self.stands.keys() - {case, plain}:
+        other, theirs = baseline_of(case, self.device.type, self.baselines)
+        for old in self.stands.keys() - {case, theirs}:
             del self.stands[old]
         try:
             own = self._stand(case)
-            baseline = self._stand(plain).baseline(self.baseline)
-            if provider.name == self.baseline.name:
+            baseline = self._stand(theirs).baseline(other)
+            if provider.name == other.name:
                 return baseline.measurement(self.seconds)
             found = own.measure(provider, baseline, self.seconds)
             gave_up = _gave_up(self.device)
@@ -105,7 +104,9 @@ class Baseline:
         (own,) = timing.in_turns([self.timed], self.stand.device, seconds)
         short_call = timed_call(self.short_model, self.stand.oracle.problem)
         kernels = timing.kernel_names(short_call.call, self.stand.device)
-        return replace(self.stand.figures(self.timed, own, self.error), baseline_ratio=1.0, kernels=tuple(kernels))
+        alone = timing.times(own)
+        times = replace(alone, baseline_ms=alone.ms[1])
+        return replace(self.stand.figures(self.timed, own, times, self.error), kernels=tuple(kernels))
 
 
 class Stand:
@@ -142,16 +143,17 @@ class Stand:
         timed = timed_call(model, self.problem)
         if baseline.timed is None:
             (own,) = timing.in_turns([timed], self.device, seconds)
-            return self.figures(timed, own, error)
+            return self.figures(timed, own, timing.times(own), error)
         own, theirs = timing.in_turns([timed, baseline.timed], self.device, seconds)
-        ratio = statistics.median(b / a for a, b in zip(own, theirs, strict=True))
-        return replace(self.figures(timed, own, error), baseline_ratio=ratio)
+        return self.figures(timed, own, timing.times(own, theirs), error)
 
-    def figures(self, timed: timing.Timed, milliseconds: list[float], error: float | None) -> Measurement:
-        """All but what concerns the baseline."""
+    def figures(
+        self, timed: timing.Timed, milliseconds: list[float], times: timing.Times, error: float | None
+    ) -> Measurement:
+        """The row; milliseconds are those of every call."""
         lengths = self.problem.lengths
         return Measurement(
-            ms=timing.quantiles(milliseconds),
+            times=times,
             cpu_us=timing.host_us(timed, self.device, milliseconds),
             peak_mib=timing.peak_mib(timed, self.device),
             error=error,

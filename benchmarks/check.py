@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.problem import Problem, make_problem
+from benchmarks.problem import Problem, layers_of, make_problem
 from benchmarks.providers import Model
 from benchmarks.suites import FORWARD, TRAINING, Case
-from lstm_triton import functional, reference
+from lstm_triton import reference
 
 STEPS = 64
 """Steps over which all rows and gradients are compared."""
@@ -80,7 +80,7 @@ class Reference(Model):
         self.weights = {
             name: weight.clone().requires_grad_(case.mode == TRAINING) for name, weight in problem.weights.items()
         }
-        self.layers = functional.group_layers(list(self.weights.values()), self.spec, case.L, case.D, True, 0)
+        self.layers = layers_of(case, self.weights)
 
     def run(self, x: Tensor) -> tuple[Tensor, ...]:
         zeros = x.new_zeros(self.states[0], x.shape[-2], self.states[2])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from benchmarks.rows import BASELINE, Row
-from benchmarks.summary import Mean, name_key, number
+from benchmarks.rows import Row
+from benchmarks.summary import GROUP_HEADS, Mean, name_key, number
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[object]], right: Iterable[int] = ()) -> str:
@@ -44,17 +44,17 @@ def dates(rows: Iterable[Row]) -> str:
 
 
 def means_table(means: Sequence[Mean]) -> list[str]:
-    """A line per suite, regime and mode, a column per provider; nothing to compare is said in words."""
+    """A line per suite, regime, mode and variant, a column per provider; nothing to compare is said in words."""
     if not means:
-        return [f"Nothing beside {BASELINE} was measured."]
+        return ["Nothing beside the baseline was measured."]
     names = sorted({mean.name for mean in means}, key=name_key)
-    lines: dict[tuple[str, str, str], dict[str, Mean]] = {}
+    lines: dict[tuple[str, ...], dict[str, Mean]] = {}
     for mean in means:
-        lines.setdefault((mean.suite, mean.regime, mean.mode), {})[mean.name] = mean
+        lines.setdefault(mean.group, {})[mean.name] = mean
     cells = [[*key, *(mean_cell(found.get(name)) for name in names)] for key, found in lines.items()]
     note = "In brackets the rows that a mean is of; *n of m*: of m rows n have a ratio, the others are named"
     return [
-        table(["suite", "regime", "mode", *names], cells, right=range(3, 3 + len(names))),
+        table([*GROUP_HEADS, *names], cells, right=range(len(GROUP_HEADS), len(GROUP_HEADS) + len(names))),
         f"{note} in the report. A mean is of the rows that its provider computes, not always of the same.",
     ]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import BASELINE, Row, slug
 from benchmarks.suites import MODES, STORAGE
-from benchmarks.summary import OURS, is_gpu, machines, name_key, number, ratio_of
+from benchmarks.summary import OURS, in_turns_with_ours, is_gpu, machines, name_key, number, ratio_of
 from lstm_triton.cli.files import write_whole
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ Group = dict[str, Any]
 def draw_all(rows: Sequence[Row], folder: Path) -> list[tuple[str, Path]]:
     """Write every plot that the rows have points for, GPUs first; titles and paths.
 
+    A baseline's time is that of its turns with the library, as in the tables.
     `<machine>-speed-over-shapes.png`, `-time-vs-hidden.png`, `-time-vs-batch.png`, `-time-vs-steps.png`, `-limit.png`.
     """
+    rows = in_turns_with_ours(rows)
     drawn = []
     for gpu in machines(rows):
         own = [row for row in rows if row.gpu == gpu]
@@ -55,6 +57,8 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[tuple[str, Path]]:
 def time_against(rows: Sequence[Row], size: str) -> bytes | None:
     """Microseconds of a step over one size ("H", "B" or "T"): a column of panels per mode, a line per type.
 
+    Bars go from the 20th to the 80th percentile of the calls.
+
     Of one machine, the rows that share everything else; None where no two of them differ in the size.
     """
     fixed, points = largest_group([row for row in rows if row.us_per_step], size)
@@ -71,7 +75,8 @@ def time_against(rows: Sequence[Row], size: str) -> bytes | None:
             for name in sorted({row.name for row in here}, key=name_key, reverse=True):
                 own = sorted((row for row in here if row.name == name), key=lambda row: getattr(row, size))
                 x, y = [getattr(row, size) for row in own], [row.us_per_step or math.nan for row in own]
-                axes.plot(x, y, color=colours[name], marker=markers[name], markersize=5, linewidth=1.6, label=name)
+                style = dict(color=colours[name], marker=markers[name], markersize=5, linewidth=1.6, label=name)
+                axes.errorbar(x, y, list(zip(*map(_bar, own), strict=True)), capsize=2, elinewidth=1, **style)
             limit = {getattr(row, size): row.limit_us_per_step for row in here if row.limit_us_per_step}
             if limit:
                 x = sorted(limit)
@@ -83,8 +88,17 @@ def time_against(rows: Sequence[Row], size: str) -> bytes | None:
     for line in panels:
         line[0].set_ylabel("microseconds per step")
     _legend(figure, [axes for line in panels for axes in line])
-    _title(figure, points[0], f"time of one step against {SIZES[size]}", _fixed_words(fixed))
+    held = f"{_fixed_words(fixed)}; median, bars: 20th to 80th percentile of the calls"
+    _title(figure, points[0], f"time of one step against {SIZES[size]}", held)
     return _png(figure)
+
+
+def _bar(row: Row) -> tuple[float, float]:
+    """How far below and above the time of a step its 20th and 80th percentile lie; nothing where they are not known."""
+    if row.ms_p20 is None or row.ms_p80 is None or not row.ms_median or not row.us_per_step:
+        return 0.0, 0.0
+    us_per_ms = row.us_per_step / row.ms_median
+    return us_per_ms * (row.ms_median - row.ms_p20), us_per_ms * (row.ms_p80 - row.ms_median)
 
 
 def largest_group(rows: Iterable[Row], *sizes: str) -> tuple[Group, list[Row]]:
@@ -137,7 +151,7 @@ def speed_over_shapes(rows: Sequence[Row]) -> bytes | None:
     bar.ax.tick_params(labelsize=8)
     ticks = _ratio_ticks(reach)
     bar.set_ticks([math.log2(ratio) for ratio in ticks], labels=[f"{ratio:.3g}" for ratio in ticks])
-    ratio = f"ratio: time of {BASELINE} / time of {OURS}, blue: faster, red: slower"
+    ratio = f"ratio: time of {BASELINE} / time of {OURS}, blue: faster, red: slower, in brackets: noise"
     _title(figure, found[0], f"{OURS} against {BASELINE}", f"{_fixed_words(fixed)}\n{ratio}")
     return _png(figure)
 
@@ -152,7 +166,8 @@ def _map(axes: Axes, rows: Sequence[Row], widths: Sequence[int], heights: Sequen
             continue
         cells[y][x] = math.log2(ratio)
         colour = "white" if abs(cells[y][x]) > 0.6 * reach else "black"
-        axes.text(x, y, _short(ratio), ha="center", va="center", fontsize=8, color=colour)
+        words = f"({_short(ratio)})" if row.noise else _short(ratio)
+        axes.text(x, y, words, ha="center", va="center", fontsize=8, color=colour)
     axes.set_facecolor("#e8e8e8")
     axes.set_xticks(range(len(widths)), labels=[str(value) for value in widths])
     axes.set_yticks(range(len(heights)), labels=[str(value) for value in heights])

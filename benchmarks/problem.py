@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.suites import STORAGE, TRAINING, Case
-from lstm_triton.spec import state_dict_name
+from lstm_triton.spec import LSTMWeights, state_dict_name
 
 MOST_SETS = 64
 """Sets of inputs that are kept at most; smaller inputs than L2 / 32 stay in the cache, as they would in use."""
@@ -71,3 +71,14 @@ def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
         for direction in range(case.D)
         for name, shape in case.spec.parameter_shapes(case.I if layer == 0 else case.D * case.H, case.H).items()
     }
+
+
+def layers_of(case: Case, weights: dict[str, Tensor]) -> list[list[LSTMWeights]]:
+    """The weights by layer and direction; a cell's as one layer."""
+    if case.cell:
+        return [[LSTMWeights(**weights)]]
+    names = case.spec.parameter_names()
+    return [
+        [LSTMWeights(**{name: weights[state_dict_name(name, layer, d)] for name in names}) for d in range(case.D)]
+        for layer in range(case.L)
+    ]

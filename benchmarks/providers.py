@@ -7,13 +7,15 @@ results, the input's matmul included. Gradients come back under the names of `to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lstm_triton_kernels import gpus
 from lstm_triton_kernels.persistent_plan import ANY, Preference
 from torch import Tensor, nn
@@ -21,10 +23,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_triton
 from benchmarks import plans
-from benchmarks.problem import Problem
+from benchmarks.problem import Problem, layers_of
 from benchmarks.rows import BASELINE
 from benchmarks.suites import STORAGE, TRAINING, Case
-from lstm_triton import dispatch, functional, reference, selection
+from lstm_triton import dispatch, reference, selection
 from lstm_triton.spec import LSTMWeights
 
 Results = tuple[Tensor, ...]
@@ -147,13 +149,15 @@ NO_STRATEGY = "is no strategy of one step (LSTMCell)"
 class How(NamedTuple):
     """What a user would say to have it computed so: a strategy, a backend; and what is wanted of persistent plans.
 
-    lengths: rows that differ are given by their lengths, not packed as for `torch.nn.LSTM`.
+    - lengths: rows that differ are given by their lengths, not packed as for `torch.nn.LSTM`
+    - compiler: the backend of `torch.compile` for the module; None: it is called as it is
     """
 
     strategy: str = "auto"
     backend: str = "auto"
     preference: Preference = ANY
     lengths: bool = False
+    compiler: str | None = None
 
 
 class LstmTritonModel(ModuleModel):
@@ -162,9 +166,18 @@ class LstmTritonModel(ModuleModel):
     def __init__(self, module: nn.Module, problem: Problem, how: How) -> None:
         super().__init__(module, problem)
         self.how = how
+        if how.compiler is not None:
+            unlimited_compilation()
+            self.module.compile(fullgraph=True, backend=how.compiler)
+
+    def settings(self) -> AbstractContextManager[None]:
+        # Entered within the time of a call: nothing where nothing is asked, as for the others.
+        if self.how.backend == "auto" and self.how.preference == ANY:
+            return nullcontext()
+        return self._settings()
 
     @contextmanager
-    def settings(self) -> Iterator[None]:
+    def _settings(self) -> Iterator[None]:
         with lstm_triton.backend(self.how.backend), wanted(self.how.preference):
             yield
 
@@ -184,15 +197,20 @@ def wanted(preference: Preference) -> AbstractContextManager[None]:
     return sequence_persistent.prefer(preference)
 
 
+def unlimited_compilation() -> None:
+    """Every case compiles the same function anew; beyond its limit, Dynamo would quietly stop compiling."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+
+
 class LstmTriton(Provider):
-    """This library: what it picks itself (`auto`), one strategy forced, or the persistent kernels on another plan.
+    """This library: what it picks itself (`auto`; inside of `torch.compile`), one strategy forced, or another plan.
 
     The other plans are candidates for what `persistent` should take: measured in few suites, first of all in `anchor`.
     """
 
     name = "lstm_triton"
     leaves_out = ""
-    HOW = {  # noqa: RUF012
+    HOW: ClassVar = {
         "auto": How(),
         "lengths": How(lengths=True),
         "persistent": How("persistent"),
@@ -204,16 +222,21 @@ class LstmTriton(Provider):
         "stepwise": How("stepwise", backend="triton"),
         "cudnn": How("cudnn"),
         "torch": How(backend="torch"),
+        "torch.compile": How(compiler="inductor"),
     }
     CANDIDATE_SUITES = ("anchor", "odd", "variants")
 
     def __init__(self, strategy: str) -> None:
         self.strategy = strategy
         self.how = self.HOW[strategy]
-        self.detour = 0 if strategy in ("auto", "lengths") else 2
+        self.detour = 0 if strategy in ("auto", "lengths", "torch.compile") else 2
+        if self.how.compiler is not None:
+            self.first_seconds = CompiledReference.first_seconds
 
     def rank(self, case: Case) -> int:
         if case.suite == "anchor" and self.how.strategy == "persistent":
+            return case.rank
+        if case.variant == "coupled" and self.how.strategy == "cudnn":  # what else a user of that cell could have
             return case.rank
         return super().rank(case)
 
@@ -223,6 +246,8 @@ class LstmTriton(Provider):
             return "is what `auto` takes on a CPU"
         if self.how.lengths and not case.ragged:
             return "is `auto` where all rows are of one length"
+        if self.how.compiler is not None and case.suite != "compile":
+            return "is measured in smaller suites"
         if self.how.strategy == "auto":
             return None
         if self.how.strategy == "cudnn":
@@ -247,7 +272,7 @@ class LstmTriton(Provider):
         if device_type != "cuda" or dispatch.why_not_triton(device, STORAGE[case.dtype]) is not None:
             return ""
         layer, gpu = plans.layer_of(case), gpus.gpu_of(device)
-        if self.strategy in ("auto", "lengths"):
+        if self.how.strategy == "auto" and self.how.backend == "auto":
             cudnn_may = selection.why_not_cudnn(device, case.spec) is None and not self.how.lengths
             chosen = selection.strategy_of("auto", layer, gpu, cudnn_may).name
             return plans.in_words(selection.plans(layer, gpu)) if chosen == "persistent" else chosen
@@ -275,8 +300,7 @@ class CompiledReferenceModel(Model):
         case, self.spec = problem.case, problem.case.spec
         self.cell = case.cell
         self.weights = leaves(problem)
-        flat = list(self.weights.values())
-        self.layers = functional.group_layers(flat, self.spec, case.L, case.D, True, 0)
+        self.layers = layers_of(case, self.weights)
         spec = self.spec
 
         def step(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights) -> tuple[Tensor, Tensor]:
@@ -326,9 +350,89 @@ class CompiledReference(Provider):
         return None if case.suite in ("anchor", "variants", "cell", "odd") else "is measured in smaller suites"
 
     def build(self, problem: Problem) -> Model:
-        # Every case compiles the same function anew; beyond its limit, Dynamo would quietly stop compiling.
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+        unlimited_compilation()
         return CompiledReferenceModel(problem, self.compile_step)
+
+
+def by_hand_standard(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
+) -> Results:
+    """One step: x (B, I), h and c (B, H) -> h, c; so are those of the variants."""
+    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def by_hand_coupled(x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Results:
+    """The input gate is 1 - f."""
+    f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(3, 1)
+    f = f.sigmoid()
+    c = f * c + (1 - f) * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def by_hand_diagonal(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, w_ch: Tensor
+) -> Results:
+    """Each of three gates adds c times a vector of its own."""
+    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, 1)
+    v_i, v_f, v_o = w_ch.chunk(3)
+    i, f, o = (i + v_i * c).sigmoid(), (f + v_f * c).sigmoid(), (o + v_o * c).sigmoid()
+    c = f * c + i * g.tanh()
+    return o * c.tanh(), c
+
+
+def by_hand_full(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, w_ch: Tensor
+) -> Results:
+    """Each of three gates adds a product of c with a matrix of its own."""
+    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, 1)
+    p_i, p_f, p_o = F.linear(c, w_ch).chunk(3, 1)
+    i, f, o = (i + p_i).sigmoid(), (f + p_f).sigmoid(), (o + p_o).sigmoid()
+    c = f * c + i * g.tanh()
+    return o * c.tanh(), c
+
+
+class ByHandModel(Model):
+    """A step, called over and over where there are several."""
+
+    def __init__(self, problem: Problem, step: Callable[..., Results]) -> None:
+        self.cell, self.hidden, self.step = problem.case.cell, problem.case.H, step
+        self.weights = leaves(problem)
+        self.flat = tuple(self.weights.values())
+
+    def run(self, x: Tensor) -> Results:
+        h = c = x.new_zeros(x.shape[-2], self.hidden)
+        if self.cell:
+            return self.step(x, h, c, *self.flat)
+        hidden = []
+        for x_t in x:
+            h, c = self.step(x_t, h, c, *self.flat)
+            hidden.append(h)
+        return torch.stack(hidden), h[None], c[None]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.weights
+
+
+class ByHand(Provider):
+    """The cell in a few lines of plain PyTorch: what a user would write who has no library."""
+
+    name = "by-hand"
+    strategy = "eager"
+    leaves_out = "layers, directions, lengths, projection; c_t for the output gate"
+    detour = 1
+    STEPS: ClassVar[dict[str, Callable[..., Results]]] = {
+        "standard": by_hand_standard, "coupled": by_hand_coupled, "diagonal": by_hand_diagonal, "full": by_hand_full,
+    }  # fmt: skip
+
+    def refuses(self, case: Case, device_type: str) -> str | None:
+        if case.variant not in self.STEPS:
+            return f"is written for {', '.join(self.STEPS)}"
+        return None if case.suite in ("overhead", "overhead-cell") else "is measured where a call computes little"
+
+    def build(self, problem: Problem) -> Model:
+        return ByHandModel(problem, self.STEPS[problem.case.variant])
 
 
 def _one_plain_layer(case: Case, device_type: str) -> str | None:
@@ -452,7 +556,19 @@ PROVIDERS: dict[str, Provider] = {
     provider.key: provider
     for provider in (
         TorchLSTM("cudnn"), TorchLSTM("aten"), *map(LstmTriton, LstmTriton.HOW), CompiledReference(),
-        FlashRNN("cuda_fused"), FlashRNN("triton_fused"), TorchRL(),
+        ByHand(), FlashRNN("cuda_fused"), FlashRNN("triton_fused"), TorchRL(),
     )
 }  # fmt: skip
 """Every provider by `name:strategy`."""
+
+BASELINES = (TorchLSTM("cudnn"), TorchLSTM("aten"), ByHand())
+"""Whose times the others' are compared with, the first choice first."""
+
+
+def baseline_of(case: Case, device_type: str, among: Sequence[Provider] = BASELINES) -> tuple[Provider, Case]:
+    """The baseline that a row of the case takes turns with, and the case that it computes then.
+
+    The first that computes the case; where none does, the first that computes the standard cell of the same sizes.
+    """
+    cases = (case, replace(case, variant="standard"))
+    return next((other, one) for one in cases for other in among if other.refuses(one, device_type) is None)

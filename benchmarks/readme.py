@@ -12,22 +12,26 @@ from pathlib import PurePath
 
 from lstm_triton_kernels.limit import Constants
 
-from benchmarks.markdown import counted, dates, escaped, link_target, mean_cell, means_table, table
+from benchmarks.markdown import counted, dates, escaped, link_target, means_table, table
 from benchmarks.rows import BASELINE, Row
 from benchmarks.suites import CPU, MODES
 from benchmarks.summary import (
     NO_GPU,
     OURS,
     Mean,
+    compared,
+    duration,
     geometric_means,
     in_order,
+    in_turns_with_ours,
     in_words,
-    is_baseline,
     is_gpu,
     kind,
     machines,
     name_key,
     number,
+    older_note,
+    ratio_in_words,
     ratio_of,
 )
 
@@ -69,10 +73,10 @@ def readme_block(
 def _gpu_in_brief(rows: Sequence[Row], constants: Constants | None) -> list[str]:
     versions = _versions(rows, ("driver", "PyTorch", "Triton", "cuDNN"), ("driver", "torch", "triton", "cudnn"))
     parts = [
-        f"**{escaped(rows[0].gpu)}**, {versions}, {dates(rows)}. Geometric means of the time of `{BASELINE}` over the "
+        f"**{escaped(rows[0].gpu)}**, {versions}, {dates(rows)}. Geometric means of the time of the baseline over the "
         "time of each, **above 1 is faster**:"
     ]
-    means = [mean for mean in geometric_means(rows) if not is_baseline(mean.name)]
+    means = geometric_means(compared(rows))
     parts += means_table(means)
     parts += _slower_in_brief(means)
     parts += _missing_in_brief(rows)
@@ -91,9 +95,9 @@ def _slower_in_brief(means: Sequence[Mean]) -> list[str]:
         worst = min((mean.worst for mean in group if mean.worst is not None), key=lambda row: ratio_of(row) or 0.0)
         slower = f"{sum(mean.slower for mean in group)} of {sum(mean.count for mean in group)}"
         which = f"{worst.suite}, " * (suite == "all") + f"{worst.mode}, {worst.dtype}, {worst.shape}"
-        lines.append([name, suite, slower, number(ratio_of(worst)), which])
+        lines.append([name, suite, slower, ratio_in_words(worst), which])
     heads = ["provider", "suite", "slower rows", "slowest", "which"]
-    text = f"Rows that are slower than `{BASELINE}`, and the slowest of all:"
+    text = "Rows that are slower than their baseline, those that are noise not counted, and the slowest of all:"
     return [text, table(heads, lines, right=(2, 3))] if lines else []
 
 
@@ -111,11 +115,12 @@ def _missing_in_brief(rows: Sequence[Row]) -> list[str]:
 
 def _limit_in_brief(rows: Sequence[Row], constants: Constants | None) -> list[str]:
     """How far the library and the baseline are from the least time, and the constants that it is made of."""
+    rows = in_turns_with_ours(rows)
     sentences = []
     for mode in dict.fromkeys(row.mode for row in rows):
         found: dict[str, list[float]] = {}
         for row in rows:
-            if row.mode == mode and row.limit_ratio is not None and (row.name == OURS or is_baseline(row.name)):
+            if row.mode == mode and row.limit_ratio is not None and (row.name == OURS or row.is_baseline):
                 found.setdefault(row.name, []).append(row.limit_ratio)
         if found:
             medians = [
@@ -138,31 +143,40 @@ def _limit_in_brief(rows: Sequence[Row], constants: Constants | None) -> list[st
     return parts
 
 
+_HOW = (
+    "A layer took turns with its baseline, call by call; both times are medians of these turns, and *ratio* is the "
+    "baseline's over the layer's: above 1 is faster. In brackets: from the 20th to the 80th percentile of the turns; "
+    "*noise*: that, or the ratio, does not lie on one side of 1. "
+    f"`{BASELINE}` computes the standard cell of the same sizes"
+)
+_BY_HAND = "; `by-hand` is the step of the variant in a few lines of PyTorch"
+
+
 def _cpu_in_brief(rows: Sequence[Row], short: bool) -> list[str]:
     """The CPU's rows in words and a table, and the means over all of them.
 
-    - short: only the shape with the most variants (there are GPU results, which say more); else all with several
+    - short: only the shape with the most layers (there are GPU results, which say more); else all with several
     """
+    rows = compared(rows) or list(rows)
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(_sizes(row), []).append(row)
-    variants = {sizes: len({row.variant for row in group}) for sizes, group in groups.items()}
-    shown = [sizes for sizes in groups if variants[sizes] > 1] or list(groups)
+    layers = {sizes: len({(row.name, row.variant) for row in group}) for sizes, group in groups.items()}
+    shown = [sizes for sizes in groups if layers[sizes] > 1] or list(groups)
     if short:
-        shown = [max(groups, key=lambda sizes: (variants[sizes], len(groups[sizes]), _volume(groups[sizes][0])))]
+        shown = [max(groups, key=lambda sizes: (layers[sizes], len(groups[sizes]), _volume(groups[sizes][0])))]
     modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
-    heads = ["layer", "shape", "dtype", *(head for mode in modes for head in (f"{mode}, ms", "ratio"))]
+    heads = ["layer", "shape", "baseline", *(head for mode in modes for head in (mode, "baseline's", "ratio"))]
     lines = [line for sizes in shown for line in _layers(sizes, groups[sizes], modes)]
+    how = _HOW + _BY_HAND * any(row.baseline != BASELINE for row in rows)
     parts = [
-        f"**CPU** ({escaped(rows[0].gpu)}), {_versions(rows, ('PyTorch',), ('torch',))}, {dates(rows)}. *ratio*: the "
-        f"time of `{BASELINE}` (the standard cell of the same sizes) over the time of the row, above 1 is faster:",
+        f"**CPU** ({escaped(rows[0].gpu)}), {_versions(rows, ('PyTorch',), ('torch',))}, {dates(rows)}. {how}:",
         table(heads, lines, right=range(3, len(heads))),
+        *older_note(rows),
     ]
-    means = [mean for mean in geometric_means(rows) if not is_baseline(mean.name)]
-    if means:
-        which = {mean: "" if mean.suite == CPU else f"{mean.suite}, " for mean in means}
-        of_all = "; ".join(f"`{mean.name}` {which[mean]}{mean.mode} {mean_cell(mean)}" for mean in means)
-        parts.append(f"Geometric means of the ratios, in brackets the rows, of all shapes: {of_all}.")
+    means = geometric_means(rows)
+    if any(mean.count for mean in means):
+        parts += ["Geometric means of the ratios, of all shapes:", *means_table(means)]
     if len(shown) < len(groups):
         left = len(groups) - len(shown)
         parts.append(f"{counted(left, 'more shape')} {'is' if left == 1 else 'are'} in the report.")
@@ -170,22 +184,21 @@ def _cpu_in_brief(rows: Sequence[Row], short: bool) -> list[str]:
 
 
 def _layers(sizes: str, rows: Sequence[Row], modes: Sequence[str]) -> list[list[str]]:
-    """A line per provider, variant and type, a time and a ratio per mode; words where there is no time."""
+    """A line per provider, variant and type, both times and a ratio per mode; words where there is no time."""
     lines: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
-        variant = "" if is_baseline(row.name) else f" {row.variant}"
-        lines.setdefault((row.name + variant, sizes, row.dtype), {})[row.mode] = row
-    cells = []
-    for key in sorted(lines, key=lambda key: key[0].split(" ")[0] != BASELINE):
-        found = [lines[key].get(mode) for mode in modes]
-        cells.append([*key, *(cell for row in found for cell in _time_and_ratio(row))])
-    return cells
+        key = (f"{row.name} {row.variant}", f"{sizes} {row.dtype}", "" if row.is_baseline else row.baseline)
+        lines.setdefault(key, {})[row.mode] = row
+    return [[*key, *(cell for mode in modes for cell in _figures(found.get(mode)))] for key, found in lines.items()]
 
 
-def _time_and_ratio(row: Row | None) -> tuple[str, str]:
+def _figures(row: Row | None) -> tuple[str, str, str]:
+    """The time, the baseline's, and the ratio."""
     if row is None:
-        return "", ""
-    return (number(row.ms_median), number(ratio_of(row))) if row.timed else (kind(row), "")
+        return "", "", ""
+    if not row.timed:
+        return kind(row), "", ""
+    return duration(row.ms_median), *(("", "") if row.is_baseline else (duration(row.baseline_ms), ratio_in_words(row)))
 
 
 def _volume(row: Row) -> int:

@@ -16,30 +16,36 @@ from benchmarks.markdown import counted, dates, escaped, link_target, means_tabl
 from benchmarks.rows import BASELINE, Row
 from benchmarks.suites import STORAGE
 from benchmarks.summary import (
+    GROUP_HEADS,
     NO_GPU,
+    compared,
     geometric_means,
     in_order,
     in_words,
-    is_baseline,
     is_gpu,
     kind,
     machines,
     number,
+    older_note,
     place,
+    ratio_in_words,
     ratio_of,
 )
 
 HOW = f"""\
 Every provider solves the same problem with the same numbers, the input's matmul included, and is timed only after its
 outputs and gradients were found right: *error* is the largest distance from a float64 reference, relative to its norm.
-It then takes turns with `{BASELINE}`, call by call after a warm-up; on a GPU device events stand around each call and
-nothing waits for it on the host, on a CPU the host's clock stands there. *ms* is the median over the calls, *us/step*
-that of one time step of one layer and direction, *cpu us* the time until an idle device's call returns to Python, and
-*MiB* the most memory that a call allocates. *ratio* is the time of `{BASELINE}` over the time of the row, the median
-over the turns: **above 1 is faster than `{BASELINE}`**. Beside a variant that it lacks, `{BASELINE}` computes the
-standard cell of the same sizes. *limit* is a bound from below on us/step, from the machine's constants (see
-`lstm_triton_kernels.limit`); *times* is us/step over it. The regime is the algorithm that PyTorch asks cuDNN for at the
-shape, or the CPU."""
+It then takes turns with its baseline, call by call after a warm-up; on a GPU device events stand around each call and
+nothing waits for it on the host, on a CPU the host's clock stands there. *ms* is the median over the calls, *baseline
+ms* that of the baseline over the same turns, and *ratio* the second over the first: **above 1 is faster than the
+baseline**. In brackets stand the 20th and 80th percentile of the quotients turn by turn; where they or the ratio do not
+all lie on one side of 1, the ratio is *noise*. A baseline's own row is timed alone, at another moment: no ratio is made
+of it. *us/step* is the time of one time step of one layer and direction, *cpu us* the time until an idle device's call
+returns to Python, and *MiB* the most memory that a call allocates. The baseline is `{BASELINE}`; beside a variant that
+it lacks it computes the standard cell of the same sizes, but where a call computes next to nothing the baseline of
+those is their step in a few lines of PyTorch, `by-hand`. *limit* is a bound from below on us/step, from the machine's
+constants (see `lstm_triton_kernels.limit`); *times* is us/step over it. The regime is the algorithm that PyTorch asks
+cuDNN for at the shape, or the CPU."""
 
 
 def markdown(
@@ -55,7 +61,7 @@ def markdown(
     - leaves_out: by provider and strategy (`Row.name`), what it does not do that `torch.nn.LSTM` does
     """
     rows = in_order(rows)
-    parts = ["# Benchmarks", HOW]
+    parts = ["# Benchmarks", HOW, *older_note(rows)]
     if not rows:
         parts.append("No row has been measured yet.")
     elif not any(map(is_gpu, rows)):
@@ -78,16 +84,16 @@ def markdown(
 def _machine(rows: Sequence[Row], constants: Constants | None) -> list[str]:
     if not rows:
         return ["No row has been measured here yet.", *_constants_part(constants)]
-    means = [mean for mean in geometric_means(rows) if not is_baseline(mean.name)]
-    parts = [_where(rows), f"### Geometric means of the ratio to {BASELINE}", *means_table(means)]
+    means = geometric_means(compared(rows))
+    parts = [_where(rows), "### Geometric means of the ratio to the baseline", *means_table(means)]
     slowest = [
-        [mean.suite, mean.regime, mean.mode, mean.name, number(ratio_of(mean.worst)), mean.worst.dtype,
-         mean.worst.shape, f"{mean.slower} of {mean.count}"]
+        [*mean.group, mean.name, ratio_in_words(mean.worst), mean.worst.dtype, mean.worst.shape,
+         f"{mean.slower} of {mean.count}"]
         for mean in means if mean.worst is not None
     ]  # fmt: skip
     if slowest:
-        heads = ["suite", "regime", "mode", "provider", "ratio", "dtype", "shape", "rows below 1"]
-        parts += ["### The slowest row of each mean", table(heads, slowest, right=(4,))]
+        heads = [*GROUP_HEADS, "provider", "ratio", "dtype", "shape", "slower rows, without noise"]
+        parts += ["### The slowest row of each mean", table(heads, slowest, right=(len(GROUP_HEADS) + 1,))]
     parts += ["### Rows without a time or a ratio", _missing(rows)]
     parts += _constants_part(constants)
     parts.append("### All rows")
@@ -125,7 +131,7 @@ def _missing(rows: Iterable[Row]) -> str:
 def missing_words(row: Row) -> str:
     """Why there is no ratio."""
     if row.timed:
-        return f"{number(row.ms_median)} ms, but no time of {BASELINE} to compare with"
+        return f"{number(row.ms_median)} ms, but no time of {row.baseline} to compare with"
     return row.error if isinstance(row.error, str) and row.error else "not timed, and no words say why"
 
 
@@ -157,18 +163,20 @@ def constants_lines(found: Constants) -> list[list[str]]:
 
 
 def _all_rows(rows: Iterable[Row]) -> str:
-    heads = ["provider", "mode", "dtype", "shape", "ms", "us/step", "cpu us", "MiB", "ratio", "limit", "times", "error"]
+    heads = [
+        "provider", "mode", "dtype", "shape", "ms", "baseline", "baseline ms", "ratio", "us/step", "cpu us", "MiB",
+        "limit", "times", "error",
+    ]  # fmt: skip
     cells = []
     for row in rows:
-        figures = (
-            row.ms_median, row.us_per_step, row.cpu_us_per_call, row.peak_mib, row.baseline_ratio,
-            row.limit_us_per_step, row.limit_ratio,
-        )  # fmt: skip
+        beside = [] if row.is_baseline else [row.baseline, number(row.baseline_ms), ratio_in_words(row)]
+        figures = (row.us_per_step, row.cpu_us_per_call, row.peak_mib, row.limit_us_per_step, row.limit_ratio)
         words = f"{row.error:.1e}" if isinstance(row.error, float) and math.isfinite(row.error) else kind(row)
         if row.timed and row.error is None:
             words = ""
-        cells.append([row.name, row.mode, row.dtype, row.shape, *map(number, figures), words])
-    return table(heads, cells, right=range(4, 12))
+        start = [row.name, row.mode, row.dtype, row.shape, number(row.ms_median), *(beside or [""] * 3)]
+        cells.append([*start, *map(number, figures), words])
+    return table(heads, cells, right=(4, *range(6, len(heads))))
 
 
 def without_folder(words: str) -> str:

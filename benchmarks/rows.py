@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+BASELINE = "torch.nn.LSTM"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -26,9 +28,13 @@ class Row:
     - cpu_us_per_call: microseconds until the call returned to Python
     - peak_mib: most memory allocated during a call above what was before, MiB
     - error: largest ||result - reference|| / ||reference|| of outputs and gradients; or the words why nothing was timed
-    - baseline_ratio: time of `torch.nn.LSTM` / time of this row, the two timed in turns; above 1 is faster
+    - baseline_ratio: baseline_ms / ms_median, above 1 is faster (in files without baseline_ms: the median of the turns)
     - limit_us_per_step, limit_ratio: the least time of a step (`lstm_triton_kernels.limit`); us_per_step / it
-    - plan: what computed it where the strategy does not say that alone (`plans.describe`); older files lack the column
+    - plan: what computed it where the strategy does not say that alone (`plans.describe`)
+    - baseline: the provider that it took turns with; baseline_ms: the median of that one's calls in these turns
+    - ratio_p20, ratio_p80: of the quotients of both times, turn by turn
+
+    Older files lack the columns from `plan` or from `baseline` on.
     """
 
     provider: str
@@ -62,6 +68,28 @@ class Row:
     commit: str
     date: str
     plan: str = ""
+    baseline: str = BASELINE
+    baseline_ms: float | None = None
+    ratio_p20: float | None = None
+    ratio_p80: float | None = None
+
+    @property
+    def noise(self) -> bool:
+        """Whether the ratio says nothing: it and its spread do not all lie on one side of 1."""
+        if self.baseline_ratio is None or self.ratio_p20 is None or self.ratio_p80 is None:
+            return False
+        return min(self.ratio_p20, self.baseline_ratio) <= 1 <= max(self.ratio_p80, self.baseline_ratio)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is the baseline's own row, timed alone: others are not to be compared with it."""
+        return self.provider == self.baseline
+
+    @property
+    def case(self) -> tuple[object, ...]:
+        """What was computed where, whoever computed it."""
+        sizes = (self.T, self.B, self.I, self.H, self.L, self.D)
+        return (self.gpu, self.suite, self.variant, self.dtype, self.mode, *sizes)
 
     @property
     def timed(self) -> bool:
@@ -80,15 +108,14 @@ class Row:
         return f"{self.variant} T={self.T} B={self.B} I={self.I} H={self.H}{layers}"
 
 
-BASELINE = "torch.nn.LSTM"
 COLUMNS = tuple(field.name for field in fields(Row))
-OLD_COLUMNS = tuple(name for name in COLUMNS if name != "plan")
-"""Of files from before there were plans."""
+OLD_COLUMNS = tuple(COLUMNS[: COLUMNS.index(first)] for first in ("plan", "baseline"))
+"""Of files from before there were plans, and from before a row had its baseline's time."""
 
 _INTEGERS = ("T", "B", "I", "H", "L", "D")
 _NUMBERS = (
     "ms_median", "ms_p20", "ms_p80", "us_per_step", "cpu_us_per_call", "peak_mib", "baseline_ratio",
-    "limit_us_per_step", "limit_ratio",
+    "limit_us_per_step", "limit_ratio", "baseline_ms", "ratio_p20", "ratio_p80",
 )  # fmt: skip
 
 
@@ -147,7 +174,7 @@ def read(path: Path) -> list[Row]:
     except csv.Error as error:
         raise DamagedResults(f"{path}: {error}") from error
     columns = tuple(lines[0])
-    if columns not in (COLUMNS, OLD_COLUMNS):
+    if columns not in (COLUMNS, *OLD_COLUMNS):
         raise DamagedResults(f"{path}: line 1: the columns are not {','.join(COLUMNS)}")
     return [_parse(path, number, columns, line) for number, line in enumerate(lines[1:], 2)]
 
@@ -160,7 +187,7 @@ def _parse(path: Path, number: int, columns: tuple[str, ...], line: list[str]) -
         if not re.fullmatch(r"[1-9][0-9]*", str(cells[name])):
             raise DamagedResults(f"{path}: line {number}: {name} is {cells[name]!r}, not a positive whole number")
         cells[name] = int(str(cells[name]))
-    for name in _NUMBERS:
+    for name in set(_NUMBERS) & cells.keys():
         cells[name] = _number(path, number, name, str(cells[name]))
     error = str(cells["error"])
     try:
@@ -202,9 +229,8 @@ def read_all(folder: Path) -> tuple[list[Row], list[DamagedResults]]:
 
 def newest(rows: Iterable[Row]) -> list[Row]:
     """Of rows that measured the same thing on the same machine, the last; in the order of their dates."""
-    last: dict[tuple[object, object], Row] = {}
+    last: dict[tuple[object, ...], Row] = {}
     for row in sorted(rows, key=lambda row: row.date):
-        what = (row.gpu, row.suite, row.provider, row.strategy, row.variant, row.dtype, row.mode)
-        sizes = (row.T, row.B, row.I, row.H, row.L, row.D)
-        last[what, sizes] = row
+        what = (row.provider, row.strategy, *row.case)
+        last[what] = row
     return list(last.values())

@@ -13,7 +13,7 @@ from lstm_triton_kernels.limit import Constants, Work, least_us_per_step
 from benchmarks import rows
 from benchmarks.bench import Measurement
 from benchmarks.environment import Environment
-from benchmarks.providers import Provider
+from benchmarks.providers import Provider, baseline_of
 from benchmarks.suites import STORAGE, TRAINING, Case, regime
 from benchmarks.worker import Measures
 from lstm_triton.cli.files import write_whole
@@ -49,7 +49,9 @@ def tasks(cases: Sequence[Case], providers: Sequence[Provider], device_type: str
 def row(task: Task, found: Measurement, where: Environment, constants: Constants | None, device_type: str) -> rows.Row:
     """The line of the results file for what was measured."""
     provider, case = task.provider, task.case
-    p20, median, p80 = found.ms or (None, None, None)
+    times = found.times
+    p20, median, p80 = times.ms if times is not None else (None, None, None)
+    low, high = times.spread if times is not None and times.spread is not None else (None, None)
     us_per_step = 1e3 * median / case.steps if median is not None else None
     limit = limit_us_per_step(case, found.rows, constants) if constants is not None else None
     return rows.Row(
@@ -73,10 +75,14 @@ def row(task: Task, found: Measurement, where: Environment, constants: Constants
         cpu_us_per_call=found.cpu_us,
         peak_mib=found.peak_mib,
         error=found.failure if found.failure is not None else found.error,
-        baseline_ratio=found.baseline_ratio,
+        baseline_ratio=times.ratio if times is not None else None,
         limit_us_per_step=limit,
         limit_ratio=us_per_step / limit if us_per_step is not None and limit else None,
         plan=provider.plan(case, device_type),
+        baseline=baseline_of(case, device_type)[0].name,
+        baseline_ms=times.baseline_ms if times is not None else None,
+        ratio_p20=low,
+        ratio_p80=high,
         **asdict(where),
     )
 

@@ -153,13 +153,33 @@ def _cpu() -> Iterator[Case]:
         yield Case("cpu", T=64, B=16, I=256, H=256, variant=variant, rank=3, **rest)
 
 
+def _overhead() -> Iterator[Case]:
+    """Calls that compute next to nothing: their time is what a call costs whatever it computes."""
+    for T in (1, 25):
+        for variant in ("standard", "coupled", "diagonal", "full"):
+            yield Case("overhead", T=T, B=1, I=64, H=64, variant=variant, dtype="float32", mode=FORWARD, rank=2)
+
+
+def _overhead_cell() -> Iterator[Case]:
+    for variant in ("standard", "coupled", "diagonal", "full"):
+        rest: dict[str, Any] = dict(dtype="float32", mode=FORWARD, variant=variant, cell=True, rank=2)
+        yield Case("overhead-cell", T=1, B=1, I=64, H=64, **rest)
+
+
+def _compile() -> Iterator[Case]:
+    yield Case("compile", T=200, B=1, I=64, H=64, dtype="float32", mode=FORWARD, rank=1)
+    yield Case("compile", T=64, B=16, I=256, H=256, dtype="float32", mode=FORWARD, rank=2)
+
+
 _SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "anchor": _anchor, "odd": _odd, "variants": _variants, "cell": _cell, "core": _core, "deep": _deep,
-    "ragged": _ragged, "cpu": _cpu,
+    "ragged": _ragged, "overhead-cell": _overhead_cell, "cpu": _cpu, "overhead": _overhead, "compile": _compile,
 }  # fmt: skip
 
 SUITES = tuple(_SUITES)
-GPU_SUITES = tuple(name for name in SUITES if name != "cpu")
+CPU_SUITES = ("cpu", "overhead", "overhead-cell", "compile")
+GPU_SUITES = tuple(name for name in SUITES if name not in ("cpu", "overhead", "compile"))
+"""What a visit to a GPU measures. `make plans` compiles the persistent plans of all their cases."""
 
 
 def cases(suites: tuple[str, ...], dtypes: tuple[str, ...] = (), modes: tuple[str, ...] = MODES) -> list[Case]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
@@ -33,12 +34,13 @@ class Measures(Protocol):
 class Worker:
     """Measures in a child process, started when the first row is asked for.
 
-    - device: a torch device's name; seconds: what the timing of a row may take
+    - device: a torch device's name; baselines: as `providers.baseline_of` takes them
+    - seconds: what the timing of a row may take
     - log: file to which everything goes that the child prints
     """
 
-    def __init__(self, device: str, baseline: Provider, seconds: float, log: Path) -> None:
-        self._arguments = (device, baseline, seconds, str(log))
+    def __init__(self, device: str, baselines: Sequence[Provider], seconds: float, log: Path) -> None:
+        self._arguments = (device, baselines, seconds, str(log))
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -79,12 +81,12 @@ class Worker:
         theirs.close()
 
 
-def serve(connection: Connection, device: str, baseline: Provider, seconds: float, log: str) -> None:
+def serve(connection: Connection, device: str, baselines: Sequence[Provider], seconds: float, log: str) -> None:
     """Answer every (provider, case) with its Measurement until the other end closes."""
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    bench = Bench(torch.device(device), baseline, seconds)
+    bench = Bench(torch.device(device), baselines, seconds)
     while True:
         try:
             provider, case = connection.recv()

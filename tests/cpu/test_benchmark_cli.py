@@ -45,6 +45,7 @@ def test_what_is_unknown_is_answered_with_what_exists(tmp_path, option, wrong, k
         (("run", "--device", "cpu", "--budget", "0"), "--budget"),
         (("run", "--device", "cpu", "--constants", "missing.json"), "missing.json"),
         (("report", "--results", "missing"), "there is no folder missing"),
+        (("report", "--readme", "missing.md"), "there is no file missing.md"),
     ],
 )
 def test_bad_input_is_named(tmp_path, monkeypatch, arguments, words):
@@ -102,14 +103,14 @@ def test_a_report_of_a_recorded_run_names_what_is_damaged_and_leaves_it_alone(tm
     damaged = tmp_path / "h100-2026-11-24-core.csv"
     damaged.write_text("provider,strategy\nlstm_triton,auto\n")
     readme = tmp_path / "README.md"
-    readme.write_text("# before\n<!-- benchmarks: begin -->\nold\n<!-- benchmarks: end -->\nafter\n")
+    readme.write_text("# before\n<!-- benchmarks: begin -->\nwas here\n<!-- benchmarks: end -->\nafter\n")
     code, output = call("report", "--results", tmp_path, "--readme", readme)
     assert code == 0 and "left out, damaged" in output and damaged.name in output
     assert damaged.read_text() == "provider,strategy\nlstm_triton,auto\n"
     written = (tmp_path / "report.md").read_text()
     assert damaged.name in written and PROVIDERS["torch.nn.LSTM:aten"].leaves_out in written
     text = readme.read_text()
-    assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("# before\n") and text.endswith("after\n") and "was here" not in text
     assert "No GPU result yet" in text
     recorded = rows.read(RECORDED)
     figure = next(row for row in recorded if row.provider == "lstm_triton" and row.timed)
@@ -119,11 +120,16 @@ def test_a_report_of_a_recorded_run_names_what_is_damaged_and_leaves_it_alone(tm
     assert all(picture.name in written for picture in pictures)
 
 
-def test_a_report_elsewhere_leaves_the_readme_of_the_checkout_alone(tmp_path):
-    before = (ROOT / "README.md").read_bytes()
+@pytest.mark.parametrize("own", [True, False], ids=["the checkout's results", "others"])
+def test_a_report_leaves_every_readme_alone_that_is_not_named(tmp_path, monkeypatch, own):
+    written = []
+    monkeypatch.setattr(app, "write_whole", lambda path, content: written.append(path))
+    monkeypatch.setattr(plots, "write_whole", lambda path, content: written.append(path))
     shutil.copy(RECORDED, tmp_path / "cpu-2026-11-24-cpu.csv")
-    code, _ = call("report", "--results", tmp_path)
-    assert code == 0 and (ROOT / "README.md").read_bytes() == before
+    code, output = call("report", *(() if own else ("--results", tmp_path)))
+    assert code == 0 and "README" not in output
+    assert written and {path.suffix for path in written} == {".md", ".png"}
+    assert {path.name for path in written if path.suffix == ".md"} == {"report.md"}
 
 
 def test_the_readme_is_what_the_committed_results_make_of_it(tmp_path):

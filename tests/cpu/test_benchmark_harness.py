@@ -22,7 +22,17 @@ from rich.console import Console
 from benchmarks import bench, check, gpu, plans, rows, run, suites, timing
 from benchmarks.environment import Environment, environment
 from benchmarks.problem import MOST_SETS, make_problem
-from benchmarks.providers import PROVIDERS, CompiledReference, LstmTriton, ModuleModel, TorchLSTM
+from benchmarks.providers import (
+    BASELINES,
+    PROVIDERS,
+    ByHand,
+    CompiledReference,
+    How,
+    LstmTriton,
+    ModuleModel,
+    TorchLSTM,
+    baseline_of,
+)
 from benchmarks.suites import FORWARD, TRAINING, Case
 from benchmarks.worker import Worker
 from lstm_triton import dispatch, selection
@@ -33,6 +43,7 @@ CASE = Case("odd", T=5, B=3, I=6, H=7, dtype="float32", mode=TRAINING)
 LONG = replace(CASE, T=check.STEPS + 3)
 WHERE = Environment("a processor", "", "2.13.0", "", "", "abc", "2026-11-24")
 BASELINE = TorchLSTM("aten")
+TIMES = timing.Times(ms=(1.0, 2.0, 4.0), baseline_ms=3.0, spread=(1.25, 1.75))
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +57,7 @@ def precision():
 
 
 def new_bench(seconds=0.01):
-    return bench.Bench(CPU, BASELINE, seconds)
+    return bench.Bench(CPU, BASELINES, seconds)
 
 
 # The problem
@@ -105,9 +116,57 @@ def test_every_provider_of_the_cpu_is_right_and_timed(case, mode):
             continue
         found = measured.measure(provider, case)
         assert found.failure is None
-        assert 0 < found.ms[0] <= found.ms[1] <= found.ms[2] and found.peak_mib > 0 and found.cpu_us > 0
-        assert 0 < found.error < check.ALLOWED[case.dtype] and found.baseline_ratio > 0
-        assert (provider is BASELINE) <= (found.baseline_ratio == 1.0)
+        times = found.times
+        assert 0 < times.ms[0] <= times.ms[1] <= times.ms[2] and found.peak_mib > 0 and found.cpu_us > 0
+        assert 0 < found.error < check.ALLOWED[case.dtype] and times.ratio == times.baseline_ms / times.ms[1] > 0
+        assert (times.ratio == 1.0 and times.spread is None) if provider is BASELINE else len(times.spread) == 2
+
+
+@pytest.mark.parametrize("mode", suites.MODES)
+@pytest.mark.parametrize("variant", ByHand.STEPS)
+@pytest.mark.parametrize("suite, T", [("overhead", 1), ("overhead", 3), ("overhead-cell", 1)])
+def test_a_step_by_hand_is_right_and_the_baseline_of_variants(suite, T, variant, mode):
+    case = replace(CASE, suite=suite, T=T, variant=variant, mode=mode, cell=suite == "overhead-cell")
+    measured = new_bench()
+    for provider in (ByHand(), LstmTriton("auto")):
+        found = measured.measure(provider, case)
+        assert found.failure is None and found.error < 1e-5
+        row = run.row(run.Task(provider, case), found, WHERE, None, "cpu")
+        assert row.baseline == ("torch.nn.LSTM" if variant == "standard" else "by-hand")
+        assert row.is_baseline == (provider.name == row.baseline)
+
+
+def test_the_baseline_computes_the_case_or_the_standard_cell_of_its_sizes():
+    coupled = replace(CASE, variant="coupled")
+    assert baseline_of(CASE, "cpu")[0].key == "torch.nn.LSTM:aten" and baseline_of(CASE, "cpu")[1] == CASE
+    assert baseline_of(CASE, "cuda")[0].key == "torch.nn.LSTM:cudnn"
+    assert baseline_of(coupled, "cpu")[0].key == "torch.nn.LSTM:aten" and baseline_of(coupled, "cpu")[1] == CASE
+    few = replace(coupled, suite="overhead")
+    assert baseline_of(few, "cpu")[0].key == "by-hand:eager" and baseline_of(few, "cpu")[1] == few
+    assert ByHand().refuses(CASE, "cpu") and ByHand().refuses(replace(few, variant="full+current"), "cpu")
+
+
+def test_nothing_is_entered_around_a_call_where_nothing_is_asked():
+    """It would be entered within the time of the call, and of this library's calls alone."""
+    problem = make_problem(CASE, CPU)
+    none = type(BASELINE.build(problem).settings())
+    assert type(LstmTriton("auto").build(problem).settings()) is none
+    assert type(LstmTriton("torch").build(problem).settings()) is not none
+
+
+@pytest.mark.parametrize("mode", suites.MODES)
+def test_a_compiled_module_is_right_in_one_graph(monkeypatch, mode):
+    monkeypatch.setitem(LstmTriton.HOW, "torch.compile", How(compiler="aot_eager"))
+    torch._dynamo.reset()
+    compiled, case = LstmTriton("torch.compile"), replace(LONG, suite="compile", mode=mode)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = new_bench().measure(compiled, case)
+    assert found.failure is None and found.error < 1e-5 and found.times.spread
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    assert compiled.refuses(CASE, "cpu") == "is measured in smaller suites"
+    assert {p.key for p in PROVIDERS.values() if p.refuses(case, "cpu") is None} == {
+        "torch.nn.LSTM:aten", "lstm_triton:auto", "lstm_triton:torch.compile"
+    }  # fmt: skip
 
 
 def test_ragged_rows_end_where_packed_ones_do():
@@ -135,7 +194,7 @@ def test_ragged_rows_end_where_packed_ones_do():
 def test_a_planted_fault_becomes_words_and_the_next_row_is_measured(provider, case, words):
     measured = new_bench()
     found = measured.measure(provider, case)
-    assert found.failure.startswith(words) and found.ms is None and found.baseline_ratio is None
+    assert found.failure.startswith(words) and found.times is None
     assert measured.measure(LstmTriton("auto"), case).failure is None
 
 
@@ -156,10 +215,10 @@ def test_a_forgotten_gradient_is_seen():
 
 
 def test_a_baseline_that_fails_leaves_the_others_without_a_ratio():
-    measured = bench.Bench(CPU, planted.RAISES, 0.01)
+    measured = bench.Bench(CPU, (planted.RAISES,), 0.01)
     assert measured.measure(planted.RAISES, CASE).failure.startswith("failed: ValueError")
     found = measured.measure(LstmTriton("auto"), CASE)
-    assert found.failure is None and found.ms is not None and found.baseline_ratio is None
+    assert found.failure is None and found.times.ms and found.times.ratio is None and found.times.spread is None
 
 
 def test_a_row_whose_launch_gave_up_has_no_time_and_the_next_row_has():
@@ -169,7 +228,7 @@ def test_a_row_whose_launch_gave_up_has_no_time_and_the_next_row_has():
 
     measured = new_bench()
     found = measured.measure(planted.Planted("gives up", gives_up), CASE)
-    assert found.failure.startswith("failed: RuntimeError: programs of a persistent launch waited") and not found.ms
+    assert found.failure.startswith("failed: RuntimeError: programs of a persistent launch waited") and not found.times
     assert "a launch of the test (values were not published)" in found.failure
     flags_of(CPU).take("of a row that fails anyhow")[0] = 1
     assert measured.measure(planted.RAISES, CASE).failure.startswith("failed: ValueError")
@@ -257,10 +316,17 @@ def test_what_is_measured_is_the_call_alone_and_the_rounds_fit_the_time(clock):
     assert len(most[0]) == timing.MOST_ROUNDS
 
 
-def test_the_ratio_is_of_the_baseline_to_the_row(monkeypatch):
-    monkeypatch.setattr(timing, "in_turns", lambda timed, *_: [[4.0, 2.0, 8.0], [2.0, 3.0, 2.0]][: len(timed)])
+def test_the_ratio_is_the_quotient_of_the_two_times_of_the_same_turns(monkeypatch):
+    """So that a row's time, the baseline's beside it and the ratio agree, whenever the baseline's own row was timed."""
+    monkeypatch.setattr(timing, "in_turns", lambda timed, *_: [[4.0, 2.0, 8.0], [2.0, 3.0, 5.0]][: len(timed)])
     found = new_bench().measure(LstmTriton("auto"), CASE)
-    assert found.ms[1] == 4.0 and found.baseline_ratio == pytest.approx(0.5)  # the median of 0.5, 1.5 and 0.25
+    row = run.row(run.Task(LstmTriton("auto"), CASE), found, WHERE, None, "cpu")
+    assert (row.ms_median, row.baseline_ms, row.baseline_ratio) == (4.0, 3.0, 0.75)
+    low, high = np.quantile([2 / 4, 3 / 2, 5 / 8], [0.2, 0.8])
+    assert (row.ratio_p20, row.ratio_p80) == pytest.approx((low, high)) and row.noise and not row.is_baseline
+    own = run.row(run.Task(BASELINE, CASE), new_bench().measure(BASELINE, CASE), WHERE, None, "cpu")
+    assert (own.ms_median, own.baseline_ms, own.baseline_ratio, own.ratio_p20) == (4.0, 4.0, 1.0, None)
+    assert own.is_baseline
 
 
 def test_quantiles_are_numpys():
@@ -297,7 +363,7 @@ def test_gradients_are_none_and_inputs_fresh_before_each_call():
 
 
 def test_a_row_that_crashes_or_hangs_is_a_row_and_the_next_one_is_measured(tmp_path):
-    worker = Worker("cpu", BASELINE, 0.01, tmp_path / "log")
+    worker = Worker("cpu", BASELINES, 0.01, tmp_path / "log")
     try:
         assert worker.measure(LstmTriton("auto"), CASE, 60.0).failure is None
         crashed = worker.measure(planted.CRASHES, CASE, 60.0)
@@ -324,7 +390,7 @@ class FakeMeasures:
         self.now += min(taken, patience)
         if taken > patience:
             return bench.Measurement(failure="failed: not done", stopped=True)
-        return self.answer or bench.Measurement(ms=(1.0, 2.0, 4.0), error=1e-6, baseline_ratio=1.5, rows=3.0)
+        return self.answer or bench.Measurement(times=TIMES, error=1e-6, rows=3.0)
 
     def close(self):
         pass
@@ -383,6 +449,14 @@ def test_a_run_decides_between_the_candidates_before_all_else(h100):
         assert set(measured) == possible and len(possible) > 1
     assert all(task.case.suite in LstmTriton.CANDIDATE_SUITES for task in todo if "t-" in task.provider.strategy)
     assert {task.case.suite for task in todo if task.provider.strategy == "persistent"} >= {"core", "deep"}
+
+
+def test_beside_coupled_rows_stands_pytorchs_own_operator(h100, monkeypatch):
+    monkeypatch.setattr(selection, "why_not_cudnn", lambda device, spec: None if spec.peephole is None else "no")
+    todo = run.tasks(suites.cases(("variants",), ("bfloat16",)), list(PROVIDERS.values()), "cuda")
+    ranks = {(t.case, t.provider.key): t.provider.rank(t.case) for t in todo if t.case.variant == "coupled"}
+    for case in {case for case, _ in ranks}:
+        assert ranks[case, "lstm_triton:cudnn"] == ranks[case, "lstm_triton:auto"] < ranks[case, "lstm_triton:torch"]
 
 
 def is_persistent(task):
@@ -506,7 +580,7 @@ def test_what_was_done_when_a_run_is_killed_is_in_the_file(tmp_path):
 def test_a_row_says_what_was_measured_and_how_far_the_limit_is():
     case = replace(CASE, T=10, L=2, D=2, variant="full")
     constants = Constants(copy_gb_per_s=1e-3, matmul_tflop_per_s={"float32": 1e3})
-    found = bench.Measurement(ms=(1.0, 2.0, 4.0), cpu_us=5.0, peak_mib=6.0, error=1e-6, baseline_ratio=1.5, rows=3.0)
+    found = bench.Measurement(times=TIMES, cpu_us=5.0, peak_mib=6.0, error=1e-6, rows=3.0)
     row = run.row(run.Task(LstmTriton("auto"), case), found, WHERE, constants, "cpu")
     assert (row.ms_p20, row.ms_median, row.ms_p80) == (1.0, 2.0, 4.0)
     assert row.us_per_step == pytest.approx(2000.0 / 40)
@@ -576,7 +650,7 @@ def test_a_visit_runs_parity_then_constants_then_suites_within_its_budget(tmp_pa
         return parity if log is not None else None
 
     todo = [run.Task(LstmTriton("auto"), replace(CASE, suite="core"))]
-    found = bench.Measurement(ms=(1.0, 2.0, 4.0), cpu_us=5.0, peak_mib=6.0, error=1e-6, baseline_ratio=1.5, rows=3.0)
+    found = bench.Measurement(times=TIMES, cpu_us=5.0, peak_mib=6.0, error=1e-6, rows=3.0)
     recorded = run.row(todo[0], found, replace(WHERE, gpu="NVIDIA H100"), None, "cuda")
     monkeypatch.setattr(gpu, "stopped_after", record)
     monkeypatch.setattr(gpu, "environment", lambda device: replace(WHERE, gpu="NVIDIA H100"))

@@ -34,7 +34,7 @@ CONSTANTS = Constants(
 
 
 def row(ratio=None, error=1e-3, *, gpu=GPU, provider=OURS, ms=1.0, **changes):
-    """A row; one with words for an error has no time."""
+    """A row; one with words for an error has no time. Its turns differ by a tenth."""
     timed = not isinstance(error, str)
     on_cpu = gpu == CPU
     ms = ms if timed else None
@@ -47,6 +47,8 @@ def row(ratio=None, error=1e-3, *, gpu=GPU, provider=OURS, ms=1.0, **changes):
         driver="" if on_cpu else "580.1", torch="2.13.0", triton="3.8.0", cudnn="" if on_cpu else "91002",
         commit="0123456789", date="2026-01-02",
     )  # fmt: skip
+    if ratio is not None and math.isfinite(ratio) and timed:
+        values |= dict(baseline_ms=ms * ratio, ratio_p20=0.9 * ratio, ratio_p80=1.1 * ratio)
     return Row(**(values | changes))
 
 
@@ -92,11 +94,11 @@ def test_a_mean_is_geometric_and_of_its_own_group_alone(drawn):
     for mean in means:
         own = [ratio for ratio, mode, suite in drawn if (mode, suite) == (mean.mode, mean.suite)]
         assert mean.ratio == pytest.approx(np.prod(np.array(own, dtype=np.longdouble)) ** (1 / len(own)), rel=1e-9)
-        assert (mean.count, mean.slower) == (len(own), sum(ratio < 1 for ratio in own))
+        assert (mean.count, mean.slower) == (len(own), sum(1.1 * ratio < 1 for ratio in own))
         assert mean.worst.baseline_ratio == min(own)
 
 
-@pytest.mark.parametrize("column", ["gpu", "suite", "regime", "mode", "strategy"])
+@pytest.mark.parametrize("column", ["gpu", "suite", "regime", "mode", "strategy", "variant", "baseline"])
 def test_rows_that_differ_in_what_a_mean_is_of_are_not_averaged(column):
     means = summary.geometric_means([row(2.0), row(8.0), replace(row(32.0), **{column: "another"})])
     assert sorted(mean.ratio for mean in means) == pytest.approx([4.0, 32.0])
@@ -107,6 +109,8 @@ def test_rows_without_a_ratio_are_counted_and_kept_apart():
     (mean,) = summary.geometric_means([row(2.0), failed, row(0.5, H=128), alone, row(math.nan, H=64), row(0.0, H=32)])
     assert mean.ratio == pytest.approx(1.0)
     assert (mean.count, mean.total, mean.slower) == (2, 6, 1)
+    (noisy,) = summary.geometric_means([row(0.95), row(0.95, H=128, ratio_p80=0.99)])
+    assert (noisy.count, noisy.slower) == (2, 1)  # the first's turns go beyond 1
     assert mean.untimed == (failed,)
     assert {found.H for found in mean.unpaired} == {512, 64, 32}
     assert markdown.mean_cell(mean) == "1.00 (2 of 6)"
@@ -176,8 +180,8 @@ def test_the_report_has_every_figure_of_a_row():
     )  # fmt: skip
     (line,) = lines_with(report.markdown([one], {}, []), "2.5e-04")
     assert cells(line) == [
-        "lstm_triton auto", FORWARD, "float32", "coupled T=64 B=16 I=256 H=256 L=2 D=2", "12.3", "0.0679", "98.7",
-        "4,321", "1.75", "0.0123", "5.52", "2.5e-04",
+        "lstm_triton auto", FORWARD, "float32", "coupled T=64 B=16 I=256 H=256 L=2 D=2", "12.3", "torch.nn.LSTM",
+        "21.6", "1.75 (1.57 to 1.93)", "0.0679", "98.7", "4,321", "0.0123", "5.52", "2.5e-04",
     ]  # fmt: skip
 
 
@@ -258,10 +262,13 @@ def cpu_rows():
 def test_without_a_gpu_the_readme_claims_nothing_and_shows_the_cpu():
     text = readme.readme_block(cpu_rows(), {}, "results/report.md", [("p", "results/p.png")])
     assert "No GPU result yet: no figure of speed against cuDNN is claimed." in text
-    assert "| torch.nn.LSTM aten | T=64 B=16 I=256 H=256 | float32 | 10.0 | 1.00 | 20.0 | 1.00 |" in text
-    assert "| lstm_triton auto full | T=64 B=16 I=256 H=256 | float32 | 20.0 | 0.500 | 40.0 | 0.500 |" in text
+    start = "T=64 B=16 I=256 H=256 float32 | torch.nn.LSTM"
+    figures = "20.0 ms | 10.0 ms | 0.500 (0.450 to 0.550) | 40.0 ms | 20.0 ms | 0.500 (0.450 to 0.550)"
+    assert f"| lstm_triton auto full | {start} | {figures} |" in text
+    assert "torch.nn.LSTM aten" not in text  # its own row is of another moment
     assert "1 more shape is in the report" in text and "H=999" not in text
-    assert f"`lstm_triton auto` forward {summary.number((0.8 * 0.5 * 1.25) ** (1 / 3))} (3)" in text
+    assert "| cpu | cpu | forward | standard | torch.nn.LSTM | 1.00 (2) |" in text  # of 0.8 and 1.25
+    assert "| cpu | cpu | forward | full | torch.nn.LSTM | 0.500 (1) |" in text
     assert "[report.md](results/report.md)" in text
     assert "Plots: [p](results/p.png)." in text and "![" not in text
     assert "cudnn" not in text
@@ -271,7 +278,51 @@ def test_a_cpu_row_without_a_time_says_why():
     text = readme.readme_block(
         [*cpu_rows()[:-2], row(error="wrong: x", gpu=CPU, mode=TRAINING, variant="full")], {}, "r.md"
     )
-    assert "| 20.0 | 0.500 | wrong |  |" in text
+    assert "| 20.0 ms | 10.0 ms | 0.500 (0.450 to 0.550) | wrong |  |  |" in text
+
+
+def shown_ms(cell):
+    value, unit = cell.split()
+    return float(value.replace(",", "")) / {"ms": 1, "us": 1000}[unit]
+
+
+@given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.floats(0.1, 10)), min_size=2, max_size=6, unique_by=lambda d: d[0]))
+@settings(max_examples=50, deadline=None)
+def test_the_times_and_the_ratio_of_a_line_agree_and_noise_is_called_so(drawn):
+    """Whatever the baseline's own row, of another moment, says."""
+    own = row(1.0, gpu=CPU, provider=(BASELINE, "aten"), ms=777.0)
+    variants = ("standard", "coupled", "diagonal", "full", "full+current", "coupled+full")
+    rows = [row(ratio, gpu=CPU, ms=ms, variant=variant) for (ms, ratio), variant in zip(drawn, variants, strict=False)]
+    lines = [cells(line) for line in lines_with(readme.readme_block([own, *rows], {}, "r.md"), "lstm_triton auto", "(")]
+    assert len(lines) == len(rows) and "777" not in str(lines)
+    for one, (layer, _, _, time, baseline, ratio) in zip(
+        sorted(rows, key=lambda one: (one.variant != "standard", one.variant)), lines, strict=True
+    ):
+        assert layer.endswith(f" {one.variant}")
+        assert shown_ms(baseline) / shown_ms(time) == pytest.approx(float(ratio.split()[0].replace(",", "")), rel=0.016)
+        assert ratio.endswith("noise)") == (0.9 * one.baseline_ratio <= 1 <= 1.1 * one.baseline_ratio)
+
+
+def test_a_baseline_that_is_another_is_named_and_a_call_of_microseconds_is_in_them():
+    by_hand = dict(gpu=CPU, suite="overhead-cell", T=1, B=1, variant="coupled", baseline="by-hand")
+    rows = [row(1.0, provider=("by-hand", "eager"), ms=0.03, **by_hand), row(0.25, ms=0.128, **by_hand)]
+    rows.append(row(0.5, ms=0.06, **by_hand | dict(variant="standard", baseline=BASELINE)))
+    text = readme.readme_block(rows, {}, "r.md")
+    start = "lstm_triton auto coupled | overhead-cell: T=1 B=1 I=256 H=256 float32 | by-hand"
+    assert f"| {start} | 128 us | 32.0 us | 0.250 (0.225 to 0.275) |" in text
+    assert not lines_with(text, "by-hand eager")  # its own row, of another moment
+    (line,) = lines_with(report.markdown(rows, {}, []), "by-hand eager")
+    assert cells(line)[4:8] == ["0.0300", "", "", ""]
+
+
+def test_a_ratio_of_an_older_file_is_shown_without_what_it_lacks():
+    old = dict(gpu=CPU, baseline_ms=None, ratio_p20=None, ratio_p80=None)
+    rows = [row(0.75, **old), row(0.5, variant="full", **old)]
+    for text in (report.markdown(rows, {}, []), readme.readme_block(rows, {}, "r.md")):
+        assert "A ratio without a time of the baseline is of an older file" in text
+        assert lines_with(text, "lstm_triton auto", "| 0.750 |")
+    new = [row(0.75, gpu=CPU), row(1.0, gpu=CPU, provider=(BASELINE, "aten"), baseline_ms=None)]
+    assert "older file" not in report.markdown(new, {}, []) + readme.readme_block(new, {}, "r.md")
 
 
 def test_with_a_gpu_the_readme_has_its_means_and_the_cpu_in_brief():
@@ -280,8 +331,8 @@ def test_with_a_gpu_the_readme_has_its_means_and_the_cpu_in_brief():
     assert summary.NO_GPU not in text
     assert text.index(GPU) < text.index(CPU)
     assert "driver 580.1, PyTorch 2.13.0, Triton 3.8.0, cuDNN 91002, 2026-01-02" in text
-    assert "| suite | regime | mode | lstm_triton auto | torchrl triton |" in text
-    assert "| core | cudnn-standard | forward | 0.500 (12) | 0.333 (12) |" in text
+    assert "| suite | regime | mode | variant | baseline | lstm_triton auto | torchrl triton |" in text
+    assert "| core | cudnn-standard | forward | standard | torch.nn.LSTM | 0.500 (12) | 0.333 (12) |" in text
     assert "`lstm_triton auto` 4.00 times" in text
     assert "1,234 GB/s copied, 678 TFLOP/s in bfloat16, 0.750 us for one wait of 132 programs" in text
     assert "![first](a.png)" in text and "Plots: [second](b.png)." in text
@@ -401,6 +452,35 @@ def test_a_plot_shows_what_the_rows_say():
     assert (pixels(same) == pixels(plots.time_against(rows, "H"))).all()
     slower = [replace(one, us_per_step=9 * one.us_per_step) if one.name == "torchrl triton" else one for one in rows]
     assert same != plots.time_against(slower, "H")
+
+
+def test_a_baseline_is_drawn_with_the_time_of_its_turns_with_the_library():
+    own = row(1.0, provider=(BASELINE, "cudnn"), ms=153.0, us_per_step=2391.0, limit_ratio=1.78)
+    ours = row(0.98, ms=104.0, us_per_step=1625.0, limit_ratio=1.22)
+    other = row(1.0, provider=(BASELINE, "cudnn"), ms=9.0, H=512)
+    alone, beside, apart = summary.in_turns_with_ours([own, ours, other])
+    assert (beside, apart) == (ours, other)
+    assert alone.ms_median == ours.baseline_ms and (alone.ms_p20, alone.ms_p80) == (None, None)
+    assert alone.us_per_step / ours.us_per_step == pytest.approx(0.98, rel=1e-3)
+    assert alone.limit_ratio == pytest.approx(1.78 * 0.98 * 104 / 153)
+    assert summary.in_turns_with_ours([own, row(error="failed: x")])[0] == own
+
+
+def test_every_plot_takes_those_times(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plots, "time_against", lambda rows, size: seen.append(list(rows)))
+    monkeypatch.setattr(plots, "distance_to_limit", lambda rows: seen.append(list(rows)))
+    rows = [replace(one, ms_median=99.0) if one.is_baseline else one for one in gpu_rows()]
+    plots.draw_all(rows, tmp_path)
+    assert seen == [summary.in_turns_with_ours(rows)] * 4
+    assert all(one.ms_median == 0.5 for one in seen[0] if one.is_baseline)
+
+
+def test_a_map_marks_what_is_noise():
+    clear, noise = row(1.05, ratio_p20=1.01), row(1.05)
+    assert noise.noise and not clear.noise
+    rest = [row(2.0, B=64)]
+    assert plots.speed_over_shapes([clear, *rest]) != plots.speed_over_shapes([noise, *rest])
 
 
 def test_the_map_is_blue_where_the_library_is_faster_and_red_where_it_is_slower():

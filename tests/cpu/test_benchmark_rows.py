@@ -16,11 +16,11 @@ ROW = rows.Row(
     T=512, B=16, I=300, H=500, L=2, D=1, variant="standard", ms_median=2.5, ms_p20=2.25, ms_p80=3.0, us_per_step=2.441,
     cpu_us_per_call=120.0, peak_mib=12.5, error=3.1e-4, baseline_ratio=1.25, limit_us_per_step=1.5, limit_ratio=1.627,
     gpu="NVIDIA H100 80GB HBM3", driver="580.159.04", torch="2.11.0", triton="3.6.0", cudnn="91900", commit="abc",
-    date="2026-11-24",
+    date="2026-11-24", baseline="torch.nn.LSTM", baseline_ms=3.125, ratio_p20=1.125, ratio_p80=1.5,
 )  # fmt: skip
 EMPTY = dict(
     ms_median=None, ms_p20=None, ms_p80=None, us_per_step=None, cpu_us_per_call=None, peak_mib=None,
-    baseline_ratio=None, limit_us_per_step=None, limit_ratio=None,
+    baseline_ratio=None, limit_us_per_step=None, limit_ratio=None, baseline_ms=None, ratio_p20=None, ratio_p80=None,
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def test_the_columns_are_the_documented_ones():
     assert ",".join(rows.COLUMNS) == (
         "provider,strategy,suite,regime,mode,dtype,T,B,I,H,L,D,variant,ms_median,ms_p20,ms_p80,us_per_step,"
         "cpu_us_per_call,peak_mib,error,baseline_ratio,limit_us_per_step,limit_ratio,gpu,driver,torch,triton,cudnn,"
-        "commit,date,plan"
+        "commit,date,plan,baseline,baseline_ms,ratio_p20,ratio_p80"
     )
 
 
@@ -51,8 +51,14 @@ def test_the_other_suites_hold_what_they_are_for():
     assert all(c.ragged for c in of["ragged"])
     assert {(c.B, c.H, c.I) for c in of["odd"]} == {(12, 500, 300)}
     assert {c.variant for c in of["variants"]} == {"coupled", "diagonal", "full"}
-    assert all(c.cell and c.T == 1 for c in of["cell"])
-    assert all(c.dtype == "float32" for c in of["cpu"])
+    assert all(c.cell and c.T == 1 for c in (*of["cell"], *of["overhead-cell"]))
+    assert all(c.dtype == "float32" for name in suites.CPU_SUITES for c in of[name])
+    variants = ("standard", "coupled", "diagonal", "full")
+    for name, steps in (("overhead", (1, 25)), ("overhead-cell", (1,))):
+        assert {(c.T, c.variant, c.mode) for c in of[name]} == set(itertools.product(steps, variants, suites.MODES))
+        assert {(c.B, c.I, c.H) for c in of[name]} == {(1, 64, 64)}
+    assert {(c.T, c.B, c.H, c.variant) for c in of["compile"]} == {(200, 1, 64, "standard"), (64, 16, 256, "standard")}
+    assert set(suites.GPU_SUITES) | set(suites.CPU_SUITES) == set(suites.SUITES)
 
 
 @given(st.sampled_from(suites.SUITES), st.sampled_from(sorted(suites.STORAGE)), st.sampled_from(suites.MODES))
@@ -116,11 +122,25 @@ def test_what_is_written_is_read_back(tmp_path_factory, ms, ratio, error, T, tex
     assert rows.read(path) == written
 
 
-def test_a_file_from_before_there_were_plans_is_read(tmp_path):
+@pytest.mark.parametrize("first", ["plan", "baseline"])
+def test_a_file_from_before_there_was_a_column_is_read(tmp_path, first):
     rows.append(tmp_path / "x.csv", ROW)
-    header, line = (tmp_path / "x.csv").read_text().splitlines()
-    (tmp_path / "x.csv").write_text(f"{header.removesuffix(',plan')}\n{line.removesuffix(',')}\n")
-    assert rows.read(tmp_path / "x.csv") == [ROW]
+    count = rows.COLUMNS.index(first)
+    lines = [",".join(line.split(",")[:count]) + "\n" for line in (tmp_path / "x.csv").read_text().splitlines()]
+    (tmp_path / "x.csv").write_text("".join(lines))
+    old = replace(ROW, baseline_ms=None, ratio_p20=None, ratio_p80=None)
+    assert rows.read(tmp_path / "x.csv") == [old] and not old.noise
+
+
+@pytest.mark.parametrize(
+    "ratio, low, high, noise",
+    [
+        (1.25, 1.125, 1.5, False), (0.8, 0.75, 0.9, False), (1.06, 0.95, 1.1, True), (0.97, 0.9, 1.0, True),
+        (1.02, 0.9, 0.99, True), (0.98, 1.01, 1.1, True), (1.02, None, None, False), (None, None, None, False),
+    ],
+)  # fmt: skip
+def test_a_ratio_that_is_not_with_its_spread_on_one_side_of_1_is_noise(ratio, low, high, noise):
+    assert replace(ROW, baseline_ratio=ratio, ratio_p20=low, ratio_p80=high).noise is noise
 
 
 def _is_number(text):
@@ -141,7 +161,7 @@ def _is_number(text):
         (lambda text: text.replace("2.5,", "nan,", 1), "ms_median is 'nan'"),
         (lambda text: text.replace("2.5,", "fast,", 1), "ms_median is 'fast'"),
         (lambda text: text.replace("0.00031", "wrong", 1), "error is 'wrong'"),
-        (lambda text: text.replace("lstm_triton,auto,", "lstm_triton,", 1), "30 cells instead of 31"),
+        (lambda text: text.replace("lstm_triton,auto,", "lstm_triton,", 1), "34 cells instead of 35"),
         (lambda text: text + '"open\n', "x.csv"),
         (lambda text: "", "x.csv"),
         (lambda text: "\udcff", "x.csv"),
