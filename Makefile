@@ -11,8 +11,19 @@ RAW := PYTHONPATH=.:kernels
 # One thread a process: the tests run in as many processes as there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 WORKERS ?= 2
-# Where benchmarks put their files.
+# Where benchmarks put their files; a file whose marked block a report rewrites from them, none if empty.
 RESULTS ?= benchmarks/results
+README =
+REPORT = $(RAW) $(BIN)/python -m benchmarks report --results $(RESULTS) $(if $(README),--readme $(README))
+
+# For the targets that install nothing: sets `python` to that of the environment if it has torch, else to PYTHON, and
+# ends with one line where that cannot import what the target NEEDS.
+define FIND_PYTHON
+python="$(PYTHON)"; \
+if $(BIN)/python -c "import torch" 2>/dev/null; then python="$(BIN)/python"; fi; \
+words=$$($$python -c "import $(NEEDS)" 2>&1) || { \
+	echo "make $@ needs a Python with $(NEEDS): $$python: $$(echo "$$words" | tail -n 1)" >&2; exit 1; }
+endef
 
 .PHONY: setup test test-cpu test-interpreted test-compile plans gpu-test gpu lint format demo bench report clean
 
@@ -46,8 +57,9 @@ plans: setup $(VENV)/floor
 	PYTHONPATH=$(VENV)/floor:.:kernels OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.plans $(WORKERS)
 
 # On a machine with a GPU, from the checkout, with the Python that is there.
+gpu-test: NEEDS = torch, triton, pytest
 gpu-test:
-	$(RAW) $(PYTHON) -m pytest -q -m gpu tests/gpu
+	@$(FIND_PYTHON); set -x; $(RAW) $$python -m pytest -q -m gpu tests/gpu
 
 # Trains the four main forms of the cell against torch.nn.LSTM on real text. One thread: on a busy machine PyTorch's
 # threads wait for each other and a run takes minutes; with one it takes as long as it takes alone.
@@ -65,18 +77,20 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# On a CPU: the `cpu` suite, then tables and plots of all results there are.
+# On a CPU: its suites, then tables and plots of all results there are.
 bench: setup
-	$(RAW) $(BIN)/python -m benchmarks run --suite cpu --device cpu --budget 130 --results $(RESULTS)
-	$(RAW) $(BIN)/python -m benchmarks report --results $(RESULTS)
+	$(RAW) $(BIN)/python -m benchmarks run --suite cpu --suite overhead --suite overhead-cell --suite compile \
+		--device cpu --budget 280 --results $(RESULTS)
+	$(REPORT)
 
 # On a machine with a GPU, from the checkout, with the Python that is there: parity tests, constants, suites.
+gpu: NEEDS = torch, triton, pytest, typer, rich
 gpu:
-	$(RAW) $(PYTHON) -m benchmarks gpu --budget 540 --results $(RESULTS)
+	@$(FIND_PYTHON); set -x; $(RAW) $$python -m benchmarks gpu --budget 540 --results $(RESULTS)
 
-# Tables, plots and the README's block from the results files that are there.
+# Tables and plots from the results files that are there; with README=README.md its block, too.
 report: setup
-	$(RAW) $(BIN)/python -m benchmarks report --results $(RESULTS)
+	$(REPORT)
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
