@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -12,9 +11,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_cpu_has_a_copy_bandwidth_and_two_matmul_rates():
-    start = time.perf_counter()
     constants = micro.measure(CPU, quick=True)
-    assert time.perf_counter() - start < 10  # 0.3 s on an idle core
     assert constants.copy_gb_per_s > 0
     assert set(constants.matmul_tflop_per_s) == {"float32", "float64"}
     assert all(rate > 0 for rate in constants.matmul_tflop_per_s.values())
