@@ -1,85 +1,110 @@
-"""PyTorch's own LSTM for the standard variant, made differentiable more than once.
+"""PyTorch's own LSTM operator: the standard variant, and the coupled one, which is a standard LSTM with other weights.
 
-`torch.nn.LSTM`'s operator has no double backward where oneDNN or cuDNN serves it. The Function here runs the operator
-on detached tensors, keeps the graph that it records, and differentiates the reference only under `create_graph=True`.
-What that graph saves is saved by the Function, as its own.
+On a CPU the operator is called as `torch.nn.LSTM` calls it, and autograd does the rest. cuDNN has no second derivative;
+there a Function keeps the graph that the operator recorded, and differentiates the reference under `create_graph=True`.
 
-Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), D
-directions.
+Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), L layers,
+D directions, N the steps of all rows of a packed batch together.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from lstm_triton_kernels.plan import accumulator_dtype
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from lstm_triton import transforms
 from lstm_triton.autograd import Call, differentiable_gradients, gradients_where_needed
+from lstm_triton.layer import Keep, LayerGradients, LayerResult, Needs
 from lstm_triton.ragged import Packing
-from lstm_triton.spec import LSTMSpec, LSTMWeights
+from lstm_triton.spec import STANDARD, LSTMSpec, LSTMWeights
+
+CPU_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+"""Of other types the operator rounds the cell state at every step on a CPU."""
+
+
+def has(spec: LSTMSpec) -> bool:
+    """Whether the operator can compute a variant: any without a peephole."""
+    return spec.peephole is None
 
 
 def serves(x: Tensor, spec: LSTMSpec) -> bool:
-    """Whether PyTorch's own LSTM computes this call as this library would.
+    """Whether the operator computes these inputs and this variant as the library would."""
+    return has(spec) and (x.device.type == "cuda" or x.dtype in CPU_DTYPES)
 
-    It has the standard variant only, and on the CPU it rounds the cell state of half types at every step. Under
-    torch.compile the opaque operator is used instead, which does not unroll the sequence; so it is under torch.func,
-    to which the graph that the Function keeps would be hidden.
+
+def standard_weights(weights: Sequence[Tensor], spec: LSTMSpec) -> Sequence[Tensor]:
+    """The weights of a standard LSTM that computes the same as these, of one or more layers and directions.
+
+    Coupled gates: i = 1 - s(a_f) = s(-a_f), so the rows of the input gate are those of the forget gate with the other
+    sign. All parameters but a projection (P, H) have the gate blocks f, g, o in their rows.
     """
-    if torch.compiler.is_compiling() or transforms.active() or transforms.forward_mode() or not spec.standard:
-        return False
-    return x.device.type == "cuda" or x.dtype in (torch.float32, torch.float64)
+    if not spec.coupled:
+        return weights
+    H = max(weight.shape[0] for weight in weights) // len(spec.gates)
+    rows = H * len(spec.gates)
+    return [torch.cat([-w[:H], w]) if w.shape[0] == rows else w for w in weights]
 
 
-def serves_cell(x: Tensor, spec: LSTMSpec) -> bool:
-    """Whether its cell serves: on the CPU, where it is quicker than one step of the layer and differentiable twice."""
-    return serves(x, spec) and x.device.type == "cpu"
+class Options(NamedTuple):
+    """What the operator is told beside tensors: as `torch.nn.LSTM`'s arguments; dropout is 0 where it does not apply."""
+
+    bias: bool
+    num_layers: int
+    dropout: float
+    bidirectional: bool
+    packing: Packing | None = None
 
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights) -> tuple[Tensor, Tensor]:
-    """x (B, I), h and c (B, H) -> h, c."""
-    return torch._VF.lstm_cell(x, (h, c), *weights.present().values())
+    """One step of the standard variant: x (B, I), h and c (B, H) -> h, c."""
+    return torch._VF.lstm_cell(x, (h, c), *weights[:4])
 
 
-def lstm_layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], packing: Packing | None = None
+def lstm(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> output (T, B, D·P), h_n (D, B, P), c_n (D, B, H).
+    """x (T, B, I), h_0 (D·L, B, P), c_0 (D·L, B, H) -> output (T, B, D·P), h_n, c_n; differentiable twice.
 
-    With a packing x is (N, I) and output (N, D·P), N the steps of all rows together.
+    With a packing x is (N, I) and output (N, D·P). weights: a standard LSTM's, as `torch.nn.LSTM` lists them. On CUDA
+    dropout must be 0 where a gradient is wanted: what it drew could not be drawn again for a second derivative.
     """
-    bias, projection = weights[0].bias_ih is not None, weights[0].weight_hr is not None
-    flat = [w for direction in weights for w in direction.present().values()]
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *flat))
-    if tracked and not torch.jit.is_tracing():  # a trace has room for operators alone
-        return ATenLayerFunction.apply(len(weights) == 2, bias, projection, packing, x, h_0, c_0, *flat)
-    return call(torch.jit.is_tracing(), len(weights) == 2, bias, packing, x, h_0, c_0, *flat)
+    inputs = (x, h_0, c_0, *weights)
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if tracked and x.device.type == "cuda" and not torch.jit.is_tracing():  # a trace has room for operators alone
+        return TwiceDifferentiable.apply(options, *inputs)
+    return operator(tracked or torch.jit.is_tracing(), options, *inputs)
 
 
-def call(
-    train: bool, bidirectional: bool, bias: bool, packing: Packing | None,
-    x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The operator itself, for one layer. cuDNN has a backward pass only for a forward pass with `train`."""
-    options = (bias, 1, 0.0, train, bidirectional)
+def operator(
+    train: bool, options: Options, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator itself. It has a backward pass, and dropout, only for a forward pass with `train`."""
+    bias, layers, dropout, bidirectional, packing = options
+    train = train or dropout > 0
     if packing is not None:
-        return torch._VF.lstm(x, packing.batch_sizes, (h_0, c_0), list(weights), *options)
-    return torch._VF.lstm(x, (h_0, c_0), list(weights), *options, False)
+        state = (h_0, c_0)
+        return torch._VF.lstm(x, packing.batch_sizes, state, weights, bias, layers, dropout, train, bidirectional)
+    return torch._VF.lstm(x, (h_0, c_0), weights, bias, layers, dropout, train, bidirectional, False)
 
 
-@dataclass
+@dataclass(eq=False)
 class InnerGraph:
     """The graph that the operator recorded, between its results and its inputs, without the tensors that it saved.
 
     - outputs, inputs: its edges, None where no gradient passes
     - saved: those tensors, while a backward pass runs through it; else they are the outer graph's alone, so that hooks
       see them, and they are freed with it
+
+    The nodes of the graph hold the hook that asks for a saved tensor. So the hook may not hold the graph: the cycle
+    would pass through nodes that Python's collector cannot see.
     """
 
     outputs: list[GradientEdge | None] = field(default_factory=list)
@@ -101,28 +126,31 @@ def edge(tensor: Tensor) -> GradientEdge | None:
     return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
-class ATenLayerFunction(torch.autograd.Function):
-    """apply(bidirectional, bias, projection, packing, x, h_0, c_0, *weights) -> output, h_n, c_n."""
+class TwiceDifferentiable(torch.autograd.Function):
+    """apply(options, x, h_0, c_0, *weights) -> output, h_n, c_n: the operator with a second derivative."""
 
     @staticmethod
-    def forward(
-        ctx: Any, bidirectional: bool, bias: bool, projection: bool, packing: Packing | None, *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, options: Options, *inputs: Tensor) -> tuple[Tensor, ...]:
         graph, saved = InnerGraph(), []
+        held = weakref.ref(graph)
 
         def keep(tensor: Tensor) -> int:
             saved.append(tensor.detach())
             return len(saved) - 1
 
-        with torch.enable_grad(), saved_tensors_hooks(keep, lambda n: graph.saved[n]):
+        def kept(number: int) -> Tensor:
+            alive = held()
+            assert alive is not None  # the context holds it, and whoever asks runs inside `holding`
+            return alive.saved[number]
+
+        with torch.enable_grad(), saved_tensors_hooks(keep, kept):
             inner = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-            results = call(True, bidirectional, bias, packing, *inner)
+            results = operator(True, options, *inner)
         graph.outputs, graph.inputs = list(map(edge, results)), list(map(edge, inner))
-        ctx.call, ctx.packing = Call(LSTMSpec().name, bias, projection, "cudnn"), packing
-        ctx.graph, ctx.count = graph, len(inputs)
+        ctx.options, ctx.graph, ctx.count = options, graph, len(inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *saved)
-        saved.clear()  # the graph holds the hook, the hook this list
+        saved.clear()  # the nodes hold the hook, the hook this list
         detached = tuple(result.detach() for result in results)
         # Of a single step with a projection c_n does not depend on weight_hr: where that alone is trained, it is fixed.
         pairs = zip(detached, results, strict=True)
@@ -131,16 +159,79 @@ class ATenLayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[1:]
         tensors = ctx.saved_tensors  # read on every path: a freed graph is PyTorch's usual error
         inputs, saved = tensors[: ctx.count], tensors[ctx.count :]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        if transforms.differentiated_again((*inputs, *grads), inputs[0], None):
-            again = differentiable_gradients((*grads, None), inputs, needs, ctx.call, packing=ctx.packing)
-            return None, None, None, None, *again
+        if transforms.beyond_operators((*inputs, *grads), inputs[0], None):
+            options = ctx.options
+            projection = inputs[1].shape[2] != inputs[2].shape[2]
+            call = Call(STANDARD.name, options.bias, projection, "cudnn")
+            layers = (options.num_layers, 2 if options.bidirectional else 1)
+            again = differentiable_gradients((*grads, None), inputs, needs, call, layers, packing=options.packing)
+            return None, *again
         wanted = [own for own, needed in zip(ctx.graph.inputs, needs, strict=True) if needed]
         with ctx.graph.holding(saved):
             # Whether the user will come back is known to the outer graph alone: keep the inner one.
             found = gradients_where_needed(ctx.graph.outputs, grads, wanted, needs, retain_graph=True)
-        return None, None, None, None, *found
+        return None, *found
+
+
+def forward(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, keep: Keep,
+    lengths: Tensor | None = None, resets: Tensor | None = None,
+) -> LayerResult:  # fmt: skip
+    """As `layer.forward`, without lengths and resets, for an operator of torch.compile.
+
+    It keeps nothing for the backward pass: the size of what PyTorch's operator saves is not known beforehand, so the
+    graph has no room for it.
+    """
+    assert not keep.save and not keep.states and lengths is None and resets is None
+    flat = standard_weights(flat_weights(weights), spec)
+    results = operator(False, layer_options(weights), x, h_0, c_0, *flat)
+    cells = x.new_empty(0, dtype=accumulator_dtype(x.dtype))
+    return LayerResult(*results, states=x.new_empty(0), gates=x.new_empty(0), cells=cells)
+
+
+def backward(
+    grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, grad_states: Tensor | None,
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights],
+    output: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, needs: Needs,
+    lengths: Tensor | None = None, resets: Tensor | None = None,
+) -> LayerGradients:  # fmt: skip
+    """As `layer.backward`, from a forward pass that is done again."""
+
+    def leaf(tensor: Tensor, needed: bool) -> Tensor:
+        return tensor.detach().requires_grad_(needed)
+
+    names = list(weights[0].present())
+    # Inside of an operator PyTorch leaves autograd out of every dispatch.
+    included = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with included, torch.enable_grad():
+        own = [
+            w._replace(**{name: leaf(t, name in wanted) for name, t in w.present().items()})
+            for w, wanted in zip(weights, needs.weights, strict=True)
+        ]
+        inputs = [leaf(x, needs.x), leaf(h_0, needs.h_0), leaf(c_0, needs.c_0)]
+        results = operator(True, layer_options(weights), *inputs, *standard_weights(flat_weights(own), spec))
+        leaves = [*inputs, *flat_weights(own)]
+        needed = [t.requires_grad for t in leaves]
+        given = [grad_output, grad_h_n, grad_c_n]
+        found = gradients_where_needed(results, given, [t for t in leaves if t.requires_grad], needed)
+    of_x, of_h_0, of_c_0, *of_weights = (
+        torch.zeros_like(t) if grad is None and t.requires_grad else grad for grad, t in zip(found, leaves, strict=True)
+    )
+    directions = [of_weights[n : n + len(names)] for n in range(0, len(of_weights), len(names))]
+    named = [{name: g for name, g in zip(names, grads, strict=True) if g is not None} for grads in directions]
+    return LayerGradients(of_x, of_h_0, of_c_0, named)
+
+
+def layer_options(weights: Sequence[LSTMWeights]) -> Options:
+    """The options of one layer with these directions."""
+    return Options(weights[0].bias_ih is not None, 1, 0.0, len(weights) == 2)
+
+
+def flat_weights(weights: Sequence[LSTMWeights]) -> list[Tensor]:
+    """The parameters of all directions in one list, as the operator takes them."""
+    return [w for direction in weights for w in direction if w is not None]

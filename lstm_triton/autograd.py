@@ -1,7 +1,9 @@
-"""One layer as a differentiable function: torch.library custom operators with fakes, and the autograd.Function on them.
+"""One layer as a differentiable function: torch.library operators with fakes, and the autograd.Function on them.
 
-The operators are opaque to torch.compile and know nothing of gradients; the Function joins forward to backward. Where
-a gradient is itself to be differentiated (`create_graph=True`) the backward pass differentiates the reference instead.
+`layer_forward` and `layer_backward` know nothing of gradients; the Function joins them. Where a gradient is itself to
+be differentiated (`create_graph=True`) the backward pass differentiates the reference instead. For torch.compile and
+torch.export all of it is one operator, `layer`, whose autograd is the Function. A plain call, which nothing but autograd
+watches, runs what the operators run, without them: an operator costs more than a step of a small layer.
 
 Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), D
 directions, G gate blocks.
@@ -9,7 +11,7 @@ directions, G gate blocks.
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple, Optional
@@ -25,6 +27,9 @@ from lstm_triton.batching import one_by_one
 from lstm_triton.ragged import Packing
 from lstm_triton.spec import LSTMSpec, LSTMWeights
 
+ENGINES = {"persistent": "lstm_triton.persistent", "aten": "lstm_triton.aten"}
+"""Strategy to the module that computes a whole layer, imported when first used; the others leave it the steps alone."""
+
 STEPS = {"stepwise": "lstm_triton_kernels.sequence_replayed", "torch": "lstm_triton.eager"}
 """Strategy to the module that computes its steps; imported when first used, so that triton may be missing."""
 
@@ -32,16 +37,21 @@ STEPS = {"stepwise": "lstm_triton_kernels.sequence_replayed", "torch": "lstm_tri
 def passes(
     strategy: str, x: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, training: bool, ragged: bool
 ) -> tuple[Callable[..., layer.LayerResult], Callable[..., layer.LayerGradients]]:
-    """The forward and the backward pass of a layer by a strategy: "auto", "persistent", "stepwise" or "torch".
+    """The forward and the backward pass of a layer by a strategy: "auto", "persistent", "stepwise", "torch" or "aten".
 
-    What the one saves the other can read, whatever strategy each of them is.
+    What the one saves the other can read, whatever strategy each of them is; but for "aten", which saves nothing.
     """
-    if strategy != "torch":
+    if strategy not in ("torch", "aten"):
         sizes = selection.layer_of(x, c_0, weights, spec, training, ragged)
         strategy = selection.kernels(strategy if sizes.B > 0 else "stepwise", sizes, gpu_of(x.device)).name
-    if strategy == "persistent":
-        persistent = importlib.import_module("lstm_triton.persistent")
-        return persistent.forward, persistent.backward
+    return engine(strategy)
+
+
+def engine(strategy: str) -> tuple[Callable[..., layer.LayerResult], Callable[..., layer.LayerGradients]]:
+    """The forward and the backward pass by a strategy that is no "auto"."""
+    if strategy in ENGINES:
+        module = importlib.import_module(ENGINES[strategy])
+        return module.forward, module.backward
     steps = importlib.import_module(STEPS[strategy])
     return partial(layer.forward, steps=steps), partial(layer.backward, steps=steps)
 
@@ -57,6 +67,10 @@ class Call(NamedTuple):
     projection: bool
     strategy: str
 
+    def keep(self, save: bool, recompute: bool, states: bool) -> layer.Keep:
+        """What of a forward pass is wanted; PyTorch's own operator saves nothing for the backward pass."""
+        return layer.Keep(save and self.strategy != "aten", recompute, states)
+
 
 def lstm_layer(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, strategy: str,
@@ -71,11 +85,45 @@ def lstm_layer(
     """
     first = weights[0]
     call = Call(spec.name, first.bias_ih is not None, first.weight_hr is not None, strategy)
-    flat = [w for direction in weights for w in direction.present().values()]
-    exporting = torch.compiler.is_exporting()  # a program has no backward pass
-    if torch.is_grad_enabled() and transforms.recorded((x, h_0, c_0, *flat)) and not exporting:
-        return LSTMLayerFunction.apply(call, recompute, states, lengths, resets, x, h_0, c_0, *flat)[:4]
-    return layer_forward(x, h_0, c_0, flat, lengths, resets, *call, False, False, states)[:4]
+    flat = [w for direction in weights for w in direction if w is not None]
+    if torch.compiler.is_compiling():
+        return torch.ops.lstm_triton.layer(x, h_0, c_0, flat, lengths, resets, *call, recompute, states)
+    return differentiable_layer(x, h_0, c_0, flat, lengths, resets, *call, recompute, states)
+
+
+def differentiable_layer(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Optional[Tensor], resets: Optional[Tensor],
+    variant: str, bias: bool, projection: bool, strategy: str, recompute: bool, states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The first four fields of `layer.LayerResult`, with their gradient where one may be asked."""
+    call = Call(variant, bias, projection, strategy)
+    if torch.is_grad_enabled() and transforms.recorded((x, h_0, c_0, *weights)):
+        return LSTMLayerFunction.apply(call, recompute, states, lengths, resets, x, h_0, c_0, *weights)[:4]
+    return computed_layer(x, h_0, c_0, weights, lengths, resets, *call, recompute, states)
+
+
+def computed_layer(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Optional[Tensor], resets: Optional[Tensor],
+    variant: str, bias: bool, projection: bool, strategy: str, recompute: bool, states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `differentiable_layer`, without a gradient."""
+    run = forward_pass if unwatched((x, h_0, c_0, *weights)) else layer_forward
+    call = (variant, bias, projection, strategy)
+    return run(x, h_0, c_0, weights, lengths, resets, *call, False, False, states)[:4]
+
+
+def unwatched(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing but autograd looks at what is called: no tracer, dispatch mode, transform or tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not transforms.active()
+        and not torch.jit.is_tracing()
+        and all(type(t) in PLAIN for t in tensors)
+    )
+
+
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def group(flat: Sequence[Any], spec: LSTMSpec, bias: bool, projection: bool) -> list[LSTMWeights]:
@@ -91,12 +139,14 @@ def group(flat: Sequence[Any], spec: LSTMSpec, bias: bool, projection: bool) -> 
 @contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
     """Triton launches on the current device, so it must be that of the tensors; and the types are chosen by now."""
-    with torch.cuda.device(device if device.type == "cuda" else -1), torch.autocast(device.type, enabled=False):
+    on = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    cast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    off = torch.autocast(device.type, enabled=False) if cast else nullcontext()
+    with on, off:
         yield
 
 
-@torch.library.custom_op("lstm_triton::layer_forward", mutates_args=())
-def layer_forward(
+def forward_pass(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Optional[Tensor], resets: Optional[Tensor],
     variant: str, bias: bool, projection: bool, strategy: str, save: bool, recompute: bool, states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -106,14 +156,18 @@ def layer_forward(
     grouped = group(weights, spec, bias, projection)
     ragged = lengths is not None or resets is not None
     forward, _ = passes(strategy, x, c_0, grouped, spec, save, ragged)
+    keep = Call(variant, bias, projection, strategy).keep(save, recompute, states)
     with computing_on(x.device):
-        return forward(x, h_0, c_0, grouped, spec, layer.Keep(save, recompute, states), lengths, resets)
+        return forward(x, h_0, c_0, grouped, spec, keep, lengths, resets)
+
+
+layer_forward = torch.library.custom_op("lstm_triton::layer_forward", forward_pass, mutates_args=())
 
 
 @layer_forward.register_fake
 def _(x, h_0, c_0, weights, lengths, resets, variant, bias, projection, strategy, save, recompute, states):  # type: ignore[no-untyped-def]
     spec = LSTMSpec.parse(variant)
-    keep = layer.Keep(save, recompute, states)
+    keep = Call(variant, bias, projection, strategy).keep(save, recompute, states)
     shapes = layer.result_shapes(x, c_0, group(weights, spec, bias, projection), spec, keep)
     return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
 
@@ -121,8 +175,7 @@ def _(x, h_0, c_0, weights, lengths, resets, variant, bias, projection, strategy
 layer_forward.register_vmap(one_by_one(layer_forward))
 
 
-@torch.library.custom_op("lstm_triton::layer_backward", mutates_args=())
-def layer_backward(
+def backward_pass(
     grad_output: Optional[Tensor], grad_h_n: Optional[Tensor], grad_c_n: Optional[Tensor],
     grad_states: Optional[Tensor],
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Optional[Tensor], resets: Optional[Tensor],
@@ -150,6 +203,9 @@ def layer_backward(
     return distinct
 
 
+layer_backward = torch.library.custom_op("lstm_triton::layer_backward", backward_pass, mutates_args=())
+
+
 @layer_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
     grad_output, grad_h_n, grad_c_n, grad_states, x, h_0, c_0, weights, lengths, resets, output, gates, cells,
@@ -159,6 +215,23 @@ def _(  # type: ignore[no-untyped-def]
 
 
 layer_backward.register_vmap(one_by_one(layer_backward))
+
+LAYER = torch.library.Library("lstm_triton", "FRAGMENT")
+LAYER.define(
+    "layer(Tensor x, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? lengths, Tensor? resets, str variant, "
+    "bool bias, bool projection, str strategy, bool recompute, bool states) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LAYER.impl("layer", differentiable_layer, "Autograd")
+LAYER.impl("layer", computed_layer, "CompositeExplicitAutograd")
+torch.library.register_vmap("lstm_triton::layer", one_by_one(lambda *a: torch.ops.lstm_triton.layer(*a)), lib=LAYER)
+
+
+@torch.library.register_fake("lstm_triton::layer", lib=LAYER)
+def _(x, h_0, c_0, weights, lengths, resets, variant, bias, projection, strategy, recompute, states):  # type: ignore[no-untyped-def]
+    spec = LSTMSpec.parse(variant)
+    shapes = layer.result_shapes(x, c_0, group(weights, spec, bias, projection), spec, layer.Keep(False, False, states))
+    return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes[:4])
 
 
 class LSTMLayerFunction(torch.autograd.Function):
@@ -171,7 +244,8 @@ class LSTMLayerFunction(torch.autograd.Function):
         call: Call, recompute: bool, states: bool, lengths: Optional[Tensor], resets: Optional[Tensor],
         x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return layer_forward(x, h_0, c_0, weights, lengths, resets, *call, True, recompute, states)
+        run = forward_pass if unwatched((x, h_0, c_0, *weights)) else layer_forward
+        return run(x, h_0, c_0, weights, lengths, resets, *call, True, recompute, states)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -190,12 +264,15 @@ class LSTMLayerFunction(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         inputs = (x, h_0, c_0, *weights)
-        if transforms.differentiated_again((*inputs, *grads), hidden, ctx.recorder):
-            computed = iter(differentiable_gradients(grads, inputs, needs, ctx.call, lengths, resets))
+        if transforms.beyond_operators((*inputs, *grads), hidden, ctx.recorder):
+            computed = iter(differentiable_gradients(grads, inputs, needs, ctx.call, (1, len(h_0)), lengths, resets))
             return (None,) * 5 + tuple(computed)
         saved = (x, h_0, c_0, weights, lengths, resets, hidden, gates, cells)
+        run: Callable[..., list[Tensor]] = layer_backward
+        if unwatched([t for t in (*inputs, *grads) if t is not None]):
+            run = backward_pass
         with torch.no_grad():  # torch.func's tensors require gradients even here
-            computed = iter(layer_backward(*grads, *saved, *ctx.call, needs))
+            computed = iter(run(*grads, *saved, *ctx.call, needs))
         return (None,) * 5 + tuple(next(computed) if needed else None for needed in needs)
 
 
@@ -204,14 +281,16 @@ def differentiable_gradients(
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
     call: Call,
+    layers: tuple[int, int],
     lengths: Optional[Tensor] = None,
     resets: Optional[Tensor] = None,
     packing: Optional[Packing] = None,
 ) -> list[Optional[Tensor]]:
-    """Gradients that can be differentiated again: those of the reference, recomputed.
+    """Gradients that can be differentiated again, or in a batch: those of the reference, recomputed.
 
     - grads: of output, h_n, c_n and every c_t, None where zero
     - inputs: x, h_0, c_0 and the flat weights; `needs` says whose gradient is wanted
+    - layers: how many there are, and how many directions each has
     - packing: how x and output are packed, if they are
     """
     spec = LSTMSpec.parse(call.variant)
@@ -222,39 +301,41 @@ def differentiable_gradients(
         left = iter(wanted)
         x, h_0, c_0, *flat = (next(left) if needed else t for t, needed in zip(inputs, needs, strict=True))
         grouped = group(flat, spec, call.bias, call.projection)
+        L, D = layers
         steps = lengths
         if packing is not None:
             x, steps = packing.pad(x), packing.lengths
-        output, h_n, c_n, cells = reference_layer(x, h_0, c_0, grouped, spec, steps, resets)
+        stack = [grouped[n : n + D] for n in range(0, L * D, D)]
+        output, h_n, c_n, cells = reference_layers(x, h_0, c_0, stack, spec, steps, resets)
         every = (packing.pack(output) if packing is not None else output, h_n, c_n, cells)
         return [every[n] for n in given]
 
     # Views: the graph from the gradients back to the inputs must start at tensors of this call alone. A tensor whose
     # gradient only a transform wanted that has ended requires none any more.
+    again = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
         views = [t.view_as(t) for t, needed in zip(inputs, needs, strict=True) if needed]
         wanted = [t if t.requires_grad or transforms.active() else t.detach().requires_grad_() for t in views]
         if transforms.active():
             computed = iter(torch.func.vjp(results, *wanted)[1]([grads[n] for n in given]))
             return [next(computed) if needed else None for needed in needs]
-        return gradients_where_needed(results(*wanted), [grads[n] for n in given], wanted, needs, create_graph=True)
+        return gradients_where_needed(results(*wanted), [grads[n] for n in given], wanted, needs, create_graph=again)
 
 
-def reference_layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec,
+def reference_layers(
+    x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], spec: LSTMSpec,
     lengths: Optional[Tensor], resets: Optional[Tensor],
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `lstm_layer` with states, by the reference, for what differentiates in other ways than the operators do.
 
     In the accumulator type, like the operators, and whatever autocast is around.
     """
     dtype = accumulator_dtype(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        wide = [w.map(lambda weight: weight.to(dtype)) for w in weights]
-        output, cells, h_n, c_n = reference.layer_states(
-            x.to(dtype), h_0.to(dtype), c_0.to(dtype), wide, spec, lengths, resets
-        )
-    return tuple(result.to(x.dtype) for result in (output, h_n, c_n, cells))
+        wide = [[w.map(lambda weight: weight.to(dtype)) for w in weights] for weights in layers]
+        results = reference.lstm(x.to(dtype), h_0.to(dtype), c_0.to(dtype), wide, spec, lengths, resets)
+    output, h_n, c_n, cells = (result.to(x.dtype) for result in results)
+    return output, h_n, c_n, cells
 
 
 def gradients_where_needed(

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+from lstm_triton_kernels.plan import SUPPORTED_DTYPES
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
@@ -89,17 +90,22 @@ def packed(input: Tensor | PackedSequence) -> None:
         raise RuntimeError(f"a PackedSequence with batch_sizes of {sum(sizes)} in all has {len(data)} rows of data")
 
 
-def lengths(lengths: Any, B: int, packed: bool) -> None:
-    """The lengths of the rows, but for their values. Raises TypeError or ValueError."""
+def lengths(lengths: Any, B: int, packed: bool) -> Tensor | None:
+    """The lengths of the rows as a tensor, checked but for their values. Raises TypeError or ValueError."""
     if lengths is None:
-        return
+        return None
     if packed:
         raise ValueError("a PackedSequence has the lengths of its rows: lengths go with a padded input")
+    if isinstance(lengths, (list, tuple)):
+        if not all(isinstance(length, int) and not isinstance(length, bool) for length in lengths):
+            raise TypeError(f"lengths should be integers, got: {lengths}")
+        lengths = torch.tensor(lengths, dtype=torch.int64)
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"lengths should be a Tensor of int32 or int64, got: {kind}")
+        raise TypeError(f"lengths should be a list of integers or a Tensor of int32 or int64, got: {kind}")
     if tuple(lengths.shape) != (B,):
         raise ValueError(f"Expected lengths size {(B,)}, one for each row, got {list(lengths.shape)}")
+    return lengths
 
 
 def resets(resets: Any, T: int, B: int, batched: bool, batch_first: bool) -> None:
@@ -114,31 +120,45 @@ def resets(resets: Any, T: int, B: int, batched: bool, batch_first: bool) -> Non
         raise ValueError(f"Expected resets size {expected}, one for each step of each row, got {list(resets.shape)}")
 
 
-def same_device(input: Tensor, others: Sequence[Tensor], what: str) -> None:
-    """Raises RuntimeError in ATen's words ("Input and `what` tensors are not ...") unless all are on one device."""
-    for tensor in others:
-        if tensor.device != input.device:
-            raise RuntimeError(
-                f"Input and {what} tensors are not at the same device, found input tensor at {input.device} "
-                f"and {what} tensor at {tensor.device}"
-            )
+def same_device(input: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Raises RuntimeError in ATen's words ("Input and hidden tensors are not ...") unless all are on one device."""
+    device = input.device
+    for what, tensors in (("hidden", states), ("parameter", parameters)):
+        for tensor in tensors:
+            if tensor.device != device:
+                raise RuntimeError(
+                    f"Input and {what} tensors are not at the same device, found input tensor at {device} "
+                    f"and {what} tensor at {tensor.device}"
+                )
 
 
-def same_dtype(input: Tensor, others: Sequence[Tensor], what: str) -> None:
+def same_dtype(input: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
     """Raises RuntimeError in ATen's words unless all are of one type."""
-    for tensor in others:
-        if tensor.dtype != input.dtype:
-            raise RuntimeError(
-                f"Input and {what} tensors are not the same dtype, found input tensor with {input.dtype} "
-                f"and {what} tensor with {tensor.dtype}"
-            )
+    dtype = input.dtype
+    for what, tensors in (("hidden", states), ("parameter", parameters)):
+        for tensor in tensors:
+            if tensor.dtype != dtype:
+                raise RuntimeError(
+                    f"Input and {what} tensors are not the same dtype, found input tensor with {dtype} "
+                    f"and {what} tensor with {tensor.dtype}"
+                )
 
 
-def weight_shapes(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Explicit parameters against what the variant asks for. Raises RuntimeError naming the first that is off."""
-    for name, shape in shapes.items():
-        if tuple(weights[name].shape) != shape:
-            raise RuntimeError(f"Expected {name} size {shape}, got {list(weights[name].shape)}")
+def computed_dtype(dtype: torch.dtype) -> None:
+    """Raises TypeError for a type that neither the kernels nor the written-out steps compute."""
+    if dtype not in SUPPORTED_DTYPES:
+        raise TypeError(
+            f"an LSTM of {dtype} is not supported here: the library computes {', '.join(map(str, SUPPORTED_DTYPES))}; "
+            "complex types only where torch.nn.LSTM's own operator serves (on a CPU, without peepholes, lengths, "
+            "resets, cell states, torch.compile and torch.func)"
+        )
+
+
+def weight_shapes(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """The shapes of explicit parameters against what the variant asks for. Raises RuntimeError naming the first off."""
+    for name, shape in expected.items():
+        if tuple(given[name]) != shape:
+            raise RuntimeError(f"Expected {name} size {shape}, got {list(given[name])}")
 
 
 def lstm_input_dimensions(input: Tensor | PackedSequence) -> None:
@@ -195,13 +215,22 @@ def sequence_length(T: int) -> None:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
 
-def cell_dimensions(input: Tensor, hx: tuple[Tensor, Tensor] | None) -> None:
-    """Raises ValueError unless the input is (B, I) or (I,) and each state 1-D or 2-D."""
+def cell_arguments(input: Tensor, hx: tuple[Tensor, Tensor] | None) -> None:
+    """Raises ValueError unless the input is (B, I) or (I,) and each state 1-D or 2-D; and unless there are two states.
+
+    TypeError for a tensor in place of the two, RuntimeError for another number of them, as `torch.nn.LSTMCell`.
+    """
     if input.dim() not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    for n, state in enumerate(hx or ()):
+    if hx is None:
+        return
+    if isinstance(hx, Tensor) and input.dim() == 2:
+        raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+    for n, state in enumerate(hx):
         if state.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected hx[{n}] to be 1D or 2D, got {state.dim()}D instead")
+    if len(hx) != 2:
+        raise RuntimeError("lstm_cell expects two hidden states")
 
 
 def cell_sizes(input: Tensor, hx: tuple[Tensor, Tensor], input_size: int, hidden_size: int) -> None:

@@ -7,15 +7,17 @@ D directions, G gate blocks, Q peephole blocks. The equations stand in `lstm_tri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from lstm_triton_kernels.gpus import gpu_of
+from lstm_triton_kernels.plan import accumulator_dtype, matmul_precision
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import aten, autograd, checks, dispatch, selection, transforms
+from lstm_triton import aten, autograd, checks, dispatch, reference, selection, transforms
 from lstm_triton.layer import beyond
 from lstm_triton.layout import Layout
 from lstm_triton.ragged import Packing, all_full, checked_lengths, without_waiting
@@ -48,32 +50,49 @@ def lstm_cell(
     Raises ValueError or RuntimeError as `torch.nn.LSTMCell` does for sizes and types that do not fit; RuntimeError
     where the backend asked for cannot run, and for parameters that are sharded; ValueError for an unknown variant.
     """
-    spec = LSTMSpec(coupled, peephole, output_peephole)
+    spec = LSTMSpec.of(coupled, peephole, output_peephole)
     weights = LSTMWeights(weight_ih, weight_hh, bias_ih, bias_hh, weight_ch=weight_ch)
-    H = weight_hh.size(-1)
-    present = weights.present()
-    checks.not_sharded(list(present.values()), lambda: list(present))
-    check_weights([weights], spec, [weight_ih.size(-1)], H, 0)
-    checks.cell_dimensions(input, hx)
+    flat = [w for w in weights if w is not None]
+    checks.not_sharded(flat, lambda: list(weights.present()))
+    I, H = input_and_hidden_size(spec, tuple([None if w is None else w.shape for w in weights]))  # noqa: E741
+    checks.cell_arguments(input, hx)
     batched = input.dim() == 2
     x = input if batched else input.unsqueeze(0)
     if hx is None:
-        zeros = x.new_zeros(x.size(0), H)
-        h, c = zeros, zeros
+        h = c = x.new_zeros(x.shape[0], H)
     else:
         h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-    checks.cell_sizes(x, (h, c), weight_ih.size(1), H)
-    x, h, c, (weights,) = autocast(x, h, c, [weights])
-    checks.cell_dtypes(x, (h, c, *weights.present().values()))
-    checks.same_device(x, (h, c), "hidden")
-    checks.same_device(x, tuple(weights.present().values()), "parameter")
+    checks.cell_sizes(x, (h, c), I, H)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, h, c, weights = x.to(dtype), h.to(dtype), c.to(dtype), weights.map(lambda w: w.to(dtype))
+        flat = [w for w in weights if w is not None]
+    checks.cell_dtypes(x, (h, c, *flat))
+    checks.same_device(x, (h, c), flat)
 
-    if dispatch.choose(x.device, x.dtype).name == "torch" and aten.serves_cell(x, spec):
-        h, c = aten.lstm_cell(x, h, c, weights)
+    if dispatch.choose(x.device, x.dtype).name == "torch":
+        h, c = cell_by_torch(x, h, c, weights, spec)
     else:
-        _, h_n, c_n, _ = run_layer(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), [weights], spec, Rows(), How())
+        run = (x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), [weights], spec)
+        _, h_n, c_n, _ = run_layer(*run, Rows(), Engine("auto", "triton"))
         h, c = h_n[0], c_n[0]
     return (h, c) if batched else (h[0], c[0])
+
+
+def cell_by_torch(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) -> tuple[Tensor, Tensor]:
+    """One step in PyTorch's own operators, x (B, I), h (B, P), c (B, H): its own cell, or the reference.
+
+    Autograd, torch.func and torch.compile see the operators themselves. The accumulator type as in the kernels.
+    """
+    if spec.standard and weights.weight_hr is None and aten.serves(x, spec):
+        return aten.lstm_cell(x, h, c, weights)
+    checks.computed_dtype(x.dtype)
+    dtype = accumulator_dtype(x.dtype)
+    if dtype == x.dtype:
+        return reference.cell(x, h, c, weights, spec)
+    with torch.autocast(x.device.type, enabled=False):
+        h_next, c_next = reference.cell(x.to(dtype), h.to(dtype), c.to(dtype), weights.map(lambda w: w.to(dtype)), spec)
+    return h_next.to(x.dtype), c_next.to(x.dtype)
 
 
 def lstm(
@@ -122,19 +141,13 @@ def lstm(
     the backend or strategy asked for cannot run, and for parameters that are sharded; ValueError for an unknown variant
     or strategy.
     """
-    spec = LSTMSpec(coupled, peephole, output_peephole)
-    selection.check_strategy(strategy)
+    spec = LSTMSpec.of(coupled, peephole, output_peephole)
+    selection.check_strategy(strategy, spec)
     checks.flag("recompute", recompute)
     checks.flag("return_cell_states", return_cell_states)
-    D = 2 if bidirectional else 1
-    L = num_layers
-    layers = group_layers(weights, spec, L, D, bias, proj_size)
+    L, D = num_layers, 2 if bidirectional else 1
     checks.not_sharded(weights, lambda: state_dict_names(spec, L, bidirectional, bias, proj_size))
-    first = layers[0][0]
-    I = first.weight_ih.size(-1)  # noqa: E741
-    P = first.weight_hh.size(-1)
-    H = first.weight_hh.size(0) // len(spec.gates)
-    check_weights([w for layer in layers for w in layer], spec, [I] * D + [D * P] * (D * (L - 1)), H, proj_size)
+    I, H, P = stack_sizes(spec, L, D, bias, proj_size, tuple([w.shape for w in weights]))  # noqa: E741
 
     checks.lstm_input_dimensions(input)
     checks.packed(input)
@@ -142,22 +155,22 @@ def lstm(
     x = layout.sequence(input.data if isinstance(input, PackedSequence) else input)
     if hx is not None:
         checks.lstm_state_dimensions(hx, layout.batched)
-    checks.lstm_dtype(x, first.weight_ih.dtype, autocast_dtype(x) is not None)
+    dtype = autocast_dtype(x)
+    checks.lstm_dtype(x, weights[0].dtype, dtype is not None)
     checks.lstm_features(x, I)
     if hx is None:
-        h_0, c_0 = x.new_zeros(D * L, layout.B, P), x.new_zeros(D * L, layout.B, H)
+        h_0 = x.new_zeros(D * L, layout.B, P)
+        c_0 = h_0 if P == H else x.new_zeros(D * L, layout.B, H)
     else:
         checks.lstm_states(hx, ((D * L, layout.B, P), (D * L, layout.B, H)), layout.batched)
         h_0, c_0 = layout.state(hx[0]), layout.state(hx[1])
-    checks.same_device(x, (h_0, c_0), "hidden")
-    checks.same_device(x, weights, "parameter")
+    checks.same_device(x, (h_0, c_0), weights)
     checks.sequence_length(layout.T)
-    checks.lengths(lengths, layout.B, packed=layout.packed is not None)
+    lengths = checks.lengths(lengths, layout.B, packed=layout.packed is not None)
     checks.resets(resets, layout.T, layout.B, layout.batched, batch_first)
-    x, h_0, c_0, cast = autocast(x, h_0, c_0, [w for layer in layers for w in layer])
-    layers = [cast[n : n + D] for n in range(0, D * L, D)]
-    checks.same_dtype(x, (h_0, c_0), "hidden")
-    checks.same_dtype(x, [p for layer in layers for w in layer for p in w.present().values()], "parameter")
+    if dtype is not None:
+        x, h_0, c_0, weights = x.to(dtype), h_0.to(dtype), c_0.to(dtype), [w.to(dtype) for w in weights]
+    checks.same_dtype(x, (h_0, c_0), weights)
     rows = Rows(layout.packing, lengths, resets)
     selection.check_runnable(strategy, x.device, x.dtype, spec, rows.beyond_torch(return_cell_states))
     if resets is not None:
@@ -169,20 +182,17 @@ def lstm(
         rows = rows._replace(lengths=lengths)
         x = x.masked_fill(beyond(lengths, layout.T), 0)
 
-    last_h, last_c = [], []
-    for n, layer in enumerate(layers):
-        if n > 0 and dropout > 0 and training:
-            if layout.packing is not None and x.dim() == 3:
-                x = layout.packing.pack(x)  # as many random numbers as `torch.nn.LSTM` draws
-            x = F.dropout(x, dropout)
-        states = slice(n * D, (n + 1) * D)
-        how = How(strategy, recompute, return_cell_states and n == L - 1)
-        x, h_n, c_n, cell_states = run_layer(x, h_0[states], c_0[states], layer, spec, rows, how)
-        last_h.append(h_n)
-        last_c.append(c_n)
-    h_n, c_n = (last_h[0], last_c[0]) if L == 1 else (torch.cat(last_h), torch.cat(last_c))
+    engine = choose_engine(strategy, x, h_0, c_0, weights, D, spec, rows, return_cell_states, recompute)
+    drop = dropout if training and L > 1 else 0.0
+    cell_states = None
+    if engine.operator and (drop == 0 or x.device.type == "cpu"):
+        options = aten.Options(bias, L, drop, bidirectional, layout.packing)
+        x, h_n, c_n = aten.lstm(x, h_0, c_0, aten.standard_weights(weights, spec), options)
+    else:
+        layers = group_layers(weights, spec, D, bias, proj_size)
+        x, h_n, c_n, cell_states = run_layers(x, h_0, c_0, layers, spec, rows, engine, drop, return_cell_states)
     result = (layout.user_sequence(x), (layout.user_state(h_n), layout.user_state(c_n)))
-    return (*result, layout.user_sequence(cell_states)) if return_cell_states else result
+    return (*result, layout.user_sequence(cell_states)) if cell_states is not None else result
 
 
 class Rows(NamedTuple):
@@ -198,98 +208,203 @@ class Rows(NamedTuple):
         return ", ".join(name for name, present in asked.items() if present) or None
 
 
-class How(NamedTuple):
-    """How a layer is computed, as in `lstm`; states: whether every c_t is wanted of it."""
+class Engine(NamedTuple):
+    """Who computes the layers of a call.
 
-    strategy: str = "auto"
+    - strategy: of the library's own kernels, as in `lstm`; "torch" for the steps that are written out; "aten" for
+      PyTorch's own LSTM inside of the operator of a layer, which torch.compile does not look into
+    - backend: "triton" or "torch"
+    - operator: PyTorch's own LSTM computes instead, in a call of its own
+    - recompute: as in `lstm`
+    """
+
+    strategy: str
+    backend: str
+    operator: bool = False
     recompute: bool = False
-    states: bool = False
+
+
+def choose_engine(
+    strategy: str, x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], D: int, spec: LSTMSpec, rows: Rows,
+    states: bool, recompute: bool,
+) -> Engine:  # fmt: skip
+    """Who computes a call whose arguments are right. Raises RuntimeError where a backend asked for cannot run.
+
+    Raises TypeError for a type that the library does not compute, unless PyTorch's own operator computes the call.
+    """
+    backend = dispatch.choose(x.device, x.dtype).name if strategy == "auto" else "triton"
+    operator = strategy == "cudnn" or (
+        strategy == "auto"
+        and aten.serves(x, spec)
+        and rows.beyond_torch(states) is None
+        and not transforms.active()
+        and not transforms.forward_mode()
+        and (backend == "torch" or prefers_cudnn(x, h_0, c_0, weights, D, spec, rows))
+    )
+    if operator and torch.compiler.is_compiling() and not leaves_operator(x, rows):
+        # Of a packing PyTorch's operator would read the batch sizes while it is traced.
+        opaque = rows.packing is None and not transforms.unfit_for_operators()
+        return Engine("aten" if opaque else "torch", backend, recompute=recompute)
+    if not operator:
+        checks.computed_dtype(x.dtype)
+    return Engine("torch" if backend == "torch" else strategy, backend, operator, recompute=recompute)
+
+
+def leaves_operator(x: Tensor, rows: Rows) -> bool:
+    """Whether torch.export is at work, and its program can hold PyTorch's operator, as that of `torch.nn.LSTM` does.
+
+    Such a program needs nothing of this library. A number of steps that is not fixed the operator would fix.
+    """
+    in_place = transforms.exporting() and not torch.compiler.is_dynamo_compiling() and rows.packing is None
+    return in_place and isinstance(x.shape[0], int)
+
+
+def prefers_cudnn(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], D: int, spec: LSTMSpec, rows: Rows
+) -> bool:
+    """Whether `auto` leaves the layers to cuDNN: not where the kernels were asked for, nor where it does not serve."""
+    if dispatch.requested() == "triton" or selection.why_not_cudnn(x.device, spec) is not None or c_0.shape[1] == 0:
+        return False
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *weights))
+    T = x.shape[0] if rows.packing is None else rows.packing.T
+    B, H = c_0.shape[1:]
+    ragged = rows.packing is not None and not rows.packing.full
+    layer = selection.Layer(spec, T, B, H, D, h_0.shape[2] != H, x.dtype, matmul_precision(), training, ragged)
+    return selection.strategy_of("auto", layer, gpu_of(x.device), cudnn_may=True).name == "cudnn"
+
+
+def run_layers(
+    x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], spec: LSTMSpec, rows: Rows,
+    engine: Engine, dropout: float, states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """A stack, layer by layer: output, h_n, c_n as in `lstm`, and every c_t of the last layer if `states`, else None.
+
+    Sequences are (T, B, F), or with a packing perhaps (N, F).
+    """
+    D = len(layers[0])
+    last_h, last_c = [], []
+    cell_states = None
+    for n, weights in enumerate(layers):
+        if n > 0 and dropout > 0:
+            if rows.packing is not None and x.dim() == 3:
+                x = rows.packing.pack(x)  # as many random numbers as `torch.nn.LSTM` draws
+            x = F.dropout(x, dropout)
+        own = slice(n * D, (n + 1) * D)
+        wanted = states and n == len(layers) - 1
+        x, h_n, c_n, every = run_layer(x, h_0[own], c_0[own], weights, spec, rows, engine, wanted)
+        cell_states = every if wanted else None
+        last_h.append(h_n)
+        last_c.append(c_n)
+    if len(layers) == 1:
+        return x, last_h[0], last_c[0], cell_states
+    return x, torch.cat(last_h), torch.cat(last_c), cell_states
 
 
 def run_layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, rows: Rows, how: How
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, rows: Rows, engine: Engine,
+    states: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """One layer by the chosen backend and strategy: output, h_n, c_n, and every c_t (empty unless wanted).
+    """One layer: output, h_n, c_n, and every c_t (empty unless `states`).
 
     x (T, B, I), finite beyond a length, h_0 (D, B, P), c_0 (D, B, H). With a packing x may be (N, I), and output is
     packed if PyTorch's own operator computed it: so the next layer will take it.
     """
-    backend = dispatch.choose(x.device, x.dtype).name if how.strategy == "auto" else "triton"
-    if rows.beyond_torch(how.states) is None and aten_computes(backend, x, h_0, c_0, weights, spec, rows, how):
+    if engine.operator:
         if rows.packing is not None and x.dim() == 3:
             x = rows.packing.pack(x)
-        return (*aten.lstm_layer(x, h_0, c_0, weights, rows.packing), x.new_empty(0))
+        options = aten.layer_options(weights)._replace(packing=rows.packing)
+        flat = aten.standard_weights(aten.flat_weights(weights), spec)
+        return (*aten.lstm(x, h_0, c_0, flat, options), x.new_empty(0))
+    if engine.strategy == "torch" and rows == Rows() and not states and x.shape[0] == 1:
+        return (*single_step(x[0], h_0, c_0, weights, spec), x.new_empty(0))
     lengths = rows.lengths
     if rows.packing is not None:
         x, lengths = rows.packing.pad(x) if x.dim() == 2 else x, rows.packing.lengths
-    inputs = (x, h_0, c_0, weights, spec)
-    if transforms.unfit_for_operators():
-        if how.strategy != "auto" or dispatch.requested() == "triton":
-            raise RuntimeError(
-                "forward-mode differentiation, and torch.func inside of torch.compile, are for strategy 'auto' with "
-                "backend 'auto' or 'torch'"
-            )
-        output, h_n, c_n, states = autograd.reference_layer(*inputs, lengths, rows.resets)
-    else:
-        strategy = "torch" if backend == "torch" else how.strategy
-        output, h_n, c_n, states = autograd.lstm_layer(
-            *inputs, strategy, how.recompute, lengths, rows.resets, how.states
+    if not transforms.unfit_for_operators():
+        how = (engine.strategy, engine.recompute, lengths, rows.resets, states)
+        return autograd.lstm_layer(x, h_0, c_0, weights, spec, *how)
+    if engine.strategy not in ("auto", "torch") or dispatch.requested() == "triton":
+        raise RuntimeError(
+            "forward-mode differentiation, and torch.func inside of torch.compile, are for strategy 'auto' with "
+            "backend 'auto' or 'torch'"
         )
-    return output, h_n, c_n, states
+    return autograd.reference_layers(x, h_0, c_0, [weights], spec, lengths, rows.resets)
 
 
-def aten_computes(
-    backend: str, x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, rows: Rows,
-    how: How,
-) -> bool:  # fmt: skip
-    """Whether PyTorch's own operator computes a layer that it could compute."""
-    if backend == "torch":
-        return aten.serves(x, spec)
-    return how.strategy == "cudnn" or (how.strategy == "auto" and prefers_cudnn(x, h_0, c_0, weights, spec, rows))
-
-
-def prefers_cudnn(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, rows: Rows
-) -> bool:
-    """Whether `auto` leaves the layer to cuDNN: not where the kernels were asked for, nor where it does not serve."""
-    if not aten.serves(x, spec) or dispatch.requested() == "triton":
-        return False
-    if selection.why_not_cudnn(x.device, spec) is not None or c_0.shape[1] == 0:
-        return False
-    tensors = (x, h_0, c_0, *(w for direction in weights for w in direction.present().values()))
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    layer = selection.layer_of(
-        x, c_0, weights, spec, training, ragged=rows.packing is not None and not rows.packing.full
-    )
-    if rows.packing is not None:
-        layer = layer._replace(T=rows.packing.T)
-    return selection.strategy_of("auto", layer, gpu_of(x.device), cudnn_may=True).name == "cudnn"
+def single_step(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer of one step in PyTorch's own operators: x (B, I) -> output (1, B, D·P), h_n (D, B, P), c_n (D, B, H)."""
+    steps = [cell_by_torch(x, h_0[n], c_0[n], w, spec) for n, w in enumerate(weights)]
+    hidden, cells = zip(*steps, strict=True)
+    return torch.cat(hidden, -1).unsqueeze(0), torch.stack(hidden), torch.stack(cells)
 
 
 def group_layers(
-    weights: Sequence[Tensor], spec: LSTMSpec, L: int, D: int, bias: bool, proj_size: int
+    weights: Sequence[Tensor], spec: LSTMSpec, D: int, bias: bool, proj_size: int
 ) -> list[list[LSTMWeights]]:
-    """The flat list of parameters by layer and direction. Raises ValueError for a wrong number of them."""
+    """The flat list of parameters by layer and direction."""
+    groups = autograd.group(weights, spec, bias, proj_size > 0)
+    return [groups[n : n + D] for n in range(0, len(groups), D)]
+
+
+def stack_sizes(
+    spec: LSTMSpec, L: int, D: int, bias: bool, proj_size: int, shapes: tuple[torch.Size, ...]
+) -> tuple[int, int, int]:
+    """I, H and P of a stack from the shapes of its parameters, in the order of `lstm`.
+
+    Raises ValueError for a wrong number of them, RuntimeError naming the first whose shape does not fit the others.
+    """
+    check = stack_sizes_of if torch.compiler.is_compiling() else known_stack_sizes
+    return check(spec, L, D, bias, proj_size, shapes)
+
+
+def stack_sizes_of(
+    spec: LSTMSpec, L: int, D: int, bias: bool, proj_size: int, shapes: tuple[torch.Size, ...]
+) -> tuple[int, int, int]:
+    """As `stack_sizes`, looked at anew."""
     names = spec.parameter_names(bias, proj_size > 0)
-    if len(weights) != L * D * len(names):
+    if len(shapes) != L * D * len(names):
         raise ValueError(
             f"Expected {L * D * len(names)} weights ({', '.join(names)} for each of {L} layers and {D} directions), "
-            f"got {len(weights)}"
+            f"got {len(shapes)}"
         )
-    groups = autograd.group(weights, spec, bias, proj_size > 0)
-    return [groups[n : n + D] for n in range(0, L * D, D)]
+    I, H, P = sizes_of(spec, shapes[0], shapes[1])  # noqa: E741
+    for n in range(L * D):
+        expected = spec.parameter_shapes(I if n < D else D * P, H, bias, proj_size)
+        given = dict(zip(names, shapes[n * len(names) : (n + 1) * len(names)], strict=True))
+        checks.weight_shapes(given, expected)
+    return I, H, P
 
 
-def check_weights(
-    weights: Sequence[LSTMWeights], spec: LSTMSpec, input_sizes: Sequence[int], H: int, proj_size: int
-) -> None:
-    """The parameters of each direction against what the variant asks for. Raises ValueError or RuntimeError."""
-    for direction, input_size in zip(weights, input_sizes, strict=True):
-        present = direction.present()
-        shapes = spec.parameter_shapes(input_size, H, "bias_ih" in present, proj_size)
-        if set(present) != set(shapes):
-            raise ValueError(f"the variant {spec.name!r} takes {', '.join(shapes)}; given: {', '.join(present)}")
-        checks.weight_shapes(present, shapes)
+def input_and_hidden_size(spec: LSTMSpec, shapes: tuple[torch.Size | None, ...]) -> tuple[int, int]:
+    """I and H of a cell from the shapes of the fields of its LSTMWeights.
+
+    Raises ValueError for parameters that the variant does not take or lacks, RuntimeError naming the first whose shape
+    does not fit the others.
+    """
+    check = input_and_hidden_size_of if torch.compiler.is_compiling() else known_input_and_hidden_size
+    return check(spec, shapes)
+
+
+def input_and_hidden_size_of(spec: LSTMSpec, shapes: tuple[torch.Size | None, ...]) -> tuple[int, int]:
+    """As `input_and_hidden_size`, looked at anew."""
+    given = {name: shape for name, shape in zip(LSTMWeights._fields, shapes, strict=True) if shape is not None}
+    I, _, H = sizes_of(spec, given["weight_ih"], given["weight_hh"])  # noqa: E741
+    expected = spec.parameter_shapes(I, H, "bias_ih" in given)
+    if set(given) != set(expected):
+        raise ValueError(f"the variant {spec.name!r} takes {', '.join(expected)}; given: {', '.join(given)}")
+    checks.weight_shapes(given, expected)
+    return I, H
+
+
+def sizes_of(spec: LSTMSpec, weight_ih: torch.Size, weight_hh: torch.Size) -> tuple[int, int, int]:
+    """I, H and P as the shapes of the first weights say."""
+    return weight_ih[-1], weight_hh[0] // len(spec.gates), weight_hh[-1]
+
+
+known_stack_sizes = lru_cache(maxsize=1024)(stack_sizes_of)
+known_input_and_hidden_size = lru_cache(maxsize=1024)(input_and_hidden_size_of)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -298,17 +413,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def autocast(
-    x: Tensor, h: Tensor, c: Tensor, weights: Sequence[LSTMWeights]
-) -> tuple[Tensor, Tensor, Tensor, list[LSTMWeights]]:
-    """The same tensors, in autocast's type where autocast is active."""
-    dtype = autocast_dtype(x)
-    if dtype is None:
-        return x, h, c, list(weights)
-    cast = [direction.map(lambda weight: weight.to(dtype)) for direction in weights]
-    return x.to(dtype), h.to(dtype), c.to(dtype), cast
 
 
 def state_dict_names(spec: LSTMSpec, num_layers: int, bidirectional: bool, bias: bool, proj_size: int) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_triton import checks, functional, selection
@@ -14,11 +15,10 @@ from lstm_triton.spec import LSTMSpec, OutputPeephole, Peephole, state_dict_name
 
 
 class VariantModule(nn.Module):
-    """What cell and layer share: the variant, and the initial values of the parameters."""
+    """What cell and layer share: the variant, and what code around them does with a module of PyTorch's."""
 
     input_size: int
     hidden_size: int
-    bias: bool
     coupled: bool = False
     peephole: Peephole | None = None
     output_peephole: OutputPeephole = "previous"
@@ -29,7 +29,18 @@ class VariantModule(nn.Module):
     @property
     def spec(self) -> LSTMSpec:
         """The variant as one value."""
-        return LSTMSpec(self.coupled, self.peephole, self.output_peephole)
+        return LSTMSpec.of(self.coupled, self.peephole, self.output_peephole)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script asks for this. Raises RuntimeError: TorchScript has no operator of this library."""
+        way = (
+            "lstm_triton.convert.to_torch(model) makes it one that can be"
+            if self.spec.standard
+            else ("use torch.export, or torch.compile")
+        )
+        raise RuntimeError(
+            f"torch.jit.script does not take {type(self).__name__} of lstm_triton ({self.spec.name}): {way}"
+        )
 
     def reset_parameters(self, bound: float | None = None) -> None:
         """Draw every parameter from U(-bound, bound); by default bound = 1 / sqrt(hidden_size), as `torch.nn.LSTM`."""
@@ -45,7 +56,7 @@ class VariantModule(nn.Module):
         return text + (f", output_peephole={self.output_peephole!r}" if self.output_peephole != "previous" else "")
 
 
-class LSTMCell(VariantModule):
+class LSTMCell(VariantModule, nn.RNNCellBase):
     """One step of an LSTM: the interface of `torch.nn.LSTMCell`, with variants.
 
         a = W_ih x + b_ih + W_hh h + b_hh
@@ -74,8 +85,8 @@ class LSTMCell(VariantModule):
 
     weight_ih: Tensor
     weight_hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
+    bias_ih: Any  # a Parameter or None
+    bias_hh: Any
     weight_ch: Tensor | None
 
     def __init__(
@@ -90,8 +101,8 @@ class LSTMCell(VariantModule):
         peephole: Peephole | None = None,
         output_peephole: OutputPeephole = "previous",
     ) -> None:
-        super().__init__()
-        spec = LSTMSpec(coupled, peephole, output_peephole)
+        nn.Module.__init__(self)  # RNNCellBase would make the parameters of the standard variant
+        spec = LSTMSpec.of(coupled, peephole, output_peephole)
         self._set_variant(spec)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -105,8 +116,10 @@ class LSTMCell(VariantModule):
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """input (B, I) or (I,), hx = (h, c) each (B, H) or (H,), zeros if None -> (h', c').
 
-        Raises ValueError or RuntimeError as `torch.nn.LSTMCell` does.
+        Raises TypeError, ValueError or RuntimeError as `torch.nn.LSTMCell` does.
         """
+        if isinstance(input, Proxy):
+            return leaf(self, input, hx)
         return functional.lstm_cell(
             input,
             hx,
@@ -126,7 +139,7 @@ class LSTMCell(VariantModule):
         return f"{self.input_size}, {self.hidden_size}{bias}{self._variant_repr()}"
 
 
-class LSTM(VariantModule):
+class LSTM(VariantModule, nn.RNNBase):
     """A stack of LSTM layers over a whole sequence: the interface and checkpoints of `torch.nn.LSTM`, with variants.
 
     Each step computes what `LSTMCell` does; with a projection, h' = W_hr (o tanh(c')) (Sak et al. 2014).
@@ -173,11 +186,11 @@ class LSTM(VariantModule):
         strategy: str = "auto",
         recompute: bool = False,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # RNNBase would make the parameters of the standard variant
         checks.lstm_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        selection.check_strategy(strategy)
+        spec = LSTMSpec.of(coupled, peephole, output_peephole)
+        selection.check_strategy(strategy, spec)
         checks.flag("recompute", recompute)
-        spec = LSTMSpec(coupled, peephole, output_peephole)
         self._set_variant(spec)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -190,6 +203,7 @@ class LSTM(VariantModule):
         self.strategy = strategy
         self.recompute = recompute
         directions = 2 if bidirectional else 1
+        self._all_weights: list[list[str]] = []
         for layer in range(num_layers):
             size = input_size if layer == 0 else directions * (proj_size or hidden_size)
             shapes = spec.parameter_shapes(size, hidden_size, bias, proj_size)
@@ -197,6 +211,9 @@ class LSTM(VariantModule):
                 for name, shape in shapes.items():
                     parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                     self.register_parameter(state_dict_name(name, layer, direction), parameter)
+                self._all_weights.append([state_dict_name(name, layer, direction) for name in shapes])
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
         self.reset_parameters()
 
     def forward(
@@ -219,11 +236,13 @@ class LSTM(VariantModule):
 
         Raises as `functional.lstm` does.
         """
+        if isinstance(input, Proxy):
+            asked = dict(lengths=lengths, resets=resets, return_cell_states=return_cell_states)
+            return leaf(self, input, hx, **asked)
         return functional.lstm(
             input,
             hx,
-            # Not the property: in one, nn.Module reports a parameter that is gone as the property's own absence.
-            [getattr(self, name) for name in self._flat_weights_names],
+            self._current_weights(),
             num_layers=self.num_layers,
             bias=self.bias,
             dropout=self.dropout,
@@ -241,64 +260,45 @@ class LSTM(VariantModule):
             return_cell_states=return_cell_states,
         )
 
-    @property
-    def _flat_weights_names(self) -> list[str]:
-        return functional.state_dict_names(self.spec, self.num_layers, self.bidirectional, self.bias, self.proj_size)
+    def _current_weights(self) -> list[Tensor]:
+        """The parameters as they are now, in the order of `functional.lstm`.
 
-    @property
-    def _flat_weights(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor]) -> None:
-        # Code for dropped weights sets PyTorch's private list anew; here the attributes are all there is.
-        for name, weight in zip(self._flat_weights_names, weights, strict=True):
-            if getattr(self, name) is not weight:
-                setattr(self, name, weight)
-
-    @property
-    def all_weights(self) -> list[list[Tensor]]:
-        """The parameters, one list for each direction of each layer."""
-        flat = self._flat_weights
-        number = len(flat) // (self.num_layers * (2 if self.bidirectional else 1))
-        return [flat[n : n + number] for n in range(0, len(flat), number)]
+        They are what the attributes are, which may have been swapped in ways that `__setattr__` does not see
+        (functional_call, parametrize); an entry of PyTorch's private list `_flat_weights` that code set itself goes
+        before its attribute, as in `torch.nn.LSTM`.
+        """
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        if torch.compiler.is_compiling():
+            return weights
+        for n, (weight, held) in enumerate(zip(weights, self._flat_weights, strict=True)):
+            if weight is not held and isinstance(held, Tensor):
+                reference = self._flat_weight_refs[n] if self._flat_weight_refs else None
+                if reference is not None and reference() is weight:
+                    weights[n] = held
+        return weights
 
     def flatten_parameters(self) -> None:
-        """Nothing: the kernels take the parameters where they are. It is there for code that calls it."""
-
-    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """Raises RuntimeError or ValueError unless the input, 3-D or packed 2-D, fits, as `torch.nn.LSTM` does."""
-        checks.lstm_dtype(input, self._flat_weights[0].dtype, functional.autocast_dtype(input) is not None)
-        dimensions = 3 if batch_sizes is None else 2
-        if input.dim() != dimensions:
-            raise RuntimeError(f"input must have {dimensions} dimensions, got {input.dim()}")
-        checks.lstm_features(input, self.input_size)
-
-    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
-        """The size of h_0 for this input, (D·L, B, P)."""
-        layers, B, H = self.get_expected_cell_size(input, batch_sizes)
-        return layers, B, self.proj_size or H
+        """Move the parameters into one block of memory where that is what cuDNN wants: the standard variant on CUDA."""
+        if self.spec.standard:
+            super().flatten_parameters()
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
         """The size of c_0 for this input, (D·L, B, H)."""
         B = int(batch_sizes[0]) if batch_sizes is not None else input.size(0 if self.batch_first else 1)
         return self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size
 
-    def check_hidden_size(
-        self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = "Expected hidden size {}, got {}"
+    def check_forward_args(  # type: ignore[override]
+        self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
     ) -> None:
-        """Raises RuntimeError unless the state has the expected size."""
-        if tuple(hx.size()) != expected_hidden_size:
-            raise RuntimeError(msg.format(expected_hidden_size, list(hx.size())))
-
-    def check_forward_args(self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
         """Raises RuntimeError or ValueError unless the input and both states fit. `forward` checks this, and more."""
         self.check_input(input, batch_sizes)
         expected = (self.get_expected_hidden_size(input, batch_sizes), self.get_expected_cell_size(input, batch_sizes))
         for n, (state, size) in enumerate(zip(hidden, expected, strict=True)):
             self.check_hidden_size(state, size, f"Expected hidden[{n}] size {{}}, got {{}}")
 
-    def permute_hidden(self, hx: tuple[Tensor, Tensor], permutation: Tensor | None) -> tuple[Tensor, Tensor]:
+    def permute_hidden(  # type: ignore[override]
+        self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Both states with their rows in another order; as they are without one."""
         if permutation is None:
             return hx
@@ -313,6 +313,12 @@ class LSTM(VariantModule):
         how = f", strategy={self.strategy!r}" if self.strategy != "auto" else ""
         how += ", recompute=True" if self.recompute else ""
         return f"{self.input_size}, {self.hidden_size}{options}{self._variant_repr()}{how}"
+
+
+def leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Proxy:
+    """A call of the module in the graph of the torch.fx tracer that called it: a leaf, as PyTorch's modules are."""
+    tracer = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 class CoupledLSTM(LSTM):

@@ -170,12 +170,12 @@ def strategy_of(strategy: str, layer: Layer, gpu: GPU, cudnn_may: bool) -> Choic
     if strategy == "cudnn":
         return Choice("cudnn", "asked for")
     chosen = kernels(strategy, layer, gpu)
-    if strategy != "auto" or not cudnn_may or not layer.spec.standard:
+    if strategy != "auto" or not cudnn_may or layer.spec.peephole is not None:
         return chosen
     if chosen.name == "stepwise":
-        return Choice("cudnn", f"it has the standard variant, and the persistent kernels are out: {chosen.reason}")
+        return Choice("cudnn", f"it has this variant, and the persistent kernels are out: {chosen.reason}")
     dtype = recurrence(layer, False).rate
-    for shown in SHOWN_SLOWER:
+    for shown in SHOWN_SLOWER if layer.spec.standard else ():
         if shown.holds(layer, gpu, dtype):
             return Choice("cudnn", f"{shown.source} shows it to be faster here")
     return chosen
@@ -185,17 +185,19 @@ def why_not_cudnn(device: torch.device, spec: LSTMSpec) -> str | None:
     """What keeps `torch.nn.LSTM`'s own operator from computing a layer with cuDNN; None if nothing does."""
     if device.type != "cuda":
         return f"it computes on CUDA devices, not on {device.type}"
-    if not spec.standard:
-        return f"it has the standard variant alone, not {spec.name!r}"
+    if spec.peephole is not None:
+        return f"it has no peepholes, as {spec.name!r} has"
     if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
         return "cuDNN is not available, or switched off"
     return None
 
 
-def check_strategy(strategy: Any) -> None:
-    """Raises ValueError for an unknown name."""
+def check_strategy(strategy: Any, spec: LSTMSpec) -> None:
+    """Raises ValueError for an unknown name, and for a strategy that no device has for the variant."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    if strategy == "cudnn" and spec.peephole is not None:
+        raise ValueError(f"strategy 'cudnn' computes no peepholes, got the variant {spec.name!r}")
 
 
 def check_runnable(

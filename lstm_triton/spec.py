@@ -114,12 +114,20 @@ class LSTMSpec:
         return "+".join(part for part in parts if part) or "standard"
 
     @classmethod
+    def of(cls, coupled: bool, peephole: Peephole | None, output_peephole: OutputPeephole) -> LSTMSpec:
+        """The variant with these options, without building it again. Raises as the class does."""
+        if isinstance(coupled, bool) and isinstance(peephole, (str, type(None))) and isinstance(output_peephole, str):
+            known = BY_OPTIONS.get((coupled, peephole, output_peephole))
+            if known is not None:
+                return known
+        return cls(coupled, peephole, output_peephole)
+
+    @classmethod
     def parse(cls, name: str) -> LSTMSpec:
         """The variant of that `name`. Raises ValueError listing all names."""
-        for spec in VARIANTS:
-            if spec.name == name:
-                return spec
-        raise ValueError(f"variant must be one of {', '.join(spec.name for spec in VARIANTS)}, got {name!r}")
+        if name in BY_NAME:
+            return BY_NAME[name]
+        raise ValueError(f"variant must be one of {', '.join(BY_NAME)}, got {name!r}")
 
     def parameter_names(self, bias: bool = True, projection: bool = False) -> tuple[str, ...]:
         """The fields of LSTMWeights that the variant has, in `torch.nn.LSTM`'s order, the peephole last."""
@@ -166,6 +174,12 @@ VARIANTS: tuple[LSTMSpec, ...] = tuple(
     for output_peephole in (OUTPUT_PEEPHOLES if peephole else ("previous",))
 )
 """All ten variants."""
+
+STANDARD = VARIANTS[0]
+"""`torch.nn.LSTM`'s variant."""
+
+BY_NAME = {spec.name: spec for spec in VARIANTS}
+BY_OPTIONS = {(spec.coupled, spec.peephole, spec.output_peephole): spec for spec in VARIANTS}
 
 
 def state_dict_name(name: str, layer: int, direction: int) -> str:

@@ -1,8 +1,8 @@
-"""Whether a transform of torch.func, or forward-mode differentiation, is at work: not every path is made for them."""
+"""Whether torch.func, forward-mode differentiation or torch.export is at work: not every path is made for them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,15 @@ def _recorded_while_compiling() -> bool:
 _recorded_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def exporting() -> bool:
+    """Whether torch.export is at work."""
+    return torch.compiler.is_exporting()
+
+
+# Under torch 2.11 Dynamo takes is_exporting() to be true whenever it compiles; as a constant it is asked for real.
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def recorder() -> int | None:
     """The level of the innermost torch.func.grad or vjp, which records what is computed here; None without one."""
     if not active():
@@ -75,6 +84,19 @@ def differentiated_again(tensors: Iterable[Tensor | None], result: Tensor, own: 
         if levels:
             return True
     return any(t is not None and innermost(t).requires_grad for t in tensors)
+
+
+def beyond_operators(tensors: Sequence[Tensor | None], result: Tensor, own: int | None) -> bool:
+    """Whether a backward pass from these tensors is for the reference: it is differentiated again, or in a batch.
+
+    The batch of `is_grads_batched=True` and of `torch.autograd.functional` with `vectorize=True` is PyTorch's older
+    vmap, which asks no operator for its batching rule.
+    """
+    if differentiated_again(tensors, result, own):
+        return True
+    return not torch.compiler.is_compiling() and any(
+        t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors
+    )
 
 
 def wrappers(tensor: Tensor) -> Iterator[Tensor]:

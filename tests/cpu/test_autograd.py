@@ -52,7 +52,7 @@ def test_each_output_alone_carries_gradients(case, used):
 
 def test_what_needs_no_gradient_costs_none(case, monkeypatch):
     asked = []
-    backward = autograd.layer_backward
+    backward = autograd.backward_pass
 
     def spy(*arguments):
         asked.append(arguments[-1])
@@ -60,7 +60,7 @@ def test_what_needs_no_gradient_costs_none(case, monkeypatch):
         assert len(computed) == sum(arguments[-1])
         return computed
 
-    monkeypatch.setattr(autograd, "layer_backward", spy)
+    monkeypatch.setattr(autograd, "backward_pass", spy)
     monkeypatch.setattr(aten, "serves", lambda *_: False)
     inputs = random_inputs(case)
     for name, tensor in inputs.items():
@@ -75,7 +75,7 @@ def test_nothing_is_saved_without_gradients(monkeypatch):
     saved = []
     forward = autograd.layer.forward
     monkeypatch.setattr(autograd.layer, "forward", lambda *a, **k: saved.append(a[5].save) or forward(*a, **k))
-    layer = lstm_triton.LSTM(3, 4, coupled=True)
+    layer = lstm_triton.LSTM(3, 4, peephole="diagonal")
     x = torch.randn(2, 1, 3)
     with torch.no_grad():
         layer(x)
@@ -88,7 +88,7 @@ def test_nothing_is_saved_for_members_whose_gradient_nobody_asks(monkeypatch):
     saved = []
     forward = autograd.layer.forward
     monkeypatch.setattr(autograd.layer, "forward", lambda *a, **k: saved.append(a[5].save) or forward(*a, **k))
-    layer = lstm_triton.LSTM(3, 4, coupled=True)
+    layer = lstm_triton.LSTM(3, 4, peephole="diagonal")
     ensemble = {name: torch.stack([p, 2 * p]).detach() for name, p in layer.named_parameters()}
     x = torch.randn(2, 1, 3)
 
@@ -136,7 +136,7 @@ def test_an_output_changed_in_place_is_an_error_not_a_wrong_gradient(case):
     inputs = random_inputs(case)
     output = call(case, *inputs.values())[0]
     output.mul_(2)
-    if case.spec.standard:  # PyTorch's own LSTM does not read its output again in float64
+    if not case.spec.peephole:  # PyTorch's own LSTM does not read its output again in float64
         (gradient,) = torch.autograd.grad(output.sum(), inputs["x"])
         (expected,) = torch.autograd.grad(2 * call_reference(case, *inputs.values())[0].sum(), inputs["x"])
         torch.testing.assert_close(gradient, expected)
@@ -193,7 +193,7 @@ def test_gradients_to_be_differentiated_again_are_as_exact_as_others(spec, dtype
 
 
 def test_autocast_does_not_reach_into_gradients_to_be_differentiated_again():
-    layer, x = lstm_triton.LSTM(3, 4, coupled=True), torch.randn(5, 2, 3, requires_grad=True)
+    layer, x = lstm_triton.LSTM(3, 4, peephole="full"), torch.randn(5, 2, 3, requires_grad=True)
     output, _ = layer(x)
     (plain,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):

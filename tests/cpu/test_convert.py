@@ -312,10 +312,8 @@ def test_an_attribute_that_the_other_class_uses_is_refused():
     with pytest.raises(ValueError, match=r"the module \(LSTM\) has attributes.*rename spec, strategy$"):
         convert.from_torch(layer)
     assert type(layer) is nn.LSTM and layer.strategy == "mine"
-    ours = lstm_triton.LSTM(5, 8)
-    ours.register_buffer("_all_weights", torch.zeros(2))
-    with pytest.raises(ValueError, match="rename _all_weights"):
-        convert.to_torch(ours)
+    # The other way there is none: this library's module has every name of PyTorch's.
+    assert set(dir(nn.LSTM(5, 8))) <= set(dir(lstm_triton.LSTM(5, 8)))
 
 
 @pytest.mark.parametrize("convert_to", [convert.from_torch, convert.to_torch])

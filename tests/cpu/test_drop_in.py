@@ -174,8 +174,13 @@ def another_order(patch):
 
 
 def another_seed(patch):
-    dropout = torch.nn.functional.dropout
-    patch.setattr(torch.nn.functional, "dropout", lambda *a: (torch.rand(1), dropout(*a))[1])
+    def drawing(*arguments):
+        if arguments[4].dropout > 0:
+            torch.rand(1)
+        return forward(*arguments)
+
+    forward = lstm_triton.aten.lstm
+    patch.setattr(lstm_triton.aten, "lstm", drawing)
 
 
 def another_warning(patch):
@@ -201,13 +206,12 @@ def another_layout(patch):
 
 
 def another_gradient(patch):
-    backward = lstm_triton.aten.gradients_where_needed
+    def wrong(x, h_0, c_0, weights, options):
+        scaled = [w + 1e-4 * (w - w.detach()) for w in weights]  # the same values, other gradients
+        return forward(x, h_0, c_0, scaled, options)
 
-    def wrong(*arguments, **options):
-        gradients = backward(*arguments, **options)
-        return [None if g is None else g * (1 + 1e-4) for g in gradients]
-
-    patch.setattr(lstm_triton.aten, "gradients_where_needed", wrong)
+    forward = lstm_triton.aten.lstm
+    patch.setattr(lstm_triton.aten, "lstm", wrong)
 
 
 PLANTED = {

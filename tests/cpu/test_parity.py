@@ -86,4 +86,4 @@ def test_a_planted_fault_is_seen(fault, monkeypatch):
     monkeypatch.setattr(eager, "forward", wrong_forward)
     monkeypatch.setattr(eager, "backward", wrong_backward)
     with pytest.raises(AssertionError, match="beyond"):
-        assert_parity(Case(LSTMSpec(coupled=True)), "torch")
+        assert_parity(Case(LSTMSpec(peephole="diagonal")), "torch")

@@ -76,7 +76,7 @@ def test_the_users_choice_wins_or_is_an_error_and_auto_always_finds_something(si
     rather = obstacle or selection.why_rather_not_persistent(sizes, gpu)
     assert chosen == (("persistent", FITS) if rather is None else ("stepwise", rather))
     best = selection.strategy_of("auto", sizes, gpu, cudnn_may)
-    if cudnn_may and sizes.spec.standard and chosen.name == "stepwise":
+    if cudnn_may and sizes.spec.peephole is None and chosen.name == "stepwise":
         assert best.name == "cudnn" and best.reason.endswith(chosen.reason)
     else:
         assert best == chosen
@@ -151,18 +151,21 @@ NO_PLAN = [fields for fields, _ in OBSTACLES + SLOW if "spec" not in fields] + [
 
 
 @pytest.mark.parametrize("fields", NO_PLAN, ids=str)
-def test_auto_takes_cudnn_for_the_standard_variant_alone(fields):
+def test_auto_takes_cudnn_for_variants_without_peepholes_alone(fields):
     chosen = selection.strategy_of("auto", of(fields), H100, cudnn_may=True)
     assert chosen.name == "cudnn"
-    assert "the standard variant" in chosen.reason
+    assert chosen.reason.startswith("it has this variant, and the persistent kernels are out: ")
     assert chosen.reason.endswith(selection.kernels("auto", of(fields), H100).reason)
     assert selection.strategy_of("auto", of(fields), H100, cudnn_may=False).name == "stepwise"
     for spec in VARIANTS:
-        if not spec.standard:
-            variant = of(fields | dict(spec=spec))
-            chosen = selection.strategy_of("auto", variant, H100, cudnn_may=True)
-            assert chosen == selection.kernels("auto", variant, H100)
-            assert chosen.name == "stepwise" or (fields == dict(H=2048) and spec.coupled)  # three gates fit
+        variant = of(fields | dict(spec=spec))
+        kernels = selection.kernels("auto", variant, H100)
+        assert kernels.name == "stepwise" or (fields == dict(H=2048) and spec.coupled)  # three gates fit
+        chosen = selection.strategy_of("auto", variant, H100, cudnn_may=True)
+        if spec.peephole is None and kernels.name == "stepwise":
+            assert chosen.name == "cudnn"
+        else:
+            assert chosen == kernels
 
 
 SHOWN = Slower("H100", "bfloat16", (512, 1000), (8, 16), training=False, source="h100-1.csv")
@@ -252,9 +255,8 @@ def test_what_keeps_cudnn_from_running(cudnn, monkeypatch):
     assert selection.why_not_cudnn(CUDA, STANDARD) is None
     assert selection.why_not_cudnn(CPU, STANDARD) == "it computes on CUDA devices, not on cpu"
     for spec in VARIANTS:
-        if not spec.standard:
-            wanted = f"it has the standard variant alone, not {spec.name!r}"
-            assert selection.why_not_cudnn(CUDA, spec) == wanted
+        wanted = f"it has no peepholes, as {spec.name!r} has" if spec.peephole else None
+        assert selection.why_not_cudnn(CUDA, spec) == wanted
     with torch.backends.cudnn.flags(enabled=False):
         assert selection.why_not_cudnn(CUDA, STANDARD) == "cuDNN is not available, or switched off"
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
@@ -303,8 +305,9 @@ def test_cudnn_and_auto_need_no_kernels(capability, cudnn, monkeypatch):
     selection.check_runnable("cudnn", CUDA, torch.float32, STANDARD)
     with lstm_triton.backend("torch"):
         selection.check_runnable("cudnn", CUDA, torch.float32, STANDARD)
-    with pytest.raises(RuntimeError, match=r"^strategy 'cudnn' cannot run here: it has .* not 'coupled'"):
-        selection.check_runnable("cudnn", CUDA, torch.float32, COUPLED)
+    selection.check_runnable("cudnn", CUDA, torch.float32, COUPLED)
+    with pytest.raises(RuntimeError, match=r"^strategy 'cudnn' cannot run here: it has no peepholes, as 'full"):
+        selection.check_runnable("cudnn", CUDA, torch.float32, FULL_CURRENT)
     for device in (CPU, CUDA):
         selection.check_runnable("auto", device, torch.complex64, COUPLED)
 
@@ -341,7 +344,7 @@ def test_unknown_strategies_list_what_exists():
     module, x = lstm_triton.LSTM(3, 4), torch.zeros(2, 1, 3)
     for unknown in ("fast", "", None, "Persistent", 3):
         with pytest.raises(ValueError, match=said + re.escape(repr(unknown))):
-            selection.check_strategy(unknown)
+            selection.check_strategy(unknown, STANDARD)
         with pytest.raises(ValueError, match=said):
             functional.lstm(x, None, list(module.parameters()), strategy=unknown)
         with pytest.raises(ValueError, match=said):
@@ -350,8 +353,22 @@ def test_unknown_strategies_list_what_exists():
     with pytest.raises(ValueError, match=said):
         module(x)
     for known in selection.STRATEGIES:
-        selection.check_strategy(known)
+        selection.check_strategy(known, STANDARD)
         assert lstm_triton.LSTM(3, 4, strategy=known).strategy == known
+
+
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
+def test_cudnn_is_refused_for_peepholes_when_the_module_is_built(spec):
+    options = dict(coupled=spec.coupled, peephole=spec.peephole, output_peephole=spec.output_peephole)
+    if spec.peephole is None:
+        assert lstm_triton.LSTM(3, 4, strategy="cudnn", **options).strategy == "cudnn"
+        return
+    refused = re.escape(f"strategy 'cudnn' computes no peepholes, got the variant {spec.name!r}")
+    with pytest.raises(ValueError, match=refused):
+        lstm_triton.LSTM(3, 4, strategy="cudnn", **options)
+    module = lstm_triton.LSTM(3, 4, **options)
+    with pytest.raises(ValueError, match=refused):
+        functional.lstm(torch.zeros(2, 1, 3), None, list(module.parameters()), strategy="cudnn", **options)
 
 
 @pytest.mark.parametrize("value", [1, 0, None, "yes", 0.5])
@@ -371,7 +388,7 @@ def called(monkeypatch):
     def note(name):
         def compute(x, h_0, c_0, weights, *rest):
             calls.append((name, rest[1]) if name == "kernels" else (name, None))
-            results = (x.new_zeros(*x.shape[:2], c_0.shape[0] * c_0.shape[2]), h_0, c_0)
+            results = (x.new_zeros(*x.shape[:2], c_0.shape[2]), h_0, c_0)
             return results if name == "cudnn" else (*results, x.new_empty(0))
 
         return compute
@@ -382,16 +399,17 @@ def called(monkeypatch):
 
     monkeypatch.setattr(dispatch, "choose", chosen)
     monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: None)
-    monkeypatch.setattr(selection, "why_not_cudnn", lambda device, spec: None if spec.standard else "a variant")
+    monkeypatch.setattr(selection, "why_not_cudnn", lambda device, spec: "a variant" if spec.peephole else None)
+    monkeypatch.setattr(aten, "serves", lambda x, spec: aten.has(spec))
     monkeypatch.setattr(functional, "gpu_of", lambda device: H100)
-    monkeypatch.setattr(aten, "lstm_layer", note("cudnn"))
+    monkeypatch.setattr(aten, "lstm", note("cudnn"))
     monkeypatch.setattr(autograd, "lstm_layer", note("kernels"))
 
     def run(T=3, B=2, L=1, grad=True, dtype=torch.float32, **options):
         module = lstm_triton.LSTM(3, 8, L, dtype=dtype, **options).requires_grad_(grad)
         calls.clear()
         module(torch.zeros(T, B, 3, dtype=dtype))
-        assert len(calls) == L and len(set(calls)) == 1
+        assert len(calls) == (1 if calls[0][0] == "cudnn" else L) and len(set(calls)) == 1  # it takes a whole stack
         return calls[0]
 
     return run
@@ -401,11 +419,13 @@ def test_each_strategy_reaches_who_computes_it(called):
     assert called() == ("kernels", "auto")
     assert called(L=3) == ("kernels", "auto")
     assert called(T=1) == called(dtype=torch.float64) == ("cudnn", None)
-    assert called(T=1, coupled=True) == called(dtype=torch.float64, coupled=True) == ("kernels", "auto")
+    assert called(T=1, coupled=True) == called(dtype=torch.float64, coupled=True) == ("cudnn", None)
+    assert called(T=1, peephole="full") == called(dtype=torch.float64, peephole="full") == ("kernels", "auto")
     for strategy in ("persistent", "stepwise"):
         for options in (dict(), dict(T=1), dict(coupled=True), dict(grad=False), dict(L=2)):
             assert called(strategy=strategy, **options) == ("kernels", strategy)
     assert called(strategy="cudnn") == called(strategy="cudnn", L=2) == ("cudnn", None)
+    assert called(strategy="cudnn", coupled=True) == ("cudnn", None)
 
 
 def test_auto_leaves_to_cudnn_neither_what_was_asked_of_the_kernels_nor_an_empty_batch(called):
@@ -415,7 +435,8 @@ def test_auto_leaves_to_cudnn_neither_what_was_asked_of_the_kernels_nor_an_empty
         assert called(T=1) == ("kernels", "auto")
     with lstm_triton.backend("torch"):
         assert called(T=1) == ("cudnn", None)  # PyTorch's own operator
-        assert called(T=1, coupled=True) == ("kernels", "torch")
+        assert called(T=1, coupled=True) == ("cudnn", None)
+        assert called(T=2, peephole="full") == ("kernels", "torch")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -501,7 +522,7 @@ def calling(recompute):
 
 RECOMPUTED = [
     dict(T=7, L=2, bidirectional=True),
-    dict(T=1, B=1),
+    dict(T=2, B=1),
     dict(T=4, proj_size=3, bidirectional=True, bias=False, layout="transposed"),
 ]
 
@@ -565,7 +586,7 @@ def test_the_module_recomputes_and_may_be_told_later(monkeypatch):
     asked = []
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda *a, **k: asked.append(a[5]) or forward(*a, **k))
-    module, x = lstm_triton.LSTM(3, 4, coupled=True, recompute=True), torch.randn(2, 1, 3)
+    module, x = lstm_triton.LSTM(3, 4, peephole="full", recompute=True), torch.randn(2, 1, 3)
     module(x)[0].sum().backward()
     first = module.weight_hh_l0.grad.clone()
     module.recompute = False

@@ -123,7 +123,7 @@ def give_up(name="the forward pass of 7 units"):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_next_call_of_a_layer_raises(grad):
-    layer, x = lstm_triton.LSTM(3, 4, coupled=True).requires_grad_(grad), torch.randn(2, 1, 3)
+    layer, x = lstm_triton.LSTM(3, 4, peephole="full").requires_grad_(grad), torch.randn(2, 1, 3)
     expected = layer(x)[0]
     give_up()
     with pytest.raises(RuntimeError, match=r"the results are invalid: the forward pass of 7 units \(a count"):
@@ -131,15 +131,8 @@ def test_the_next_call_of_a_layer_raises(grad):
     torch.testing.assert_close(layer(x)[0], expected)
 
 
-def test_the_next_call_of_a_cell_raises():
-    cell = lstm_triton.LSTMCell(3, 4, peephole="full")
-    give_up()
-    with pytest.raises(RuntimeError, match="the forward pass of 7 units"):
-        cell(torch.randn(2, 3))
-
-
 def test_the_backward_pass_raises_and_leaves_no_gradients():
-    layer, x = lstm_triton.LSTM(3, 4, coupled=True), torch.randn(2, 1, 3)
+    layer, x = lstm_triton.LSTM(3, 4, peephole="full"), torch.randn(2, 1, 3)
     loss = layer(x)[0].sum()
     give_up("the forward pass of this layer")
     with pytest.raises(RuntimeError, match="the forward pass of this layer"):

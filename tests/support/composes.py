@@ -71,8 +71,7 @@ def by_reference(
     """`tensors` of what the module computes from zero states, by the reference; x (T, B, I)."""
     weights = list((parameters or dict(module.named_parameters())).values())
     D = 2 if module.bidirectional else 1
-    sizes = (module.num_layers, D, module.bias, module.proj_size)
-    layers = functional.group_layers(weights, module.spec, *sizes)
+    layers = functional.group_layers(weights, module.spec, D, module.bias, module.proj_size)
     h_0 = x.new_zeros(D * module.num_layers, x.shape[1], module.proj_size or module.hidden_size)
     c_0 = x.new_zeros(D * module.num_layers, x.shape[1], module.hidden_size)
     *results, states = reference.lstm(x, h_0, c_0, layers, module.spec, lengths, resets)

@@ -125,7 +125,7 @@ def call(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> t
 def call_reference(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The same by the reference."""
     x = laid_out(case, x)
-    layers = functional.group_layers(weights, case.spec, case.L, case.D, case.bias, case.proj_size)
+    layers = functional.group_layers(weights, case.spec, case.D, case.bias, case.proj_size)
     if case.cell:
         return reference.cell(x, h_0, c_0, layers[0][0], case.spec)
     *results, states = reference.lstm(x, h_0, c_0, layers, case.spec, **ragged(case))
