@@ -14,6 +14,13 @@ from lstm_triton.cli.training import WARM_UP_STEPS, Run
 SMOOTHED_PARTS = 20
 """A plotted curve is smoothed over such a part of it."""
 
+RATIO_STEPS = 20
+"""As many steps after the warm-up make a ratio of two speeds.
+
+Two models that compute the same (the default sizes, a CPU with other work) came out between 0.73 and 1.29 times as fast
+as each other by one step, between 0.82 and 1.16 by the median of 2, between 0.88 and 1.02 by that of 20.
+"""
+
 BASELINE_COLOUR = "#222222"
 
 
@@ -40,13 +47,15 @@ def results_table(run: Run) -> Table:
     ):
         table.add_column(heading, justify="right")
     baseline = run.baseline
+    comparable = len(baseline.seconds) >= WARM_UP_STEPS + RATIO_STEPS
     for learner in run.learners:
+        ratio = baseline.seconds_per_step() / learner.seconds_per_step()
         table.add_row(
             learner.name,
             f"{learner.parameters:,}",
             f"{learner.validation[run.step]:.3f}",
             f"{run.characters_per_step / learner.seconds_per_step():,.0f}",
-            f"{baseline.seconds_per_step() / learner.seconds_per_step():.2f}x",
+            f"{ratio:.2f}x" if comparable else "-",
             f"{learner.largest_difference(baseline):.1e}" if learner is not baseline else "-",
         )
     return table
@@ -57,8 +66,11 @@ def _caption(run: Run) -> str:
     left_out = f"without the first {WARM_UP_STEPS}" if counted > WARM_UP_STEPS else "warm-up included: too few steps"
     caption = (
         f"chars/s: median over {counted:,} training steps (forward, backward, clipping, AdamW; {left_out}); "
-        "the models take turns step by step. Largest difference: between training losses of the same step, bits/char."
+        "the models take turns step by step. "
     )
+    if counted < WARM_UP_STEPS + RATIO_STEPS:
+        caption += f"A ratio needs {WARM_UP_STEPS + RATIO_STEPS} steps. "
+    caption += "Largest difference: between training losses of the same step, bits/char."
     if run.settings.variants != ("standard",):
         caption += (
             " All variants are compared to the standard torch.nn.LSTM; they start from those of its weights "

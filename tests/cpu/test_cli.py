@@ -95,7 +95,7 @@ def small_run(**changes):
 def rows(output):
     """The table of results: variant to its other cells."""
     cells = (line.split() for line in output.splitlines())
-    return {row[0]: row[1:] for row in cells if len(row) == 6 and row[4].endswith("x")}
+    return {row[0]: row[1:] for row in cells if len(row) == 6 and re.fullmatch(r"-|[\d.]+x", row[4])}
 
 
 def same(one, other):
@@ -746,6 +746,19 @@ def test_live_display_on_a_terminal():
     assert re.search(
         rf"standard +{run.variants[0].recent_loss():.3f} +{run.variants[0].validation[3]:.3f} +[\d,]+", last[3]
     )
+
+
+@pytest.mark.parametrize("steps, ratio, words", [(24, "-", "A ratio needs 25 steps."), (25, "2.00x", "first 5")])
+def test_a_ratio_of_speeds_needs_steps(steps, ratio, words):
+    run = small_run()
+    list(run.steps(1, evaluate_every=1))
+    run.baseline.seconds = [2.0] * steps
+    run.variants[0].seconds = [1.0] * steps
+    console = Console(file=StringIO(), width=200)
+    console.print(report.results_table(run))
+    printed = console.file.getvalue()
+    assert rows(printed)["standard"][3] == ratio
+    assert words in " ".join(printed.split())
 
 
 def test_few_plain_lines_off_a_terminal():
