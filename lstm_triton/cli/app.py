@@ -203,7 +203,12 @@ def train(
         ),
     ] = "ddp",
     save_every: Annotated[int, typer.Option(min=1, help="Steps from one regular save to the next.")] = 100,
-    plot: Annotated[Path, typer.Option(help="PNG to draw the curves into.")] = Path("lstm-triton-curves.png"),
+    plot: Annotated[
+        Path,
+        typer.Option(
+            help=f"File to draw the curves into. Its suffix is the format: {', '.join(report.PLOT_SUFFIXES)}."
+        ),
+    ] = Path("lstm-triton-curves.png"),
     sample_length: Annotated[int, typer.Option(min=1, help="Characters to generate at the end.")] = 400,
     temperature: Annotated[float, typer.Option(help="Of the sample: lower is safer, higher is wilder.")] = 0.7,
 ) -> None:
@@ -246,6 +251,7 @@ def train(
         console = _console()
         if world.leads:
             check_writable(plot)
+            report.check_plot(plot)
             if checkpoint is not None:
                 checkpoints.check_savable(checkpoint, resume)
         training = Run(settings, build_corpus(read_text(text), batch, window), world)
@@ -286,7 +292,7 @@ def conclude(training: Run, plot: Path, sample_length: int, temperature: float, 
     written = sample(best.model, training.corpus.vocabulary, prompt, sample_length, temperature, training.settings.seed)
     console.print(Panel(Text(printable(written)), title=f"sample of {best.name}, temperature {temperature:g}"))
     if training.world.leads:
-        write_whole(plot, report.plot_curves(training))
+        write_whole(plot, report.plot_curves(training, plot))
     console.print(f"curves: {plot}", highlight=False, markup=False, soft_wrap=True)
 
 

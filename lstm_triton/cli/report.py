@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.training import WARM_UP_STEPS, Run
 
 SMOOTHED_PARTS = 20
@@ -22,6 +24,9 @@ as each other by one step, between 0.82 and 1.16 by the median of 2, between 0.8
 """
 
 BASELINE_COLOUR = "#222222"
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
+"""Formats that matplotlib writes without another program; PostScript, which has no transparency, is left out."""
 
 
 def results_table(run: Run) -> Table:
@@ -89,8 +94,19 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return averages
 
 
-def plot_curves(run: Run) -> bytes:
-    """A PNG: training and validation curves above, the distance of the training curves to the baseline below."""
+def check_plot(path: Path) -> None:
+    """Raises UserError if the suffix of a plot's name is that of no format that it could be drawn in."""
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise UserError(
+            f"--plot {path}: the suffix is the format of the curves, give one of {', '.join(PLOT_SUFFIXES)}"
+        )
+
+
+def plot_curves(run: Run, path: Path) -> bytes:
+    """A picture in the format of the suffix of `path`, which is not written to.
+
+    Training and validation curves above, the distance of the training curves to the baseline below.
+    """
     from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -138,5 +154,5 @@ def plot_curves(run: Run) -> bytes:
     distances.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=120)
     return buffer.getvalue()

@@ -574,6 +574,8 @@ def test_checkpoint_of_another_run(train, change, message):
         (["--temperature=0"], 1, "--temperature must be positive"),
         (["--hidden=10000000000"], 1, "cannot build the models"),
         (["--plot=missing/curves.png"], 1, "missing/curves.png: No such file or directory"),
+        (["--plot=curves"], 1, "--plot curves: the suffix is the format of the curves, give one of .png, .svg, .pdf"),
+        (["--plot=curves.bmp"], 1, "--plot curves.bmp: the suffix is the format of the curves, give one of .png"),
         (["--plot=."], 1, "it is no regular file"),
         (["--plot=text.txt"], 1, "--plot and --text are the same file"),
         (["--plot=new", "--checkpoint=./new"], 1, "--plot and --checkpoint are the same file"),
@@ -746,6 +748,31 @@ def test_live_display_on_a_terminal():
     assert re.search(
         rf"standard +{run.variants[0].recent_loss():.3f} +{run.variants[0].validation[3]:.3f} +[\d,]+", last[3]
     )
+
+
+@pytest.mark.parametrize(
+    "suffix, begins",
+    [
+        (".png", b"\x89PNG"),
+        (".PNG", b"\x89PNG"),
+        (".svg", b"<?xml"),
+        (".pdf", b"%PDF"),
+        (".jpg", b"\xff\xd8\xff"),
+        (".jpeg", b"\xff\xd8\xff"),
+    ],
+)
+def test_the_suffix_is_the_format_of_the_curves(train, suffix, begins):
+    assert suffix.lower() in report.PLOT_SUFFIXES
+    assert train("--steps=1", f"--plot=curves{suffix}")[0] == 0
+    picture = Path(f"curves{suffix}").read_bytes()
+    assert picture.startswith(begins)
+    assert (b"<svg" in picture) == (suffix == ".svg")
+
+
+def test_every_suffix_is_a_format_of_matplotlib():
+    from matplotlib.figure import Figure
+
+    assert {suffix[1:] for suffix in report.PLOT_SUFFIXES} <= Figure().canvas.get_supported_filetypes().keys()
 
 
 @pytest.mark.parametrize("steps, ratio, words", [(24, "-", "A ratio needs 25 steps."), (25, "2.00x", "first 5")])
