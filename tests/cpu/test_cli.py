@@ -222,6 +222,52 @@ def test_module_and_ctrl_c_in_a_process():
     assert f"stopped after step {step} of 500000; saved to run.pt, continue with --resume" in output
 
 
+def process_of(prelude, *arguments, **options):
+    """`lstm-triton` in a process of its own, after some Python."""
+    program = f"import signal, sys\n{prelude}\nfrom lstm_triton.cli import main\nmain()"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    # A shell lets what it starts in the background ignore Ctrl-C.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    return subprocess.Popen([sys.executable, "-c", listening + program, *arguments], env=environment, **options)
+
+
+CTRL_C_DURING_AN_IMPORT = """
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException:  # as some library might
+                pass
+sys.meta_path.insert(0, Finder())
+"""
+CTRL_C_AFTER_THE_END = "import atexit; atexit.register(signal.raise_signal, signal.SIGINT)"
+
+
+@pytest.mark.parametrize(
+    "prelude, expected",
+    [(CTRL_C_DURING_AN_IMPORT, "interrupted\n"), (CTRL_C_AFTER_THE_END, "")],
+    ids=["during an import", "after the end"],
+)
+def test_ctrl_c_before_and_after_the_command_is_quiet(prelude, expected):
+    process = process_of(prelude, "info")
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (130, expected)
+    assert ("versions" in output) == (expected == "")
+
+
+def test_a_handler_of_ctrl_c_that_is_not_pythons_stays(program, monkeypatch):
+    seen = []
+    former = signal.signal(signal.SIGINT, lambda *_: seen.append("ctrl-c"))
+    try:
+        monkeypatch.setattr(cli, "find_spec", lambda name: signal.raise_signal(signal.SIGINT) or True)
+        assert program("info")[0] == 0
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert len(seen) == len(cli.REQUIREMENTS)
+
+
 @pytest.mark.parametrize("missing", [["typer"], ["rich", "matplotlib"]])
 def test_missing_extra(program, monkeypatch, missing):
     genuine = cli.find_spec
