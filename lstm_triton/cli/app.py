@@ -21,10 +21,10 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lstm_triton import VARIANTS, LSTMSpec, dispatch
-from lstm_triton.cli import INTERRUPTED, checkpoints, info, parallel, plans, report
+from lstm_triton.cli import INTERRUPTED, checkpoints, info, output, parallel, plans, report, say
 from lstm_triton.cli.devices import parse_device
 from lstm_triton.cli.errors import UserError
-from lstm_triton.cli.files import check_writable, write_whole
+from lstm_triton.cli.files import check_writable, real, reason, write_whole
 from lstm_triton.cli.model import sample
 from lstm_triton.cli.progress import display_for
 from lstm_triton.cli.text import build_corpus, read_text
@@ -38,6 +38,11 @@ EVALUATIONS = 10
 PLAIN_WIDTH = 110
 """Columns of what goes to a file or a pipe."""
 
+CURVES = "the curves"
+
+Ending = Literal["finished", "interrupted", "unheard"]
+"""How a training ended; unheard: before its last step, because stdout failed."""
+
 app = typer.Typer(help="A fast LSTM for PyTorch, in Triton.", add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -49,11 +54,28 @@ def run(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if sys.stdout is None:
+        return _fail("standard output is closed", 1)
+    with output.remembering() as stdout:
+        code = _run(arguments)
+    failure = output.failure(stdout)
+    if failure is not None and code == 0:
+        return _fail_to_print(output.OutputError(failure))
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """The exit code of a command whose output arrives."""
     try:
         with parallel.leader_prints():
             return app(list(arguments) or ["--help"], prog_name="lstm-triton", standalone_mode=False) or 0
+    except output.OutputError as error:
+        return _fail_to_print(error)
     except UserError as error:
         return _fail(str(error), 1)
+    except OSError as error:
+        # Whatever it was that could not be read or written, the system's reason says more than where in the code.
+        return _fail(f"{reason(error)}: {error.filename}" if error.filename else reason(error), 1)
     except torch.OutOfMemoryError as error:
         return _fail(f"out of memory, try a smaller --hidden, --batch or --window: {error}", 1)
     except typer.TyperException as error:
@@ -66,8 +88,15 @@ def run(arguments: Sequence[str]) -> int:
 
 def _fail(message: str, code: int) -> int:
     if parallel.speaks_first():
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        say(f"error: {' '.join(message.split())}")
     return code
+
+
+def _fail_to_print(error: output.OutputError) -> int:
+    if not error.closed:
+        return _fail(str(error), 1)
+    parallel.speaks_first()  # the others fail for want of this process, and have nothing to say either
+    return output.CLOSED
 
 
 def _console() -> Console:
@@ -238,7 +267,7 @@ def train(
         seed=seed,
     )
     for option, path in (("--text", text), ("--checkpoint", checkpoint)):
-        if path is not None and path.resolve() == plot.resolve():
+        if path is not None and real(path) == real(plot):
             raise UserError(f"--plot and {option} are the same file: {plot}")
     if checkpoint is None and resume:
         raise UserError("--resume needs --checkpoint DIRECTORY, the one to continue from")
@@ -250,7 +279,7 @@ def train(
     with parallel.joined(place, chosen_device, parallel_mode) as world:
         console = _console()
         if world.leads:
-            check_writable(plot)
+            check_writable(plot, CURVES)
             report.check_plot(plot)
             if checkpoint is not None:
                 checkpoints.check_savable(checkpoint, resume)
@@ -267,8 +296,10 @@ def train(
             highlight=False,
             markup=False,
         )
-        finished = train_until(training, steps, save_every, checkpoint, console)
-        if finished:
+        if (failure := output.failure(console.file)) is not None:
+            raise output.OutputError(failure)
+        ending = train_until(training, steps, save_every, checkpoint, console)
+        if ending == "finished":
             conclude(training, plot, sample_length, temperature, console)
             outcome = f"checkpoint: {checkpoint}" if checkpoint else None
         else:
@@ -277,36 +308,47 @@ def train(
             )
         if outcome is not None:
             console.print(outcome, highlight=False, markup=False, soft_wrap=True)
-    if not finished:
+    if ending == "unheard" and (failure := output.failure(console.file)) is not None:
+        raise output.OutputError(failure, outcome or "")
+    if ending != "finished":
         raise typer.Exit(INTERRUPTED)
 
 
 def conclude(training: Run, plot: Path, sample_length: int, temperature: float, console: Console) -> None:
-    """Print the results and a text that the best variant writes, and draw the curves.
+    """Print the results and a text that the best variant writes, and draw the curves, whatever becomes of the text.
 
     All processes write the text, since with `fsdp` each has a part of the model.
     """
     console.print(report.results_table(training))
     best = min(training.variants, key=lambda learner: learner.validation[training.step])
     prompt = training.corpus.validation[0, : training.settings.window].to(training.world.device)
-    written = sample(best.model, training.corpus.vocabulary, prompt, sample_length, temperature, training.settings.seed)
-    console.print(Panel(Text(printable(written)), title=f"sample of {best.name}, temperature {temperature:g}"))
-    if training.world.leads:
-        write_whole(plot, report.plot_curves(training, plot))
+    seed = training.settings.seed
+    try:
+        written = sample(best.model, training.corpus.vocabulary, prompt, sample_length, temperature, seed)
+        console.print(Panel(Text(printable(written)), title=f"sample of {best.name}, temperature {temperature:g}"))
+    finally:
+        if training.world.leads:
+            write_whole(plot, report.plot_curves(training, plot), CURVES)
     console.print(f"curves: {plot}", highlight=False, markup=False, soft_wrap=True)
 
 
-def train_until(training: Run, last: int, save_every: int, path: Path | None, console: Console) -> bool:
-    """Train to step `last` with a display, saving to `path` on the way; False if Ctrl-C came first, in any process."""
+def train_until(training: Run, last: int, save_every: int, path: Path | None, console: Console) -> Ending:
+    """Train to step `last` with a display, saving to `path` on the way.
+
+    It stops before, and saves, after the step in which Ctrl-C came in any process, or stdout failed.
+    """
+    ending: Ending = "finished"
     with interruptible() as interrupted, display_for(console, training, last) as display:
         for step in training.steps(last, evaluate_every=math.ceil(last / EVALUATIONS)):
             display.update()
-            stopping = training.world.any(interrupted())
+            unheard = output.failure(console.file) is not None
+            stopping = training.world.any(interrupted() or unheard)
             if path is not None and (stopping or step == last or step % save_every == 0):
                 checkpoints.save(path, training)
-            if stopping:
+            if stopping and step != last:
+                ending = "interrupted" if interrupted() or not unheard else "unheard"
                 break
-    return training.step == last
+    return ending
 
 
 @contextmanager

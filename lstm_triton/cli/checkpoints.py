@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from lstm_triton.cli.errors import UserError
-from lstm_triton.cli.files import check_directory, sync_directory, write_whole
+from lstm_triton.cli.files import check_directory, real, reason, sync_directory, write_whole, writing
 from lstm_triton.cli.training import Learner, Run
 
 FORMAT = "lstm-triton character model, format 2"
 RECORD = "run.json"
 FOLDERS = ("tensors-a", "tensors-b")
+_WHAT = "the checkpoint"
 
 
 def check_savable(path: Path, resume: bool) -> None:
@@ -33,15 +34,16 @@ def check_savable(path: Path, resume: bool) -> None:
     A directory that has only what an interrupted first save leaves is as good as none.
     Raises UserError.
     """
-    if path.is_file():
-        raise UserError(f"{path} is a file, a checkpoint is a directory: give another name")
-    check_directory(path)
-    if resume or not path.exists():
-        return
-    if (path / RECORD).exists():
-        raise UserError(f"{path} exists: add --resume to continue its run, or remove it")
-    if any(entry.name not in FOLDERS for entry in path.iterdir()):
-        raise UserError(f"{path} exists and is no checkpoint: give the name of a new directory")
+    with writing(real(path), _WHAT):
+        if path.is_file():
+            raise UserError(f"{path} is a file, a checkpoint is a directory: give another name")
+        check_directory(path, _WHAT)
+        if resume or not path.exists():
+            return
+        if (path / RECORD).exists():
+            raise UserError(f"{path} exists: add --resume to continue its run, or remove it")
+        if any(entry.name not in FOLDERS for entry in path.iterdir()):
+            raise UserError(f"{path} exists and is no checkpoint: give the name of a new directory")
 
 
 def save(path: Path, run: Run) -> None:
@@ -53,18 +55,17 @@ def save(path: Path, run: Run) -> None:
     """
     from lstm_triton.cli import tensors
 
-    path = path.resolve()
+    path = real(path)
     world = run.world
     try:
-        folder = path / world.of_leader(_make_room(path) if world.leads else "")
-        tensors.write(folder, _tensors(run), alone=world.size == 1)
-        if world.leads:
-            sync_directory(folder)
-            sync_directory(path)
-            write_whole(path / RECORD, _sealed(_record(run, folder)))
-            sync_directory(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        with writing(path, _WHAT):
+            folder = path / world.of_leader(_make_room(path) if world.leads else "")
+            tensors.write(folder, _tensors(run), alone=world.size == 1)
+            if world.leads:
+                sync_directory(folder)
+                sync_directory(path)
+                write_whole(path / RECORD, _sealed(_record(run, folder)), _WHAT)
+                sync_directory(path)
     finally:
         if world.leads:
             _tidy(path)
@@ -177,12 +178,12 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _load(path: Path) -> dict[str, Any]:
     """The record of a checkpoint."""
-    if path.is_dir() and not (path / RECORD).exists():
-        raise UserError(f"{path} is no checkpoint of lstm-triton train: it has no {RECORD}")
     try:
+        if path.is_dir() and not (path / RECORD).exists():
+            raise UserError(f"{path} is no checkpoint of lstm-triton train: it has no {RECORD}")
         data = (path / RECORD).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
     try:
         contents = json.loads(data)
         record, seal = contents["run"], contents["sha256"]

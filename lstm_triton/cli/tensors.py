@@ -6,12 +6,14 @@ The format's index, `.metadata`, is a pickle; here only the classes that an inde
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedWriter, FileIO, IOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed import checkpoint
@@ -78,7 +80,42 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
 
 
+class _File(FileIO):
+    """A file that keeps what went wrong first: a full disk, or Ctrl-C."""
+
+    failure: BaseException | None = None
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
+        """Write as ever."""
+        try:
+            return super().write(data)
+        except BaseException as error:
+            self.failure = self.failure or error
+            raise
+
+
+class _FileSystem(filesystem.FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IOBase]:
+        """Open a file; what goes wrong with it comes out of the `with` as it was.
+
+        `torch.save` drops an exception that the file raises, and raises another about the place in its archive.
+        """
+        file = _File(path, mode)
+        try:
+            with BufferedWriter(file) as stream:
+                yield cast(IOBase, stream)
+        except BaseException as error:
+            if file.failure is None or file.failure is error:
+                raise
+            raise file.failure from error
+
+
 class _Writer(filesystem.FileSystemWriter):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fs = _FileSystem()
+
     def storage_meta(self) -> metadata.StorageMeta:
         """Nothing: the path that a checkpoint is written to is none of its contents."""
         return metadata.StorageMeta()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lstm_triton.cli.errors import UserError
+from lstm_triton.cli.files import reason
 from lstm_triton.cli.parallel import World
 
 VALIDATION_SHARE = 10
@@ -36,7 +37,7 @@ def read_text(path: Path | None) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read the text {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the text {path}: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the text {path} is not UTF-8: {error.reason} at byte {error.start}") from error
     if not text:

@@ -10,9 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
 from dataclasses import replace
-from io import BytesIO, StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from lstm_triton import VARIANTS, cli, dispatch
-from lstm_triton.cli import app, checkpoints, files, model, progress, report, text, training
+from lstm_triton.cli import app, checkpoints, files, model, output, progress, report, tensors, text, training
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.parallel import World
 from tests.support import checkpoints as saved
@@ -64,6 +67,44 @@ def train(program):
         return program("train", "--text=text.txt", "--device=cpu", *SIZES, f"--steps={STEPS}", *arguments)
 
     return run
+
+
+@pytest.fixture
+def stdout_is(monkeypatch):
+    """Let stdout be a file, as that of a program is."""
+    with ExitStack() as stack:
+        yield lambda path: monkeypatch.setattr(sys, "stdout", stack.enter_context(open(path, "w")))
+        monkeypatch.undo()
+
+
+@pytest.fixture
+def largest_file():
+    """Let no file be larger than so many bytes: the system then refuses as if a disk were full."""
+    resource = pytest.importorskip("resource")
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Make a directory `closed` that not even root may enter or write into, in one that is open to everyone."""
+    former = os.geteuid()
+
+    def close(mode):
+        Path("closed").mkdir(mode=mode)
+        if former == 0:
+            os.seteuid(65534)
+        return Path("closed")
+
+    with TemporaryDirectory() as directory:
+        os.chmod(directory, 0o777)
+        monkeypatch.chdir(directory)
+        Path("text.txt").write_text(TEXT, encoding="utf-8")
+        yield close
+        os.seteuid(former)
+        Path("closed").chmod(0o777)
+        monkeypatch.undo()
 
 
 @pytest.fixture
@@ -275,6 +316,121 @@ def test_missing_extra(program, monkeypatch, missing):
     assert_one_error(program("info"), 1, ", ".join(missing), 'pip install "lstm-triton[cli]"')
 
 
+# Where the output goes
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["info"], ["--help"]], ids=" ".join)
+def test_a_full_stdout_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        process = process_of("", *arguments, stdout=full)
+    _, errors = process.communicate(timeout=120)
+    message = "error: cannot write to standard output: No space left on device\n"
+    assert (process.returncode, errors) == (1, message)
+
+
+def test_a_closed_pipe_ends_the_program_quietly():
+    process = process_of("", "info")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == output.CLOSED
+
+
+def test_stdout_that_was_never_open_is_one_line(program, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert_one_error(program("info"), 1, "standard output is closed")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_stdout_ends_a_training_before_it_begins(train, stdout_is):
+    stdout_is("/dev/full")
+    assert_one_error(train("--checkpoint=run.pt"), 1, "cannot write to standard output: No space left on device\n")
+    assert names_in_directory() == ["text.txt"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
+def test_stdout_that_fails_stops_the_training_and_saves_it(train, stdout_is, monkeypatch, number):
+    stdout_is("log")
+    genuine, calls = training.training_step, []
+
+    def training_step(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2 * 3:
+            sys.stdout.buffer.raw.failure = OSError(number, os.strerror(number))
+        return genuine(*arguments)
+
+    monkeypatch.setattr(training, "training_step", training_step)
+    code, _, errors = train("--checkpoint=run.pt")
+    assert load("run.pt")["step"] == 3
+    if number == errno.EPIPE:
+        assert (code, errors) == (output.CLOSED, "")
+    else:
+        outcome = f"stopped after step 3 of {STEPS}; saved to run.pt, continue with --resume"
+        assert_one_error((code, "", errors), 1, f"standard output: No space left on device; {outcome}\n")
+    assert "step 2/12" in Path("log").read_text()
+
+
+def test_stdout_that_fails_at_the_end_costs_no_curves(train, stdout_is, monkeypatch):
+    stdout_is("log")
+    genuine = report.results_table
+
+    def results_table(run):
+        sys.stdout.buffer.raw.failure = OSError(errno.ENOSPC, "No space left on device")
+        return genuine(run)
+
+    monkeypatch.setattr(report, "results_table", results_table)
+    assert_one_error(train("--steps=1", "--plot=curves.png"), 1, "cannot write to standard output: No space left")
+    assert Path("curves.png").exists()
+
+
+@pytest.mark.parametrize("buffering", [-1, 0])
+def test_output_that_fails_is_remembered_and_not_tried_again(monkeypatch, buffering):
+    reader, writer = os.pipe()
+    with open(writer, "wb", buffering) as binary, TextIOWrapper(binary, "utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with output.remembering() as guarded:
+            print("heard", flush=True)
+            assert os.read(reader, 100) == b"heard\n"
+            assert output.failure(guarded) is None
+            os.close(reader)
+            print("x" * 100_000)
+            print("not heard", flush=True)
+            assert isinstance(output.failure(guarded), BrokenPipeError)
+        assert sys.stdout is stream
+
+
+def test_output_to_a_pipe_that_does_not_wait_arrives_whole(monkeypatch):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    received = []
+
+    def read():
+        with open(reader, "rb") as file:
+            received.append(file.read())
+
+    thread = threading.Thread(target=read)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with output.remembering() as guarded:
+            thread.start()
+            print("x" * 1_000_000)
+        assert output.failure(guarded) is None
+    thread.join()
+    assert received == [b"x" * 1_000_000 + b"\n"]
+
+
+@pytest.mark.parametrize("stream", ["missing", "full"])
+def test_without_stderr_the_exit_code_remains(monkeypatch, stream):
+    class Full(StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", None if stream == "missing" else Full())
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["info", "--nonsense"])
+    assert exit_info.value.code == 2
+
+
 # lstm-triton info
 
 
@@ -360,6 +516,71 @@ def test_failed_save_leaves_the_former_checkpoint(train, monkeypatch, function):
     assert saved.contents("run.pt") == former
     assert names_in_directory() == before
     assert len(list(Path("run.pt").iterdir())) == 2
+
+
+@pytest.mark.parametrize("hidden, size", [(8, 20), (8, 20_000), (256, 300), (256, 1_000_000)])
+@pytest.mark.parametrize("former", ["a former checkpoint", "none"])
+def test_a_full_disk_is_one_line_and_leaves_the_former_checkpoint(train, largest_file, hidden, size, former):
+    options = [f"--hidden={hidden}", "--checkpoint=run.pt"]
+    if former != "none":
+        assert train(*options, "--steps=1")[0] == 0
+        options.append("--resume")
+    before = saved.contents(".")
+    largest_file(size)
+    result = train(*options, "--steps=2")
+    assert_one_error(result, 1, f"cannot write the checkpoint {Path.cwd() / 'run.pt'}: File too large\n")
+    assert saved.contents(".") == before
+    assert Path("run.pt").exists() == (former != "none")
+
+
+def test_a_full_disk_costs_no_results_when_the_curves_are_written(train, largest_file, monkeypatch):
+    genuine = report.plot_curves
+
+    def plot_curves(*arguments):
+        picture = genuine(*arguments)
+        largest_file(100)
+        return picture
+
+    monkeypatch.setattr(report, "plot_curves", plot_curves)
+    result = train("--steps=1", "--plot=curves.png")
+    assert_one_error(result, 1, f"cannot write the curves {Path.cwd() / 'curves.png'}: File too large\n")
+    assert "standard" in rows(result[1]) and "sample of" in result[1]
+    assert names_in_directory() == ["text.txt"]
+
+
+def test_a_sample_that_fails_costs_no_curves(train, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(app, "sample", fail)
+    assert_one_error(train("--steps=1", "--plot=curves.png"), 1, "out of memory")
+    assert Path("curves.png").exists()
+
+
+def test_any_other_refusal_of_the_system_is_one_line(train, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "cache")
+
+    monkeypatch.setattr(report, "plot_curves", fail)
+    assert_one_error(train("--steps=1"), 1, "No space left on device: cache\n")
+
+
+@pytest.mark.parametrize("raised", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+def test_what_a_file_raised_survives_what_was_made_of_it(tmp_path, raised):
+    with (
+        pytest.raises(type(raised)),
+        tensors._FileSystem().create_stream(tmp_path / "file", "wb") as stream,
+    ):
+        stream.raw.failure = raised
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+
+@pytest.mark.parametrize("option", ["--plot=closed/curves.png", "--checkpoint=closed/run.pt", "--checkpoint=closed"])
+@pytest.mark.parametrize("mode", [0o000, 0o555])
+def test_a_directory_without_permission_is_one_line(train, closed, option, mode):
+    path = Path.cwd() / closed(mode)
+    assert_one_error(train(option), 1, "cannot write the c", str(path), ": Permission denied\n")
+    assert names_in_directory() == ["closed", "text.txt"]
 
 
 def test_a_link_to_a_checkpoint_stays_a_link(train):
@@ -620,12 +841,19 @@ def test_checkpoint_of_another_run(train, change, message):
         (["--temperature=0"], 1, "--temperature must be positive"),
         (["--hidden=10000000000"], 1, "cannot build the models"),
         (["--plot=missing/curves.png"], 1, "missing/curves.png: No such file or directory"),
+        (["--plot=text.txt/curves.png"], 1, "text.txt/curves.png: Not a directory"),
+        (["--plot=loop"], 1, "loop: Too many levels of symbolic links"),
+        ([f"--plot={'long' * 100}.png"], 1, "long.png: File name too long"),
         (["--plot=curves"], 1, "--plot curves: the suffix is the format of the curves, give one of .png, .svg, .pdf"),
         (["--plot=curves.bmp"], 1, "--plot curves.bmp: the suffix is the format of the curves, give one of .png"),
         (["--plot=."], 1, "it is no regular file"),
         (["--plot=text.txt"], 1, "--plot and --text are the same file"),
         (["--plot=new", "--checkpoint=./new"], 1, "--plot and --checkpoint are the same file"),
         (["--checkpoint=missing/run.pt"], 1, "missing/run.pt: No such file or directory"),
+        (["--checkpoint=text.txt/run.pt"], 1, "text.txt/run.pt: Not a directory"),
+        (["--checkpoint=loop"], 1, "loop: Too many levels of symbolic links"),
+        (["--checkpoint=loop", "--resume"], 1, "loop: Too many levels of symbolic links"),
+        ([f"--checkpoint={'long' * 100}"], 1, "long: File name too long"),
         (["--checkpoint=text.txt"], 1, "text.txt is a file, a checkpoint is a directory"),
         (["--checkpoint=text.txt", "--resume"], 1, "text.txt is a file, a checkpoint is a directory"),
         (["--checkpoint=."], 1, ". exists and is no checkpoint"),
@@ -642,6 +870,7 @@ def test_checkpoint_of_another_run(train, change, message):
 def test_bad_input_is_one_line(train, arguments, code, message):
     Path("empty.txt").touch()
     Path("latin-1.txt").write_bytes(b"caf\xe9 " * 100)
+    Path("loop").symlink_to("loop")
     before = names_in_directory()
     assert_one_error(train(*arguments), code, message)
     assert names_in_directory() == before
@@ -855,6 +1084,10 @@ def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path, monkeypatch
     files.write_whole(path, b"old")
     files.write_whole(path, b"new")
     assert path.read_bytes() == b"new"
+    with pytest.raises(UserError, match=r"cannot write the words .*/report\.md/below: Not a directory"):
+        files.write_whole(path / "below", b"", "the words")
+    files._temporary(path).touch()
+    files.check_writable(path)
     monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(UserError, match="full"):
         files.write_whole(path, b"half")

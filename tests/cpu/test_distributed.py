@@ -181,12 +181,29 @@ def test_two_continue_what_one_began_and_a_save_that_fails_in_one_of_them_leaves
     code, _, errors = together(path, f"--steps={STEPS}", "--resume", "--save-every=5", planted="full disk")
     assert code == 1
     assert errors.count("error: ") == 1
-    assert f"error: cannot write {path.resolve()}: No space left on device" in errors
+    assert f"error: cannot write the checkpoint {path.resolve()}: No space left on device" in errors
     assert len(list(path.iterdir())) == 2
     actual, expected = saved.load(path), saved.load(one)
     assert actual["step"] == 5
     for name, learner in actual["learners"].items():
         assert learner["losses"] == pytest.approx(expected["learners"][name]["losses"][:5], rel=0, abs=TOLERANCE)
+
+
+def test_a_closed_pipe_stops_all_after_a_save_without_a_word(directory):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "lstm_triton.cli", *OPTIONS, "--checkpoint=unheard", "--steps=1000"]
+    with subprocess.Popen(
+        [*launcher, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 1
+    assert "exitcode  : 1" in errors  # 141 or 130, of the one that ended first
+    for words in ("error: ", "interrupted", "Gloo", "cli/app.py"):
+        assert words not in errors
+    assert 0 < saved.load("unheard")["step"] < 1000
 
 
 def test_what_all_refuse_is_said_once():
