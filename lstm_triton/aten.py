@@ -54,7 +54,7 @@ def standard_weights(weights: Sequence[Tensor], spec: LSTMSpec) -> Sequence[Tens
 
 
 class Options(NamedTuple):
-    """What the operator is told beside tensors: as `torch.nn.LSTM`'s arguments; dropout is 0 where it does not apply."""
+    """What the operator is told beside tensors: `torch.nn.LSTM`'s arguments; dropout is 0 where it does not apply."""
 
     bias: bool
     num_layers: int
@@ -63,9 +63,23 @@ class Options(NamedTuple):
     packing: Packing | None = None
 
 
-def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights) -> tuple[Tensor, Tensor]:
-    """One step of the standard variant: x (B, I), h and c (B, H) -> h, c."""
-    return torch._VF.lstm_cell(x, (h, c), *weights[:4])
+def lstm_cell(
+    input: Tensor, hx: tuple[Tensor, Tensor] | None, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step of the standard variant as `torch.nn.LSTMCell` calls it: input (B, I) or (I,), states (B, H) or (H,)."""
+    if input.dim() == 2:
+        if hx is None:
+            zeros = input.new_zeros(input.size(0), weight_hh.size(1))
+            hx = (zeros, zeros)
+        return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    if hx is None:
+        zeros = input.new_zeros(1, weight_hh.size(1))
+        rows = (zeros, zeros)
+    else:
+        rows = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+    h, c = torch._VF.lstm_cell(input.unsqueeze(0), rows, weight_ih, weight_hh, bias_ih, bias_hh)
+    return h.squeeze(0), c.squeeze(0)
 
 
 def lstm(

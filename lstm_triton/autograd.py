@@ -1,9 +1,10 @@
 """One layer as a differentiable function: torch.library operators with fakes, and the autograd.Function on them.
 
 `layer_forward` and `layer_backward` know nothing of gradients; the Function joins them. Where a gradient is itself to
-be differentiated (`create_graph=True`) the backward pass differentiates the reference instead. For torch.compile and
-torch.export all of it is one operator, `layer`, whose autograd is the Function. A plain call, which nothing but autograd
-watches, runs what the operators run, without them: an operator costs more than a step of a small layer.
+be differentiated (`create_graph=True`) the backward pass differentiates the reference instead. For torch.compile
+and torch.export all of it is one operator, `layer`, which they take apart when they differentiate: so an exported
+program can be trained. A plain call, which nothing but autograd watches, runs what the operators run, without them: an
+operator costs more than a step of a small layer.
 
 Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), D
 directions, G gate blocks.
@@ -86,8 +87,8 @@ def lstm_layer(
     first = weights[0]
     call = Call(spec.name, first.bias_ih is not None, first.weight_hr is not None, strategy)
     flat = [w for direction in weights for w in direction if w is not None]
-    if torch.compiler.is_compiling():
-        return torch.ops.lstm_triton.layer(x, h_0, c_0, flat, lengths, resets, *call, recompute, states)
+    if torch.compiler.is_compiling() and not transforms.traced():
+        return torch.ops.lstm_triton.layer.default(x, h_0, c_0, flat, lengths, resets, *call, recompute, states)
     return differentiable_layer(x, h_0, c_0, flat, lengths, resets, *call, recompute, states)
 
 
@@ -128,10 +129,12 @@ PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 def group(flat: Sequence[Any], spec: LSTMSpec, bias: bool, projection: bool) -> list[LSTMWeights]:
     """One LSTMWeights a direction from a flat list of D times what `spec.parameter_names(bias, projection)` lists."""
+    if not spec.peephole and bias and not projection:
+        return [LSTMWeights(*flat[n : n + 4]) for n in range(0, len(flat), 4)]  # the common case, without a search
     names = spec.parameter_names(bias, projection)
-    absent: dict[str, Any] = dict.fromkeys(LSTMWeights._fields)
+    places = [names.index(field) if field in names else None for field in LSTMWeights._fields]
     return [
-        LSTMWeights(**(absent | dict(zip(names, flat[n : n + len(names)], strict=True))))
+        LSTMWeights(*[None if place is None else flat[n + place] for place in places])  # type: ignore[arg-type]
         for n in range(0, len(flat), len(names))
     ]
 
@@ -222,16 +225,7 @@ LAYER.define(
     "bool bias, bool projection, str strategy, bool recompute, bool states) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-LAYER.impl("layer", differentiable_layer, "Autograd")
-LAYER.impl("layer", computed_layer, "CompositeExplicitAutograd")
-torch.library.register_vmap("lstm_triton::layer", one_by_one(lambda *a: torch.ops.lstm_triton.layer(*a)), lib=LAYER)
-
-
-@torch.library.register_fake("lstm_triton::layer", lib=LAYER)
-def _(x, h_0, c_0, weights, lengths, resets, variant, bias, projection, strategy, recompute, states):  # type: ignore[no-untyped-def]
-    spec = LSTMSpec.parse(variant)
-    shapes = layer.result_shapes(x, c_0, group(weights, spec, bias, projection), spec, layer.Keep(False, False, states))
-    return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes[:4])
+LAYER.impl("layer", differentiable_layer, "CompositeImplicitAutograd")
 
 
 class LSTMLayerFunction(torch.autograd.Function):

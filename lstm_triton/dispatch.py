@@ -19,6 +19,9 @@ ENVIRONMENT_VARIABLE = "LSTM_TRITON_BACKEND"
 MINIMUM_CAPABILITY = (8, 0)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
+FROM_ENVIRONMENT = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+"""Read once: at every call it would cost a tenth of a short one."""
+
 _requested: list[str] = []  # innermost last; a plain list because torch.compile guards on it, and not on a ContextVar
 
 
@@ -29,6 +32,9 @@ class Choice(NamedTuple):
     reason: str
 
 
+ON_CPU = Choice("torch", "the kernels run on CUDA devices, not on cpu")
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Compute every call inside the `with` block on the given backend.
@@ -36,8 +42,8 @@ def backend(name: str) -> Iterator[None]:
     - name: "triton" (the kernels; an error where they cannot run), "torch" (PyTorch's own operators), or "auto"
       (the kernels for CUDA tensors of a supported type on compute capability 8.0 or newer, else PyTorch)
 
-    Holds for the whole process, whichever thread calls. Overrides the environment variable LSTM_TRITON_BACKEND. Raises
-    ValueError for another name.
+    Holds for the whole process, whichever thread calls. Overrides the environment variable LSTM_TRITON_BACKEND, which
+    is read when the library is imported. Raises ValueError for another name.
     """
     _requested.append(check_name(name, "backend"))
     try:
@@ -57,7 +63,7 @@ def requested() -> str:
     """What the user asked for: the innermost `with backend(...)`, else the environment variable, else "auto"."""
     if _requested:
         return _requested[-1]
-    return check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    return check_name(FROM_ENVIRONMENT, ENVIRONMENT_VARIABLE)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -69,7 +75,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     if name == "torch":
         return Choice("torch", "asked for")
     if name == "auto" and device.type != "cuda":
-        return Choice("torch", f"the kernels run on CUDA devices, not on {device.type}")
+        return ON_CPU if device.type == "cpu" else Choice("torch", f"the kernels run on CUDA devices, not on {device}")
     obstacle = why_not_triton(device, dtype)
     if obstacle is None:
         return Choice("triton", "asked for" if name == "triton" else f"{device} can run the kernels")

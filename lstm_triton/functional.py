@@ -21,7 +21,7 @@ from lstm_triton import aten, autograd, checks, dispatch, reference, selection, 
 from lstm_triton.layer import beyond
 from lstm_triton.layout import Layout
 from lstm_triton.ragged import Packing, all_full, checked_lengths, without_waiting
-from lstm_triton.spec import LSTMSpec, LSTMWeights, OutputPeephole, Peephole, state_dict_name
+from lstm_triton.spec import STANDARD, LSTMSpec, LSTMWeights, OutputPeephole, Peephole, state_dict_name
 
 
 def lstm_cell(
@@ -51,6 +51,9 @@ def lstm_cell(
     where the backend asked for cannot run, and for parameters that are sharded; ValueError for an unknown variant.
     """
     spec = LSTMSpec.of(coupled, peephole, output_peephole)
+    if spec is STANDARD and weight_ch is None and torch_cell_serves(input, weight_ih, bias_ih, bias_hh):
+        checks.cell_arguments(input, hx)
+        return aten.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     weights = LSTMWeights(weight_ih, weight_hh, bias_ih, bias_hh, weight_ch=weight_ch)
     flat = [w for w in weights if w is not None]
     checks.not_sharded(flat, lambda: list(weights.present()))
@@ -71,21 +74,30 @@ def lstm_cell(
     checks.same_device(x, (h, c), flat)
 
     if dispatch.choose(x.device, x.dtype).name == "torch":
-        h, c = cell_by_torch(x, h, c, weights, spec)
+        h, c = cell_by_reference(x, h, c, weights, spec)
     else:
         run = (x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), [weights], spec)
-        _, h_n, c_n, _ = run_layer(*run, Rows(), Engine("auto", "triton"))
+        _, h_n, c_n, _ = run_layer(*run, ALIKE, Engine("auto", "triton"))
         h, c = h_n[0], c_n[0]
     return (h, c) if batched else (h[0], c[0])
 
 
-def cell_by_torch(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) -> tuple[Tensor, Tensor]:
-    """One step in PyTorch's own operators, x (B, I), h (B, P), c (B, H): its own cell, or the reference.
+def torch_cell_serves(input: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> bool:
+    """Whether PyTorch's own cell computes a step of the standard variant; it checks sizes and types itself."""
+    return (
+        input.dtype in aten.CPU_DTYPES
+        and type(weight) in autograd.PLAIN
+        and (bias_ih is None) == (bias_hh is None)
+        and autocast_dtype(input) is None
+        and dispatch.choose(input.device, input.dtype).name == "torch"
+    )
+
+
+def cell_by_reference(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) -> tuple[Tensor, Tensor]:
+    """One step of the reference, x (B, I), h (B, P), c (B, H).
 
     Autograd, torch.func and torch.compile see the operators themselves. The accumulator type as in the kernels.
     """
-    if spec.standard and weights.weight_hr is None and aten.serves(x, spec):
-        return aten.lstm_cell(x, h, c, weights)
     checks.computed_dtype(x.dtype)
     dtype = accumulator_dtype(x.dtype)
     if dtype == x.dtype:
@@ -171,8 +183,11 @@ def lstm(
     if dtype is not None:
         x, h_0, c_0, weights = x.to(dtype), h_0.to(dtype), c_0.to(dtype), [w.to(dtype) for w in weights]
     checks.same_dtype(x, (h_0, c_0), weights)
-    rows = Rows(layout.packing, lengths, resets)
-    selection.check_runnable(strategy, x.device, x.dtype, spec, rows.beyond_torch(return_cell_states))
+    rows = ALIKE
+    if lengths is not None or resets is not None or layout.packing is not None:
+        rows = Rows(layout.packing, lengths, resets)
+    if strategy != "auto":
+        selection.check_runnable(strategy, x.device, x.dtype, spec, rows.beyond_torch(return_cell_states))
     if resets is not None:
         rows = rows._replace(resets=layout.steps(without_waiting(resets, x.device)))
     if lengths is not None and all_full(lengths, layout.T):
@@ -204,8 +219,14 @@ class Rows(NamedTuple):
 
     def beyond_torch(self, states: bool) -> str | None:
         """What is asked that `torch.nn.LSTM`'s own operator does not have; None if it has it all."""
+        if self.resets is None and self.lengths is None and not states:
+            return None
         asked = {"resets": self.resets is not None, "lengths": self.lengths is not None, "return_cell_states": states}
         return ", ".join(name for name, present in asked.items() if present) or None
+
+
+ALIKE = Rows()
+"""Rows that do not differ."""
 
 
 class Engine(NamedTuple):
@@ -237,6 +258,7 @@ def choose_engine(
         strategy == "auto"
         and aten.serves(x, spec)
         and rows.beyond_torch(states) is None
+        and not (spec.coupled and backend == "torch" and x.shape[0] == 1)  # a step is quicker written out
         and not transforms.active()
         and not transforms.forward_mode()
         and (backend == "torch" or prefers_cudnn(x, h_0, c_0, weights, D, spec, rows))
@@ -281,6 +303,9 @@ def run_layers(
 
     Sequences are (T, B, F), or with a packing perhaps (N, F).
     """
+    if len(layers) == 1:
+        x, h_n, c_n, every = run_layer(x, h_0, c_0, layers[0], spec, rows, engine, states)
+        return x, h_n, c_n, every if states else None
     D = len(layers[0])
     last_h, last_c = [], []
     cell_states = None
@@ -295,8 +320,6 @@ def run_layers(
         cell_states = every if wanted else None
         last_h.append(h_n)
         last_c.append(c_n)
-    if len(layers) == 1:
-        return x, last_h[0], last_c[0], cell_states
     return x, torch.cat(last_h), torch.cat(last_c), cell_states
 
 
@@ -304,7 +327,7 @@ def run_layer(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, rows: Rows, engine: Engine,
     states: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """One layer: output, h_n, c_n, and every c_t (empty unless `states`).
+    """One layer: output, h_n, c_n, and every c_t if `states`; else the fourth tensor has no meaning.
 
     x (T, B, I), finite beyond a length, h_0 (D, B, P), c_0 (D, B, H). With a packing x may be (N, I), and output is
     packed if PyTorch's own operator computed it: so the next layer will take it.
@@ -315,8 +338,8 @@ def run_layer(
         options = aten.layer_options(weights)._replace(packing=rows.packing)
         flat = aten.standard_weights(aten.flat_weights(weights), spec)
         return (*aten.lstm(x, h_0, c_0, flat, options), x.new_empty(0))
-    if engine.strategy == "torch" and rows == Rows() and not states and x.shape[0] == 1:
-        return (*single_step(x[0], h_0, c_0, weights, spec), x.new_empty(0))
+    if engine.strategy == "torch" and not states and x.shape[0] == 1 and rows is ALIKE:
+        return (*single_step(x.squeeze(0), h_0, c_0, weights, spec), x)
     lengths = rows.lengths
     if rows.packing is not None:
         x, lengths = rows.packing.pad(x) if x.dim() == 2 else x, rows.packing.lengths
@@ -335,8 +358,11 @@ def single_step(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer of one step in PyTorch's own operators: x (B, I) -> output (1, B, D·P), h_n (D, B, P), c_n (D, B, H)."""
-    steps = [cell_by_torch(x, h_0[n], c_0[n], w, spec) for n, w in enumerate(weights)]
-    hidden, cells = zip(*steps, strict=True)
+    if len(weights) == 1:
+        h, c = cell_by_reference(x, h_0.squeeze(0), c_0.squeeze(0), weights[0], spec)
+        return h.unsqueeze(0), torch.stack([h]), c.unsqueeze(0)
+    states = zip(h_0.unbind(0), c_0.unbind(0), weights, strict=True)
+    hidden, cells = zip(*[cell_by_reference(x, h, c, w, spec) for h, c, w in states], strict=True)
     return torch.cat(hidden, -1).unsqueeze(0), torch.stack(hidden), torch.stack(cells)
 
 
@@ -409,6 +435,8 @@ known_input_and_hidden_size = lru_cache(maxsize=1024)(input_and_hidden_size_of)
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that an active autocast computes in; None where none is active, or none for this type (float64)."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
     device = x.device.type
     if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None

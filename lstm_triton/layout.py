@@ -32,13 +32,13 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, input: Tensor | PackedSequence, batch_first: bool) -> Layout:
         """The layout of an input whose number of dimensions is right."""
-        if isinstance(input, PackedSequence):
+        if not isinstance(input, Tensor):
             packing = Packing(input)
             return cls(packing.T, packing.B, True, batch_first, input, packing)
         if input.dim() == 2:
             return cls(input.shape[0], 1, False, False)
-        T, B = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
-        return cls(T, B, True, batch_first)
+        first, second, _ = input.shape
+        return cls(second, first, True, True) if batch_first else cls(first, second, True, False)
 
     def sequence(self, sequence: Tensor) -> Tensor:
         """A sequence of the user's, as the layers take it; of a PackedSequence its data. With or without features."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import is_
 from typing import Any
 
 import torch
@@ -267,14 +268,16 @@ class LSTM(VariantModule, nn.RNNBase):
         (functional_call, parametrize); an entry of PyTorch's private list `_flat_weights` that code set itself goes
         before its attribute, as in `torch.nn.LSTM`.
         """
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        names, held = self._flat_weights_names, self._flat_weights
         if torch.compiler.is_compiling():
-            return weights
-        for n, (weight, held) in enumerate(zip(weights, self._flat_weights, strict=True)):
-            if weight is not held and isinstance(held, Tensor):
-                reference = self._flat_weight_refs[n] if self._flat_weight_refs else None
-                if reference is not None and reference() is weight:
-                    weights[n] = held
+            return [getattr(self, name) for name in names]
+        if all(map(is_, map(self._parameters.get, names), held)):
+            return held  # type: ignore[return-value]
+        weights = [getattr(self, name) for name in names]
+        for n, (weight, other) in enumerate(zip(weights, held, strict=True)):
+            reference = self._flat_weight_refs[n] if self._flat_weight_refs else None
+            if isinstance(other, Tensor) and reference is not None and reference() is weight:
+                weights[n] = other
         return weights
 
     def flatten_parameters(self) -> None:

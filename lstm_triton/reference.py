@@ -29,11 +29,12 @@ def cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) 
         F.linear(x, weights.weight_ih, weights.bias_ih) + F.linear(h, weights.weight_hh, weights.bias_hh)
     )
     v = spec.split_peephole(weights.weight_ch) if weights.weight_ch is not None else {}
+    full = spec.full
 
     def gate(name: str, c_read: Tensor) -> Tensor:
         if not v:
             return torch.sigmoid(a[name])
-        return torch.sigmoid(a[name] + (F.linear(c_read, v[name]) if spec.full else v[name] * c_read))
+        return torch.sigmoid(a[name] + (F.linear(c_read, v[name]) if full else v[name] * c_read))
 
     f = gate("f", c)
     i = 1 - f if spec.coupled else gate("i", c)

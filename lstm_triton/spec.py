@@ -6,7 +6,7 @@ The only place that knows what a combination of `coupled`, `peephole` and `outpu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,12 +53,21 @@ class LSTMSpec:
     - peephole: None, "diagonal" (elementwise: Gers & Schmidhuber 2000) or "full" (a matrix)
     - output_peephole: which cell state the output gate reads: "previous" (c_{t-1}) or "current" (c_t)
 
+    What follows from them, settled once since every step of a layer asks for it:
+
+    - gates: the gate blocks in the order in which they are stacked in the weights
+    - peephole_gates: those that read the cell state, in the order of `weight_ch`
+    - previous_gates: those that read c_{t-1}
+
     Raises ValueError for an unknown value, and for "current" without a peephole.
     """
 
     coupled: bool = False
     peephole: Peephole | None = None
     output_peephole: OutputPeephole = "previous"
+    gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    peephole_gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    previous_gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.coupled, bool):
@@ -71,21 +80,11 @@ class LSTMSpec:
             raise ValueError(
                 "output_peephole='current' needs a peephole: choose peephole='diagonal' or 'full', got peephole=None"
             )
-
-    @property
-    def gates(self) -> tuple[str, ...]:
-        """Gate blocks in the order in which they are stacked in the weights."""
-        return ("f", "g", "o") if self.coupled else ("i", "f", "g", "o")
-
-    @property
-    def peephole_gates(self) -> tuple[str, ...]:
-        """The gate blocks that read the cell state, in the order of `weight_ch`."""
-        return tuple(gate for gate in self.gates if gate != "g") if self.peephole else ()
-
-    @property
-    def previous_gates(self) -> tuple[str, ...]:
-        """The gate blocks that read c_{t-1}."""
-        return tuple(gate for gate in self.peephole_gates if not (gate == "o" and self.output_current))
+        gates = ("f", "g", "o") if self.coupled else ("i", "f", "g", "o")
+        reading = tuple(gate for gate in gates if gate != "g") if self.peephole else ()
+        previous = tuple(gate for gate in reading if not (gate == "o" and self.output_current))
+        for name, value in (("gates", gates), ("peephole_gates", reading), ("previous_gates", previous)):
+            object.__setattr__(self, name, value)
 
     @property
     def full(self) -> bool:

@@ -45,8 +45,22 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-# Under torch 2.11 Dynamo takes is_exporting() to be true whenever it compiles; as a constant it is asked for real.
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is at work, by either of its exporters."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# Dynamo folds both questions to constants, the first under torch 2.11 to a wrong one; so marked it asks for real.
 exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def traced() -> bool:
+    """Whether what compiles traces a transform of torch.func, for which no operator has its autograd."""
+    return bool(_functorch.get_interpreter_stack())
+
+
+traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def recorder() -> int | None:

@@ -42,7 +42,8 @@ SETTINGS = training.Settings(
 def surroundings(tmp_path, monkeypatch):
     """A directory of its own with a small text, and no backend asked for."""
     monkeypatch.chdir(tmp_path)
-    for variable in (dispatch.ENVIRONMENT_VARIABLE, "RANK", "WORLD_SIZE"):
+    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "auto")
+    for variable in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     Path("text.txt").write_text(TEXT, encoding="utf-8")
 
@@ -443,7 +444,7 @@ def test_info(program):
 
 @pytest.mark.parametrize("value, reason", [("triton", "the obstacle"), ("tpu", "LSTM_TRITON_BACKEND must be one of")])
 def test_info_says_why_no_backend_can_run(program, monkeypatch, value, reason):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, value)
+    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", value)
     monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: "the obstacle")
     code, output, _ = program("info")
     assert code == 0
@@ -877,7 +878,7 @@ def test_bad_input_is_one_line(train, arguments, code, message):
 
 
 def test_backend_that_cannot_run_is_one_line(train, monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "triton")
     monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: "the obstacle")
     assert_one_error(train(), 1, "cannot run here: the obstacle")
 

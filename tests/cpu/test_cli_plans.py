@@ -22,7 +22,7 @@ PASSES = {"forward": False, "backward": True}
 
 @pytest.fixture(autouse=True)
 def nothing_asked_for(monkeypatch):
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "auto")
 
 
 @pytest.fixture
@@ -229,13 +229,14 @@ def test_the_strategy_and_its_reason_are_those_of_the_selection():
             "no tiles of the recurrent weights, 128.0 MiB, fit",
             "cudnn",
         ),
-        (dict(hidden=2000, dtype="fp32", variant="coupled"), "l4", "no tiles of the recurrent weights", "stepwise"),
+        (dict(hidden=2000, dtype="fp32", variant="coupled"), "l4", "no tiles of the recurrent weights", "cudnn"),
+        (dict(hidden=2000, dtype="fp32", variant="diagonal"), "l4", "no tiles of the recurrent weights", "stepwise"),
         (dict(hidden=64, dtype="float64"), "rtx4090", "float64 has no persistent kernel", "cudnn"),
         (dict(hidden=64, dtype="fp64", variant="diagonal"), "a100", "float64 has no persistent kernel", "stepwise"),
         (dict(hidden=64, variant="coupled+full+current"), "h100", "a full peephole on c_t needs a product", "stepwise"),
         (dict(hidden=64, proj=8), "b200", "a projection needs a product between two steps", "cudnn"),
-        (dict(hidden=64, proj=8, variant="coupled"), "b200", "a projection needs a product", "stepwise"),
-        (dict(hidden=4096, proj=8, variant="coupled"), "h100", "a projection needs a product", "stepwise"),
+        (dict(hidden=64, proj=8, variant="coupled"), "b200", "a projection needs a product", "cudnn"),
+        (dict(hidden=4096, proj=8, variant="coupled+diagonal"), "h100", "a projection needs a product", "stepwise"),
     ],
 )
 def test_why_there_is_no_plan_and_what_runs_instead(options, gpu, reason, instead):
@@ -333,7 +334,7 @@ def test_the_backend_that_was_asked_for_decides_on_the_device_that_is_here(cuda_
         assert plans.choice(BF16, H100).name == "persistent"
     with dispatch.backend("triton"):
         assert plans.choice(plans.question(4096), target).name == "stepwise"
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "tpu")
+    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "tpu")
     assert plans.choice(BF16, target).name == "none"
 
 

@@ -14,7 +14,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_auto_is_pytorch_on_the_cpu(monkeypatch):
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "auto")
     assert dispatch.choose(CPU, torch.float32) == ("torch", "the kernels run on CUDA devices, not on cpu")
 
 
@@ -57,7 +57,7 @@ def test_triton_where_it_cannot_run_says_why(monkeypatch):
 
 
 def test_the_innermost_request_wins_and_ends_with_its_block(monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "torch")
+    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "torch")
     assert dispatch.requested() == "torch"
     with lstm_triton.backend("triton"):
         with lstm_triton.backend("auto"):
@@ -72,7 +72,7 @@ def test_the_innermost_request_wins_and_ends_with_its_block(monkeypatch):
 def test_unknown_names_list_what_exists(monkeypatch):
     with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'triton', 'torch', got 'cuda'"):
         lstm_triton.backend("cuda").__enter__()
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "gpu")
+    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "gpu")
     with pytest.raises(ValueError, match=r"LSTM_TRITON_BACKEND must be one of .* got 'gpu'"):
         lstm_triton.LSTM(3, 4)(torch.zeros(2, 1, 3))
 
