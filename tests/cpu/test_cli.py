@@ -266,7 +266,7 @@ def test_module_and_ctrl_c_in_a_process():
 
 def process_of(prelude, *arguments, **options):
     """`lstm-triton` in a process of its own, after some Python."""
-    program = f"import signal, sys\n{prelude}\nfrom lstm_triton.cli import main\nmain()"
+    program = f"import signal, sys\n{prelude}\nfrom lstm_triton_start import main\nmain()"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     # A shell lets what it starts in the background ignore Ctrl-C.
@@ -277,7 +277,7 @@ def process_of(prelude, *arguments, **options):
 CTRL_C_DURING_AN_IMPORT = """
 class Finder:
     def find_spec(self, name, path, target=None):
-        if name == "typer":
+        if name == IMPORTED:
             try:
                 signal.raise_signal(signal.SIGINT)
             except BaseException:  # as some library might
@@ -289,8 +289,12 @@ CTRL_C_AFTER_THE_END = "import atexit; atexit.register(signal.raise_signal, sign
 
 @pytest.mark.parametrize(
     "prelude, expected",
-    [(CTRL_C_DURING_AN_IMPORT, "interrupted\n"), (CTRL_C_AFTER_THE_END, "")],
-    ids=["during an import", "after the end"],
+    [
+        ('IMPORTED = "torch"' + CTRL_C_DURING_AN_IMPORT, "interrupted\n"),
+        ('IMPORTED = "typer"' + CTRL_C_DURING_AN_IMPORT, "interrupted\n"),
+        (CTRL_C_AFTER_THE_END, ""),
+    ],
+    ids=["during the import of torch", "during the import of typer", "after the end"],
 )
 def test_ctrl_c_before_and_after_the_command_is_quiet(prelude, expected):
     process = process_of(prelude, "info")
