@@ -438,7 +438,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return None
     device = x.device.type
-    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):  # Dynamo cannot trace the latter
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
