@@ -229,14 +229,19 @@ def test_a_transform_in_a_compiled_function_is_the_transform(transform):
 
 
 def test_a_compiled_call_loses_no_tangent():
-    """Compiled outside of forward mode, then called inside."""
+    """Compiled outside of forward mode, then called inside: newer releases of PyTorch refuse that, older ones do not."""
     module = module_of(SPECS[1])
     x, tangent = sequence(4, 2), sequence(4, 2)
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     with torch.no_grad():
         compiled(x)
         with forward_ad.dual_level():
-            found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, tangent))[0]).tangent
+            dual = forward_ad.make_dual(x, tangent)
+            try:
+                found = forward_ad.unpack_dual(compiled(dual)[0]).tangent
+            except torch._dynamo.exc.Unsupported as refused:
+                assert "dual tensor" in str(refused)
+                return
     close([found], [jvp(lambda x: by_reference(module, x)[0], (x,), (tangent,))[1]])
 
 
