@@ -23,7 +23,7 @@ from lstm_triton_kernels.plan import accumulator_dtype
 from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 
-from lstm_triton import layer, reference, selection, transforms
+from lstm_triton import layer, onnx_node, reference, selection, transforms
 from lstm_triton.batching import one_by_one
 from lstm_triton.ragged import Packing
 from lstm_triton.spec import LSTMSpec, LSTMWeights
@@ -98,6 +98,11 @@ def differentiable_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The first four fields of `layer.LayerResult`, with their gradient where one may be asked."""
     call = Call(variant, bias, projection, strategy)
+    if transforms.exporting_to_onnx() and not torch.jit.is_tracing():
+        spec = LSTMSpec.parse(variant)
+        onnx_node.check(spec, projection, resets, states)
+        results = onnx_node.layer(x, h_0, c_0, group(weights, spec, bias, projection), spec, lengths)
+        return *results, x.new_empty(0)
     if torch.is_grad_enabled() and transforms.recorded((x, h_0, c_0, *weights)):
         return LSTMLayerFunction.apply(call, recompute, states, lengths, resets, x, h_0, c_0, *weights)[:4]
     return computed_layer(x, h_0, c_0, weights, lengths, resets, *call, recompute, states)

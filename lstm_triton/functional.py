@@ -17,7 +17,7 @@ from lstm_triton_kernels.plan import accumulator_dtype, matmul_precision
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import aten, autograd, checks, dispatch, reference, selection, transforms
+from lstm_triton import aten, autograd, checks, dispatch, onnx_node, reference, selection, transforms
 from lstm_triton.layer import beyond
 from lstm_triton.layout import Layout
 from lstm_triton.ragged import Packing, all_full, checked_lengths, without_waiting
@@ -193,7 +193,8 @@ def lstm(
     if lengths is not None and all_full(lengths, layout.T):
         lengths, rows = None, rows._replace(lengths=None)
     if lengths is not None:
-        lengths = checked_lengths(lengths, layout.T, x.device)
+        # An ONNX graph has no place for the check.
+        lengths = lengths if transforms.exporting_to_onnx() else checked_lengths(lengths, layout.T, x.device)
         rows = rows._replace(lengths=lengths)
         x = x.masked_fill(beyond(lengths, layout.T), 0)
 
@@ -253,6 +254,8 @@ def choose_engine(
 
     Raises TypeError for a type that the library does not compute, unless PyTorch's own operator computes the call.
     """
+    if transforms.exporting_to_onnx():
+        return engine_for_onnx(h_0, c_0, spec, rows, states)
     backend = dispatch.choose(x.device, x.dtype).name if strategy == "auto" else "triton"
     operator = strategy == "cudnn" or (
         strategy == "auto"
@@ -270,6 +273,23 @@ def choose_engine(
     if not operator:
         checks.computed_dtype(x.dtype)
     return Engine("torch" if backend == "torch" else strategy, backend, operator, recompute=recompute)
+
+
+def engine_for_onnx(h_0: Tensor, c_0: Tensor, spec: LSTMSpec, rows: Rows, states: bool) -> Engine:
+    """The engine whose layers become ONNX's LSTM nodes. Raises RuntimeError with a way out where they cannot.
+
+    The exporter with dynamo=True translates a layer's operator by `onnx_node`; the older one knows PyTorch's own.
+    """
+    onnx_node.check(spec, h_0.shape[2] != c_0.shape[2], rows.resets, states)
+    traced = torch.jit.is_tracing()
+    if traced and (spec.peephole or rows.lengths is not None):
+        raise RuntimeError(
+            f"this LSTM ({spec.name}) cannot be exported to ONNX by TorchScript, which has no peepholes or lengths: use "
+            "torch.onnx.export(..., dynamo=True)"
+        )
+    if rows.packing is not None and not traced:
+        raise RuntimeError("a PackedSequence cannot be exported to ONNX: give a padded input and lengths")
+    return Engine("auto", "triton", operator=traced)
 
 
 def leaves_operator(x: Tensor, rows: Rows) -> bool:
