@@ -133,7 +133,8 @@ def forward_steps(
         return
     T = len(x)
     out.cells[initial_slot(T, reverse, len(out.cells) > 1)] = c_0
-    gate_input = None if steps.fuses_input(T) else project_input(x, w)
+    # Where gates are saved, they replace the gate inputs, step by step, in the same memory.
+    gate_input = None if steps.fuses_input(T) else project_input(x, w, out.gates)
     steps.forward(x, gate_input, row_contiguous(h_0), w, spec, reverse, *out, as_bytes(resets))
     if lengths is not None:
         over = beyond(lengths, T)
