@@ -149,8 +149,8 @@ def computed_dtype(dtype: torch.dtype) -> None:
     if dtype not in SUPPORTED_DTYPES:
         raise TypeError(
             f"an LSTM of {dtype} is not supported here: the library computes {', '.join(map(str, SUPPORTED_DTYPES))}; "
-            "complex types only where torch.nn.LSTM's own operator serves (on a CPU, without peepholes, lengths, "
-            "resets, cell states, torch.compile and torch.func)"
+            "complex64 and complex128 only where PyTorch's own operator serves (on a CPU, the standard variant, and "
+            "layers of the coupled one; without lengths, resets, cell states and torch.func)"
         )
 
 

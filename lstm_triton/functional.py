@@ -89,6 +89,7 @@ def torch_cell_serves(input: Tensor, weight: Tensor, bias_ih: Tensor | None, bia
         and type(weight) in autograd.PLAIN
         and (bias_ih is None) == (bias_hh is None)
         and autocast_dtype(input) is None
+        and not transforms.active()  # vmap has no rule for it
         and dispatch.choose(input.device, input.dtype).name == "torch"
     )
 
@@ -261,7 +262,7 @@ def choose_engine(
         strategy == "auto"
         and aten.serves(x, spec)
         and rows.beyond_torch(states) is None
-        and not (spec.coupled and backend == "torch" and x.shape[0] == 1)  # a step is quicker written out
+        and not (spec.coupled and backend == "torch" and x.shape[0] == 1 and not x.is_complex())  # quicker written out
         and not transforms.active()
         and not transforms.forward_mode()
         and (backend == "torch" or prefers_cudnn(x, h_0, c_0, weights, D, spec, rows))
@@ -284,8 +285,8 @@ def engine_for_onnx(h_0: Tensor, c_0: Tensor, spec: LSTMSpec, rows: Rows, states
     traced = torch.jit.is_tracing()
     if traced and (spec.peephole or rows.lengths is not None):
         raise RuntimeError(
-            f"this LSTM ({spec.name}) cannot be exported to ONNX by TorchScript, which has no peepholes or lengths: use "
-            "torch.onnx.export(..., dynamo=True)"
+            f"this LSTM ({spec.name}) cannot be exported to ONNX by TorchScript, which has no peepholes or lengths: "
+            "use torch.onnx.export(..., dynamo=True)"
         )
     if rows.packing is not None and not traced:
         raise RuntimeError("a PackedSequence cannot be exported to ONNX: give a padded input and lengths")

@@ -229,7 +229,7 @@ def test_a_transform_in_a_compiled_function_is_the_transform(transform):
 
 
 def test_a_compiled_call_loses_no_tangent():
-    """Compiled outside of forward mode, then called inside: newer releases of PyTorch refuse that, older ones do not."""
+    """Compiled outside of forward mode, then called inside: newer PyTorch refuses that, older does not."""
     module = module_of(SPECS[1])
     x, tangent = sequence(4, 2), sequence(4, 2)
     compiled = torch.compile(module, fullgraph=True, backend="eager")
@@ -593,6 +593,8 @@ def test_a_cell_goes_through_torch_func(spec):
     for nested in NESTED.values():
         close([nested(lambda x: ours(at[0], x))(x)], [expected])
     stacked, _ = stack_module_state(cells := [LSTMCell(3, 4, dtype=torch.float64, **variant(spec)) for _ in range(3)])
+    results = vmap(lambda weights: functional_call(cell, weights, (x,)))(stacked)
+    close(results, [torch.stack(member) for member in zip(*[c(x) for c in cells], strict=True)])
     found = vmap(grad(lambda weights: loss(functional_call(cell, weights, (x,)))))(stacked)
     for n, member in enumerate(cells):
         expected = torch.autograd.grad(loss(cell_by_reference(member, x)), list(member.parameters()))
