@@ -17,6 +17,10 @@ from lstm_triton_kernels.plan import SUPPORTED_DTYPES
 BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "LSTM_TRITON_BACKEND"
 MINIMUM_CAPABILITY = (8, 0)
+NEEDS_CUDA = (
+    "it needs a CUDA device, move model and input there (model.to('cuda')); CPU tensors only with TRITON_INTERPRET=1, "
+    "set before the program starts"
+)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 FROM_ENVIRONMENT = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -98,5 +102,5 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         from lstm_triton_kernels.gates import INTERPRETED
 
-        return None if INTERPRETED else "CPU tensors need TRITON_INTERPRET=1, set before the program starts"
+        return None if INTERPRETED else NEEDS_CUDA
     return f"the kernels run on CUDA devices, not on {device.type}"
