@@ -11,12 +11,17 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from lstm_triton_kernels.plan import SUPPORTED_DTYPES
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lstm_triton.aten import CPU_DTYPES
 from lstm_triton.modules import LSTM, CoupledLSTM, LSTMCell, PeepholeLSTM
 
 Model = TypeVar("Model", bound=nn.Module)
+
+COMPUTED_DTYPES = {*SUPPORTED_DTYPES, *CPU_DTYPES}
+"""The types of a standard LSTM that the library computes, the complex ones on a CPU alone."""
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 """What `from_torch` makes of which class."""
@@ -38,7 +43,8 @@ def from_torch(module: Model) -> Model:
     such module, as `torch.ao.nn.quantizable.LSTM` or a scripted module.
 
     Raises TypeError for what is no module; ValueError naming the module, before anything is changed, where one has a
-    replaced `forward` or an attribute with a name that this library's module uses.
+    replaced `forward`, an attribute with a name that this library's module uses, or parameters of a type that the
+    library does not compute: it does float16, bfloat16, float32 and float64, and on a CPU complex64 and complex128.
     """
     return swap(module, OURS)
 
@@ -74,10 +80,22 @@ def swap(module: Model, classes: dict[type[nn.Module], type[nn.Module]]) -> Mode
             raise ValueError(f"{name} ({type(found).__name__}) is sharded: convert the model before fully_shard")
         kind = parametrize.type_before_parametrizations(found)
         if kind in classes:
+            if classes is OURS:
+                check_types(name, found)
             changes.append(change(name, found, skeleton(kind, found), skeleton(classes[kind], found)))
     for apply in changes:
         apply()
     return module
+
+
+def check_types(name: str, module: nn.Module) -> None:
+    """Raises ValueError naming the module where a parameter is of a type that the library does not compute."""
+    for parameter, value in module.named_parameters():
+        if value.dtype not in COMPUTED_DTYPES:
+            raise ValueError(
+                f"{name} ({type(module).__name__}) has {parameter} of {value.dtype}, which this library does not "
+                f"compute: only {', '.join(map(str, SUPPORTED_DTYPES))}, and on a CPU complex64 and complex128"
+            )
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -197,9 +197,10 @@ def lstm(
         # An ONNX graph has no place for the check.
         lengths = lengths if transforms.exporting_to_onnx() else checked_lengths(lengths, layout.T, x.device)
         rows = rows._replace(lengths=lengths)
-        x = x.masked_fill(beyond(lengths, layout.T), 0)
 
     engine = choose_engine(strategy, x, h_0, c_0, weights, D, spec, rows, return_cell_states, recompute)
+    if lengths is not None:
+        x = x.masked_fill(beyond(lengths, layout.T), 0)
     drop = dropout if training and L > 1 else 0.0
     cell_states = None
     if engine.operator and (drop == 0 or x.device.type == "cpu"):

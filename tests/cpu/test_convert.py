@@ -225,7 +225,7 @@ def test_nothing_is_drawn_allocated_or_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for convert_to in (convert.from_torch, convert.to_torch):
-            with torch.profiler.profile(profile_memory=True) as profile:
+            with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
                 convert_to(layer)
             assert not any(event.self_cpu_memory_usage for event in profile.events())
             assert layer.dropout == 0.5
