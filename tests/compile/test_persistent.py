@@ -3,7 +3,8 @@
 Hundreds of kernels take longer to compile than a test run may: `make plans` compiles all of them and writes down what
 each needs (tests/data/plans-<release>.json); here the record is held against the planner, and a part of it is compiled
 again and must come out as recorded: every tile once, every other one under the oldest release of Triton and the others
-under the newer.
+under the newer. Under a release without a record the same must fit and keep their weights; which of them spill is not
+known beforehand.
 """
 
 from __future__ import annotations
@@ -32,12 +33,22 @@ def chosen() -> list[plans.Emitted]:
     for one, _ in plans.emitted(installed_release()).values():
         found.setdefault((one.backward, one.plan.key), []).append(one)
     chosen = [kin[number % len(kin)] for number, kin in enumerate(found.values())]
-    return chosen[RELEASES.index(installed_release()) :: len(RELEASES)]
+    turn = RELEASES.index(installed_release()) if installed_release() in RELEASES else 0
+    return chosen[turn :: len(RELEASES)]
 
 
-def test_the_installed_release_is_one_of_those_recorded():
+def test_the_installed_release_is_known_and_the_supported_ones_are_recorded():
     assert installed_release() == ".".join(triton.__version__.split(".")[:2])
-    assert installed_release() in RELEASES and set(plans.releases()) >= set(RELEASES)
+    assert set(plans.releases()) >= set(RELEASES)
+
+
+def check(one, plan, result):
+    """A kernel fits, keeps its weights on the chip, and uses the tensor cores where there are some."""
+    name = str(one)
+    assert result["shared"] <= plan.shared_bytes <= SHARED_MEMORY_LIMIT[one.capability], name
+    assert result["registers"] * 32 * plan.num_warps <= 65536, name
+    assert result["resident"], name
+    assert bool(result["tensor_core"]) != (one.rate == "float32"), name
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -45,21 +56,20 @@ def test_every_plan_fits_does_not_spill_and_keeps_its_weights(release):
     record = plans.read_record(release)
     assert record, f"{plans.record_path(release).name} is of other kernels: run `make plans`"
     for name, (one, plan) in plans.emitted(release).items():
-        result = record[name]
-        assert result["stack"] == 0, name
-        assert result["shared"] <= plan.shared_bytes <= SHARED_MEMORY_LIMIT[one.capability], name
-        assert result["registers"] * 32 * plan.num_warps <= 65536, name
-        assert result["resident"], name
-        assert bool(result["tensor_core"]) != (one.rate == "float32"), name
+        assert record[name]["stack"] == 0, name
+        check(one, plan, record[name])
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_part_comes_out_as_recorded(part):
-    record = plans.read_record(installed_release())
+    record = plans.read_record(installed_release()) if installed_release() in RELEASES else None
     some = chosen()[part::PARTS]
     assert some
     for one in some:
-        assert plans.compiled(one) == record[str(one)], str(one)
+        if record is None:
+            check(one, one.plan, plans.compiled(one))
+        else:
+            assert plans.compiled(one) == record[str(one)], str(one)
 
 
 def test_programs_that_wait_are_launched_together():

@@ -176,7 +176,7 @@ def source_hash() -> str:
             first = body[0] if isinstance(body, list) and body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 first.value.value = ""
-        code += ast.dump(tree)
+        code += ast.unparse(tree)  # ast.dump depends on the version of Python
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
