@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -262,23 +264,30 @@ class LSTM(VariantModule, nn.RNNBase):
         )
 
     def _current_weights(self) -> list[Tensor]:
-        """The parameters as they are now, in the order of `functional.lstm`.
+        """The weights of this call in the order of `functional.lstm`: PyTorch's private list `_flat_weights`.
 
-        They are what the attributes are, which may have been swapped in ways that `__setattr__` does not see
-        (functional_call, parametrize); an entry of PyTorch's private list `_flat_weights` that code set itself goes
-        before its attribute, as in `torch.nn.LSTM`.
+        As in `torch.nn.LSTM` an entry that code put there itself is used until an attribute is another tensor than
+        before (functional_call, a computed weight, a new parameter): then the list is that of the attributes. Each of
+        them is asked once, since asking may compute it; and a computed one is not kept, so that copies can be made.
         """
-        names, held = self._flat_weights_names, self._flat_weights
+        names, refs = self._flat_weights_names, self._flat_weight_refs
         if torch.compiler.is_compiling():
             return [getattr(self, name) for name in names]
-        if all(map(is_, map(self._parameters.get, names), held)):
-            return held  # type: ignore[return-value]
-        weights = [getattr(self, name) for name in names]
-        for n, (weight, other) in enumerate(zip(weights, held, strict=True)):
-            reference = self._flat_weight_refs[n] if self._flat_weight_refs else None
-            if isinstance(other, Tensor) and reference is not None and reference() is weight:
-                weights[n] = other
-        return weights
+        before = [names if ref is None else ref() for ref in refs]  # None for a weight that is no more
+        if all(map(is_, map(self._parameters.get, names, repeat(self)), before)):
+            return self._flat_weights  # type: ignore[return-value]
+        current = self._flat_weights
+        weights = [getattr(self, name, None) for name in names]
+        pairs = zip(weights, before, strict=True)
+        if any(new is not None and new is not old and old is not names for new, old in pairs):
+            current = weights
+            if all(weight is None or weight.is_leaf for weight in weights):
+                self._flat_weights = weights
+                self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
+            else:
+                self._flat_weight_refs = [gone] * len(names)  # type: ignore[list-item]
+        # What is missing is asked for once more: an AttributeError that names it.
+        return [getattr(self, n) if weight is None else weight for n, weight in zip(names, current, strict=True)]
 
     def flatten_parameters(self) -> None:
         """Move the parameters into one block of memory where that is what cuDNN wants: the standard variant on CUDA."""
@@ -316,6 +325,10 @@ class LSTM(VariantModule, nn.RNNBase):
         how = f", strategy={self.strategy!r}" if self.strategy != "auto" else ""
         how += ", recompute=True" if self.recompute else ""
         return f"{self.input_size}, {self.hidden_size}{options}{self._variant_repr()}{how}"
+
+
+def gone() -> None:
+    """A reference to a weight that is no more, in place of a weak one."""
 
 
 def leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Proxy:
