@@ -140,7 +140,7 @@ def test_the_plan_is_the_fastest_of_the_usual_candidates_each_time(work, gpu):
         assert not plans and plan.strip()
         assert "MiB" in plan or any(candidates(work, gpu))
     else:
-        usual = [p for p in plans if p.alone or p.wait == usual_wait(work, p)]
+        usual = [p for p in plans if p.alone or p.wait == usual_wait(work, p)] or plans  # none may be left of them
         assert plan in usual
         assert plan.estimate_us == min(p.estimate_us for p in usual)
     persistent_plan.cache_clear()

@@ -27,7 +27,13 @@ def test_parity_has_every_variant_shape_and_type_and_the_persistent_kernels_of_t
     assert auto == {(spec, shape["H"], False, False) for spec in SERVED for shape in shapes}
 
 
-def test_each_shape_has_the_plan_that_it_is_for():
+@pytest.fixture
+def release_of_ci(monkeypatch):
+    """The plans that spill, and are not offered, depend on the release of Triton."""
+    monkeypatch.setattr(persistent, "installed_release", lambda: "3.8")
+
+
+def test_each_shape_has_the_plan_that_it_is_for(release_of_ci):
     """By one wait at least; but for the full peephole of 64 units, which does not fit the registers of one program."""
     found = {(case.spec, case.H, case.B, case.T, precision)
              for precision, case, _ in (parameters.values for parameters in persistent.cases())}  # fmt: skip
@@ -47,7 +53,7 @@ def test_each_shape_has_the_plan_that_it_is_for():
             assert (plan.blocks_per_program > 1) == (wanted.block_b is not None)
 
 
-def test_the_other_tests_have_plans_too():
+def test_the_other_tests_have_plans_too(release_of_ci):
     waiting = [(case, wait) for case in (persistent.ODD, *persistent.PAIR) for wait in persistent.WAITS]
     for case, wait in [*waiting, (replace(persistent.ODD, H=64), None)]:
         assert not persistent.no_plan(case, "bfloat16", persistent.preference(wait, case.H))
