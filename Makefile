@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # The versions that CI tests with; any torch >= 2.11 with triton >= 3.6 works.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
+# The interpreter of Triton 3.6 fails with a newer NumPy, on a range whose bounds are tensors.
+NUMPY ?= $(if $(filter triton==3.6%,$(TRITON)),numpy<2.4,numpy)
 # The oldest that is supported: the persistent kernels are compiled under both.
 FLOOR ?= triton==3.6.0
 RAW := PYTHONPATH=.:kernels
@@ -34,8 +36,8 @@ $(VENV)/floor:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH) $(TRITON)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet $(TORCH) $(TRITON) "$(NUMPY)"
+	$(BIN)/pip install --quiet --editable ".[dev]" "$(NUMPY)"
 	touch $@
 
 # Interpreted and compiled kernels need separate processes: TRITON_INTERPRET is read when a kernel is decorated.
