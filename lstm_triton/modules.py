@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_triton import checks, functional, selection
@@ -121,7 +122,7 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
 
         Raises TypeError, ValueError or RuntimeError as `torch.nn.LSTMCell` does.
         """
-        if isinstance(input, Proxy):
+        if isinstance(input, Proxy) or (hx is not None and traced(hx)):
             return leaf(self, input, hx)
         return functional.lstm_cell(
             input,
@@ -239,7 +240,7 @@ class LSTM(VariantModule, nn.RNNBase):
 
         Raises as `functional.lstm` does.
         """
-        if isinstance(input, Proxy):
+        if isinstance(input, Proxy) or (hx is not None and traced(hx)):
             asked = dict(lengths=lengths, resets=resets, return_cell_states=return_cell_states)
             return leaf(self, input, hx, **asked)
         return functional.lstm(
@@ -331,10 +332,25 @@ def gone() -> None:
     """A reference to a weight that is no more, in place of a weak one."""
 
 
-def leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Proxy:
-    """A call of the module in the graph of the torch.fx tracer that called it: a leaf, as PyTorch's modules are."""
-    tracer = args[0].tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+def traced(hx: Any) -> bool:
+    """Whether a tracer of torch.fx gave these states."""
+    return isinstance(hx, Proxy) or (isinstance(hx, (tuple, list)) and any(isinstance(state, Proxy) for state in hx))
+
+
+def leaf(module: nn.Module, input: Any, hx: Any, **asked: Any) -> Any:
+    """A call of the module in the graph of the torch.fx tracer that called it: a leaf, as PyTorch's modules are.
+
+    Raises TraceError where the module itself is what is traced.
+    """
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    tracer = next(value.tracer for value in (input, *states) if isinstance(value, Proxy))
+    path = tracer.path_of_module(module)  # type: ignore[attr-defined]
+    if not path:
+        name = type(module).__name__
+        raise TraceError(f"torch.fx does not look into {name}, it calls it: trace a module that holds the {name}")
+    arguments = (input,) if hx is None else (input, hx)
+    asked = {name: value for name, value in asked.items() if value is not None and value is not False}
+    return tracer.create_proxy("call_module", path, arguments, asked)
 
 
 class CoupledLSTM(LSTM):
