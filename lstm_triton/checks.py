@@ -97,7 +97,7 @@ def lengths(lengths: Any, B: int, packed: bool) -> Tensor | None:
     if packed:
         raise ValueError("a PackedSequence has the lengths of its rows: lengths go with a padded input")
     if isinstance(lengths, (list, tuple)):
-        if not all(isinstance(length, int) and not isinstance(length, bool) for length in lengths):
+        if not all(isinstance(n, (int, numbers.Integral)) and not isinstance(n, bool) for n in lengths):
             raise TypeError(f"lengths should be integers, got: {lengths}")
         lengths = torch.tensor(lengths, dtype=torch.int64)
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
@@ -218,7 +218,8 @@ def sequence_length(T: int) -> None:
 def cell_arguments(input: Tensor, hx: tuple[Tensor, Tensor] | None) -> None:
     """Raises ValueError unless the input is (B, I) or (I,) and each state 1-D or 2-D; and unless there are two states.
 
-    TypeError for a tensor in place of the two, RuntimeError for another number of them, as `torch.nn.LSTMCell`.
+    As `torch.nn.LSTMCell`: TypeError for a tensor in place of the two, RuntimeError for another number of them; but of
+    the states of an unbatched input it takes the first two.
     """
     if input.dim() not in (1, 2):
         raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -229,7 +230,7 @@ def cell_arguments(input: Tensor, hx: tuple[Tensor, Tensor] | None) -> None:
     for n, state in enumerate(hx):
         if state.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected hx[{n}] to be 1D or 2D, got {state.dim()}D instead")
-    if len(hx) != 2:
+    if len(hx) != 2 and input.dim() == 2:
         raise RuntimeError("lstm_cell expects two hidden states")
 
 

@@ -77,7 +77,7 @@ def lstm_cell(
         h, c = cell_by_reference(x, h, c, weights, spec)
     else:
         run = (x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), [weights], spec)
-        _, h_n, c_n, _ = run_layer(*run, ALIKE, Engine("auto", "triton"))
+        _, h_n, c_n, _ = run_layer(*run, ALIKE, Engine("auto"))
         h, c = h_n[0], c_n[0]
     return (h, c) if batched else (h[0], c[0])
 
@@ -125,7 +125,7 @@ def lstm(
     output_peephole: OutputPeephole = "previous",
     strategy: str = "auto",
     recompute: bool = False,
-    lengths: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     resets: Tensor | None = None,
     return_cell_states: bool = False,
 ) -> tuple[Any, ...]:
@@ -237,13 +237,11 @@ class Engine(NamedTuple):
 
     - strategy: of the library's own kernels, as in `lstm`; "torch" for the steps that are written out; "aten" for
       PyTorch's own LSTM inside of the operator of a layer, which torch.compile does not look into
-    - backend: "triton" or "torch"
     - operator: PyTorch's own LSTM computes instead, in a call of its own
     - recompute: as in `lstm`
     """
 
     strategy: str
-    backend: str
     operator: bool = False
     recompute: bool = False
 
@@ -271,10 +269,12 @@ def choose_engine(
     if operator and torch.compiler.is_compiling() and not leaves_operator(x, rows):
         # Of a packing PyTorch's operator would read the batch sizes while it is traced.
         opaque = rows.packing is None and not transforms.unfit_for_operators()
-        return Engine("aten" if opaque else "torch", backend, recompute=recompute)
+        if strategy == "cudnn" and not opaque:
+            raise RuntimeError("strategy 'cudnn' cannot run here: torch.compile takes neither packed rows nor torch.func")
+        return Engine("aten" if opaque else "torch", recompute=recompute)
     if not operator:
         checks.computed_dtype(x.dtype)
-    return Engine("torch" if backend == "torch" else strategy, backend, operator, recompute=recompute)
+    return Engine("torch" if backend == "torch" else strategy, operator, recompute)
 
 
 def engine_for_onnx(h_0: Tensor, c_0: Tensor, spec: LSTMSpec, rows: Rows, states: bool) -> Engine:
@@ -291,7 +291,7 @@ def engine_for_onnx(h_0: Tensor, c_0: Tensor, spec: LSTMSpec, rows: Rows, states
         )
     if rows.packing is not None and not traced:
         raise RuntimeError("a PackedSequence cannot be exported to ONNX: give a padded input and lengths")
-    return Engine("auto", "triton", operator=traced)
+    return Engine("auto", operator=traced)
 
 
 def leaves_operator(x: Tensor, rows: Rows) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
 from typing import Any
@@ -225,7 +226,7 @@ class LSTM(VariantModule, nn.RNNBase):
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
         return_cell_states: bool = False,
     ) -> tuple[Any, ...]:
