@@ -92,7 +92,9 @@ def lstm(
     """
     inputs = (x, h_0, c_0, *weights)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if tracked and x.device.type == "cuda" and not torch.jit.is_tracing():  # a trace has room for operators alone
+    # A trace and an exported program have room for operators alone.
+    alone = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if tracked and x.device.type == "cuda" and not alone:
         return TwiceDifferentiable.apply(options, *inputs)
     return operator(tracked or torch.jit.is_tracing(), options, *inputs)
 

@@ -270,7 +270,7 @@ def choose_engine(
         # Of a packing PyTorch's operator would read the batch sizes while it is traced.
         opaque = rows.packing is None and not transforms.unfit_for_operators()
         if strategy == "cudnn" and not opaque:
-            raise RuntimeError("strategy 'cudnn' cannot run here: torch.compile takes neither packed rows nor torch.func")
+            raise RuntimeError("strategy 'cudnn' cannot run here: torch.compile has no packed rows for it")
         return Engine("aten" if opaque else "torch", recompute=recompute)
     if not operator:
         checks.computed_dtype(x.dtype)
