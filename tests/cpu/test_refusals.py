@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import lstm_triton
-from lstm_triton import VARIANTS
-from lstm_triton.spec import STANDARD
+from lstm_triton import VARIANTS, LSTMSpec
 from tests.support.composes import variant
 
+STANDARD = LSTMSpec()
 every_variant = pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
 WITH_PEEPHOLE = [spec for spec in VARIANTS if spec.peephole]
 
