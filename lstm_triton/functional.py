@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from lstm_triton_kernels.gpus import gpu_of
 from lstm_triton_kernels.plan import accumulator_dtype, matmul_precision
+from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -50,6 +51,8 @@ def lstm_cell(
     Raises ValueError or RuntimeError as `torch.nn.LSTMCell` does for sizes and types that do not fit; RuntimeError
     where the backend asked for cannot run, and for parameters that are sharded; ValueError for an unknown variant.
     """
+    if not torch.compiler.is_compiling():
+        check_launches()
     spec = LSTMSpec.of(coupled, peephole, output_peephole)
     if spec is STANDARD and weight_ch is None and torch_cell_serves(input, weight_ih, bias_ih, bias_hh):
         checks.cell_arguments(input, hx)
@@ -154,6 +157,8 @@ def lstm(
     the backend or strategy asked for cannot run, and for parameters that are sharded; ValueError for an unknown variant
     or strategy.
     """
+    if not torch.compiler.is_compiling():
+        check_launches()
     spec = LSTMSpec.of(coupled, peephole, output_peephole)
     selection.check_strategy(strategy, spec)
     checks.flag("recompute", recompute)

@@ -131,6 +131,14 @@ def test_the_next_call_of_a_layer_raises(grad):
     torch.testing.assert_close(layer(x)[0], expected)
 
 
+@pytest.mark.parametrize("peephole", [None, "full"])
+def test_the_next_call_of_a_cell_raises(peephole):
+    cell = lstm_triton.LSTMCell(3, 4, peephole=peephole)
+    give_up()
+    with pytest.raises(RuntimeError, match="the forward pass of 7 units"):
+        cell(torch.randn(2, 3))
+
+
 def test_the_backward_pass_raises_and_leaves_no_gradients():
     layer, x = lstm_triton.LSTM(3, 4, peephole="full"), torch.randn(2, 1, 3)
     loss = layer(x)[0].sum()
