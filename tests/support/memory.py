@@ -273,10 +273,10 @@ def growth(path: Path_, way: Callable[[Path_], None], steps: int, graph: int, co
 
 
 def main(what: str) -> None:
-    """Print {"path: way": growth}."""
+    """Print {"path: way": growth}, an error's words in place of a number."""
     sizes, steps = (SMALL, INTERPRETED_STEPS) if what == "interpreted" else (Sizes(), STEPS)
     paths = dict(cpu=PATHS, planted=FUNCTIONS, interpreted=KERNELS)[what]
-    found = {}
+    found: dict[str, float | str] = {}
     with ExitStack() as stack:
         if what == "planted":
             aten.weakref = SimpleNamespace(ref=lambda graph: lambda: graph)  # type: ignore[assignment]
@@ -288,7 +288,11 @@ def main(what: str) -> None:
             for way, number in steps.items():
                 if can(name, way):
                     # Triton's interpreter leaves cycles, which hold the arguments of its kernels.
-                    found[f"{name}: {name_of(way)}"] = growth(path, way, number, sizes.graph, what == "interpreted")
+                    try:
+                        grown: float | str = growth(path, way, number, sizes.graph, collect=what == "interpreted")
+                    except Exception as error:
+                        grown = repr(error)
+                    found[f"{name}: {name_of(way)}"] = grown
     print(json.dumps(found))
 
 
@@ -304,7 +308,12 @@ def patched_once() -> ExitStack:
         return stack.pop_all()
 
 
-def measured(what: str) -> dict[str, float]:
+def kept(growths: dict[str, float | str]) -> dict[str, float | str]:
+    """Those that are a leak, or an error."""
+    return {name: grown for name, grown in growths.items() if isinstance(grown, str) or grown > BOUND}
+
+
+def measured(what: str) -> dict[str, float | str]:
     """What the program prints. Memory that is freed is given back at once, so that none hides what is kept."""
     environment = os.environ | dict(
         PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))), OMP_NUM_THREADS="1",
