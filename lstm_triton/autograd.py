@@ -98,7 +98,7 @@ def differentiable_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The first four fields of `layer.LayerResult`, with their gradient where one may be asked."""
     call = Call(variant, bias, projection, strategy)
-    if transforms.exporting_to_onnx() and not torch.jit.is_tracing():
+    if type(x) not in PLAIN and transforms.exporting_to_onnx() and not torch.jit.is_tracing():
         spec = LSTMSpec.parse(variant)
         onnx_node.check(spec, projection, resets, states)
         results = onnx_node.layer(x, h_0, c_0, group(weights, spec, bias, projection), spec, lengths)

@@ -200,7 +200,8 @@ def lstm(
         lengths, rows = None, rows._replace(lengths=None)
     if lengths is not None:
         # An ONNX graph has no place for the check.
-        lengths = lengths if transforms.exporting_to_onnx() else checked_lengths(lengths, layout.T, x.device)
+        if not transforms.exporting_to_onnx():
+            lengths = checked_lengths(lengths, layout.T, x.device)
         rows = rows._replace(lengths=lengths)
 
     engine = choose_engine(strategy, x, h_0, c_0, weights, D, spec, rows, return_cell_states, recompute)
@@ -259,7 +260,7 @@ def choose_engine(
 
     Raises TypeError for a type that the library does not compute, unless PyTorch's own operator computes the call.
     """
-    if transforms.exporting_to_onnx():
+    if (torch.compiler.is_compiling() or torch.jit.is_tracing()) and transforms.exporting_to_onnx():
         return engine_for_onnx(h_0, c_0, spec, rows, states)
     backend = dispatch.choose(x.device, x.dtype).name if strategy == "auto" else "triton"
     operator = strategy == "cudnn" or (

@@ -74,7 +74,7 @@ def flags_of(device: torch.device) -> Flags:
 def check_launches() -> None:
     """Raises RuntimeError if a persistent launch that has ended gave up waiting; waits for no device.
 
-    The library does this at every call, and before it launches kernels; after the last one, synchronize, then call this.
+    The library does this at every call and before it launches kernels; after the last, synchronize, then call this.
     """
     for flags in list(_flags.values()):
         flags.check()
