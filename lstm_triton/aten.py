@@ -91,7 +91,7 @@ def lstm(
     dropout must be 0 where a gradient is wanted: what it drew could not be drawn again for a second derivative.
     """
     inputs = (x, h_0, c_0, *weights)
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    tracked = torch.is_grad_enabled() and True in [t.requires_grad for t in inputs]
     # A trace and an exported program have room for operators alone.
     alone = torch.jit.is_tracing() or torch.compiler.is_compiling()
     if tracked and x.device.type == "cuda" and not alone:

@@ -184,29 +184,28 @@ def lstm(
         h_0, c_0 = layout.state(hx[0]), layout.state(hx[1])
     checks.same_device(x, (h_0, c_0), weights)
     checks.sequence_length(layout.T)
-    lengths = checks.lengths(lengths, layout.B, packed=layout.packed is not None)
+    steps = checks.lengths(lengths, layout.B, packed=layout.packed is not None)
     checks.resets(resets, layout.T, layout.B, layout.batched, batch_first)
     if dtype is not None:
         x, h_0, c_0, weights = x.to(dtype), h_0.to(dtype), c_0.to(dtype), [w.to(dtype) for w in weights]
     checks.same_dtype(x, (h_0, c_0), weights)
     rows = ALIKE
-    if lengths is not None or resets is not None or layout.packing is not None:
-        rows = Rows(layout.packing, lengths, resets)
+    if steps is not None or resets is not None or layout.packing is not None:
+        rows = Rows(layout.packing, steps, resets)
     if strategy != "auto":
         selection.check_runnable(strategy, x.device, x.dtype, spec, rows.beyond_torch(return_cell_states))
     if resets is not None:
         rows = rows._replace(resets=layout.steps(without_waiting(resets, x.device)))
-    if lengths is not None and all_full(lengths, layout.T):
-        lengths, rows = None, rows._replace(lengths=None)
-    if lengths is not None:
-        # An ONNX graph has no place for the check.
-        if not transforms.exporting_to_onnx():
-            lengths = checked_lengths(lengths, layout.T, x.device)
-        rows = rows._replace(lengths=lengths)
+    if steps is not None and all_full(steps, layout.T):
+        steps, rows = None, rows._replace(lengths=None)
+    if steps is not None:
+        if not transforms.exporting_to_onnx():  # its graph has no place for the check
+            steps = checked_lengths(steps, layout.T, x.device)
+        rows = rows._replace(lengths=steps)
 
     engine = choose_engine(strategy, x, h_0, c_0, weights, D, spec, rows, return_cell_states, recompute)
-    if lengths is not None:
-        x = x.masked_fill(beyond(lengths, layout.T), 0)
+    if steps is not None:
+        x = x.masked_fill(beyond(steps, layout.T), 0)
     drop = dropout if training and L > 1 else 0.0
     cell_states = None
     if engine.operator and (drop == 0 or x.device.type == "cpu"):
