@@ -4,6 +4,7 @@ import pytest
 from lstm_triton_kernels.gates import INTERPRETED, gate_preactivations_kernel
 
 from tests.support.concurrent import interpreter, prepared
+from tests.support.interpreter import mend
 
 
 def pytest_collection_modifyitems(items):
@@ -20,6 +21,7 @@ def triton_patched_once():
     if not INTERPRETED:
         yield
         return
+    mend()
     with prepared(gate_preactivations_kernel) as patch_once, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
         yield

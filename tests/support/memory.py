@@ -301,6 +301,9 @@ def patched_once() -> ExitStack:
     from lstm_triton_kernels.gates import gate_preactivations_kernel
 
     from tests.support.concurrent import interpreter, prepared
+    from tests.support.interpreter import mend
+
+    mend()
 
     with ExitStack() as stack:
         patch_once = stack.enter_context(prepared(gate_preactivations_kernel))
