@@ -1,7 +1,7 @@
 """Which strategy computes a layer: the persistent kernels, the stepwise ones, or PyTorch's own operator; and why.
 
 Pure functions of sizes, variant, type and GPU. `dispatch.py` has chosen the backend before: the strategies are those of
-the `triton` backend, and cuDNN, which `auto` takes for the standard variant where it expects it to be faster.
+the `triton` backend, and cuDNN, which `auto` takes for variants without peepholes where it expects it to be faster.
 """
 
 from __future__ import annotations

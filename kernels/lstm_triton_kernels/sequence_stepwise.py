@@ -30,7 +30,8 @@ def forward(
     - x: (T, B, I), read where gate_input (T, B, G·H) is None
     - h_0: (B, P); c_0 stands in its slot of `cells` (see order.py)
     - output: (T, B, P), columns contiguous, out
-    - gates: (T, B, G·H) activated gates, out; None to save none
+    - gates: (T, B, G·H) activated gates, out, perhaps the memory of gate_input: step t is read a launch before it is
+      written; None to save none
     - cells: (T + 1, B, H) or (1, B, H), accumulator type, out
     - resets: (T, B) uint8, contiguous: the state is zero before step t of row b where it is not 0
     """
