@@ -140,7 +140,7 @@ def lstm(
       and bias_hh (G·H,), with `proj_size` weight_hr (P, H), with `peephole` weight_ch, diagonal (Q·H,) or full (Q·H, H)
     - dropout: probability of zeroing an element of the output of each layer but the last, where `training`
     - strategy: "persistent" (all steps in one launch, the recurrent weights on the chip), "stepwise" (a launch a step),
-      "cudnn" (`torch.nn.LSTM`'s own operator; variants without peepholes on CUDA), or "auto": the fastest as far as is known
+      "cudnn" (`torch.nn.LSTM`'s own operator; variants without peepholes on CUDA), or "auto": see the README
     - recompute: do not keep the activated gates for the backward pass, but compute them again in it from h_t and c_t
       (PyTorch's own operator, where that computes, keeps what it likes)
     - lengths: (B,) integers from 1 to T on any device, instead of packing: beyond a row's length nothing is read,
