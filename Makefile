@@ -27,7 +27,7 @@ words=$$($$python -c "import $(NEEDS)" 2>&1) || { \
 	echo "make $@ needs a Python with $(NEEDS): $$python: $$(echo "$$words" | tail -n 1)" >&2; exit 1; }
 endef
 
-.PHONY: setup test test-cpu test-interpreted test-compile plans gpu-test gpu lint format demo bench report clean
+.PHONY: setup test test-cpu test-interpreted test-compile plans gpu-test gpu-sanitize gpu lint format demo bench report clean
 
 setup: $(VENV)/.installed
 
@@ -62,6 +62,13 @@ plans: setup $(VENV)/floor
 gpu-test: NEEDS = torch, triton, pytest
 gpu-test:
 	@$(FIND_PYTHON); set -x; $(RAW) $$python -m pytest -q -m gpu tests/gpu
+
+# The kernels under NVIDIA's compute-sanitizer: accesses outside of tensors, races in shared memory, uneven barriers.
+gpu-sanitize: NEEDS = torch, triton, pytest
+gpu-sanitize:
+	@$(FIND_PYTHON); set -e; for tool in memcheck racecheck synccheck; do \
+		$(RAW) PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+			$$python -m tests.support.small_launches; done
 
 # Trains the four main forms of the cell against torch.nn.LSTM on real text. One thread: on a busy machine PyTorch's
 # threads wait for each other and a run takes minutes; with one it takes as long as it takes alone.

@@ -7,6 +7,7 @@ D directions, G gate blocks, Q peephole blocks. The equations stand in `lstm_tri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -210,7 +211,8 @@ def lstm(
     cell_states = None
     if engine.operator and (drop == 0 or x.device.type == "cpu"):
         options = aten.Options(bias, L, drop, bidirectional, layout.packing)
-        x, h_n, c_n = aten.lstm(x, h_0, c_0, aten.standard_weights(weights, spec), options)
+        with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):  # which casts to float16
+            x, h_n, c_n = aten.lstm(x, h_0, c_0, aten.standard_weights(weights, spec), options)
     else:
         layers = group_layers(weights, spec, D, bias, proj_size)
         x, h_n, c_n, cell_states = run_layers(x, h_0, c_0, layers, spec, rows, engine, drop, return_cell_states)
@@ -312,13 +314,20 @@ def prefers_cudnn(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], D: int, spec: LSTMSpec, rows: Rows
 ) -> bool:
     """Whether `auto` leaves the layers to cuDNN: not where the kernels were asked for, nor where it does not serve."""
-    if dispatch.requested() == "triton" or selection.why_not_cudnn(x.device, spec) is not None or c_0.shape[1] == 0:
+    if dispatch.requested() == "triton" or spec.peephole is not None or c_0.shape[1] == 0:
         return False
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *weights))
+    projected = h_0.shape[2] != c_0.shape[2]
+    if torch.compiler.is_compiling():
+        return selection.cudnn_when_compiled(
+            x.device, x.dtype, spec.name, D, int(c_0.shape[2]), projected, training, rows.packing is not None
+        )
+    if selection.why_not_cudnn(x.device, spec) is not None:
+        return False
     T = x.shape[0] if rows.packing is None else rows.packing.T
     B, H = c_0.shape[1:]
     ragged = rows.packing is not None and not rows.packing.full
-    layer = selection.Layer(spec, T, B, H, D, h_0.shape[2] != H, x.dtype, matmul_precision(), training, ragged)
+    layer = selection.Layer(spec, T, B, H, D, projected, x.dtype, matmul_precision(), training, ragged)
     return selection.strategy_of("auto", layer, gpu_of(x.device), cudnn_may=True).name == "cudnn"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from lstm_triton_kernels.gpus import GPU
+from lstm_triton_kernels.gpus import GPU, gpu_of
 from lstm_triton_kernels.persistent_plan import (
     ANY,
     PersistentPlan,
@@ -181,15 +181,51 @@ def strategy_of(strategy: str, layer: Layer, gpu: GPU, cudnn_may: bool) -> Choic
     return chosen
 
 
+def cudnn_when_compiled(
+    device: torch.device,
+    dtype: torch.dtype,
+    variant: str,
+    D: int,
+    H: int,
+    projected: bool,
+    training: bool,
+    ragged: bool,
+) -> bool:
+    """Whether `auto` leaves a layer to cuDNN inside of torch.compile, where T and B may be unknown.
+
+    It decides as for COMPILED_FOR. Dynamo does not trace this function, but calls it once and keeps the result.
+    """
+    spec = LSTMSpec.parse(variant)
+    if why_not_cudnn(device, spec) is not None:
+        return False
+    T, B = COMPILED_FOR
+    layer = Layer(spec, T, B, H, D, projected, dtype, matmul_precision(), training, ragged)
+    return strategy_of("auto", layer, gpu_of(device), cudnn_may=True).name == "cudnn"
+
+
+cudnn_when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+COMPILED_FOR = (256, 16)
+"""The time steps and rows for which `auto` decides between cuDNN and the kernels inside of torch.compile."""
+
+
 def why_not_cudnn(device: torch.device, spec: LSTMSpec) -> str | None:
     """What keeps `torch.nn.LSTM`'s own operator from computing a layer with cuDNN; None if nothing does."""
     if device.type != "cuda":
         return f"it computes on CUDA devices, not on {device.type}"
     if spec.peephole is not None:
         return f"it has no peepholes, as {spec.name!r} has"
-    if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
+    if not cudnn_is_on():
         return "cuDNN is not available, or switched off"
     return None
+
+
+def cudnn_is_on() -> bool:
+    """Whether PyTorch has cuDNN and may use it. Dynamo cannot trace the question, and keeps the answer."""
+    return torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
+
+
+cudnn_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_strategy(strategy: Any, spec: LSTMSpec) -> None:

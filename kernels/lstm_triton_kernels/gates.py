@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from lstm_triton_kernels.operands import as_operand
 from lstm_triton_kernels.plan import MatmulPlan, accumulator_dtype, ceil_div, matmul_plan, matmul_precision
 
 
@@ -31,7 +32,8 @@ def add_product(
         column = start + k
         a = tl.load(a_row + column[None, :], mask=(row[:, None] < B) & (column[None, :] < K), other=0.0)
         w = tl.load(w_row + column[:, None], mask=(unit[None, :] < H) & (column[:, None] < K), other=0.0)
-        acc = tl.dot(a.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        a, w = as_operand(a, DOT, PRECISION), as_operand(w, DOT, PRECISION)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
@@ -112,6 +114,11 @@ TRITON_TYPE = {
 }
 
 
+def operand_precision(dtype: torch.dtype, precision: str) -> str:
+    """How operands are multiplied: float32 as `precision` says, "tf32" or "ieee"; the interpreter has no TF32."""
+    return precision if dtype == torch.float32 and not INTERPRETED else "ieee"
+
+
 def dot_constants(dtype: torch.dtype, plan: MatmulPlan, precision: str) -> dict[str, Any]:
     """The compile-time constants that every kernel with a matmul takes, for operands of the given type."""
     # The interpreter multiplies bfloat16 wrongly (triton 3.8): there the operands are widened first.
@@ -119,7 +126,7 @@ def dot_constants(dtype: torch.dtype, plan: MatmulPlan, precision: str) -> dict[
     return dict(
         DOT=TRITON_TYPE[operand],
         ACC=TRITON_TYPE[accumulator_dtype(dtype)],
-        PRECISION=precision if dtype == torch.float32 else "ieee",
+        PRECISION=operand_precision(dtype, precision),
         BLOCK_B=plan.block_b,
         BLOCK_U=plan.block_u,
         BLOCK_K=plan.block_k,

@@ -85,10 +85,10 @@ def persistent_backward_kernel(
     reverse = direction == 1
     side = direction.to(tl.int64)
     unit = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    w = load_tiles(w_hh_ptr + side * G * H * H, unit, H, G, CHUNKS, True, SPLIT, BLOCK_K, DOT)
+    w = load_tiles(w_hh_ptr + side * G * H * H, unit, H, G, CHUNKS, True, SPLIT, BLOCK_K, DOT, PRECISION)
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
-        v_full = load_tiles(w_ch_ptr + side * Q * H * H, unit, H, Q, CHUNKS, True, SPLIT, BLOCK_K, DOT)
+        v_full = load_tiles(w_ch_ptr + side * Q * H * H, unit, H, Q, CHUNKS, True, SPLIT, BLOCK_K, DOT, PRECISION)
 
     gates_size = B.to(tl.int64) * G * H
     cells_size = B.to(tl.int64) * H

@@ -32,6 +32,9 @@ MOST_PROGRAMS_OF_ROWS = 65_535
 REGISTER_BYTES = 144
 """Of accumulators and gate inputs in a thread at most; beyond, some release of Triton spills (tests/compile)."""
 
+FEW_PROGRAMS = 32
+"""Programs that read each other's data, up to which waiting by the data is faster (H200, benchmarks/NOTES.md)."""
+
 SHARED_BYTES_PER_CLOCK = 128
 EPILOGUE_US = 0.25
 """Activations, sums over the warps, stores: of a row block. An assumption."""
@@ -200,12 +203,13 @@ def why_none(
 
 
 def usual_wait(work: Recurrence, plan: PersistentPlan) -> str:
-    """How to wait, until a GPU has decided.
+    """How to wait: by the counter, but in the forward pass of few programs with one row block each.
 
-    By the data, one round trip through L2, where it is looked at once a step; by the counter, two, where the data comes
-    in one group a gate, or where other row blocks are worked on meanwhile.
+    Measured on an H200 (benchmarks/NOTES.md): every look at the data reads all of it, and programs that look at the
+    same lines of L2 hold each other up. With 96 and more of them the counter is faster, with 32 the data is.
     """
-    return "counter" if work.backward or plan.blocks_per_program > 1 else "data"
+    few = plan.unit_programs <= FEW_PROGRAMS
+    return "data" if few and not work.backward and plan.blocks_per_program == 1 else "counter"
 
 
 def spilling_keys(release: str | None, capability: int, work: Recurrence) -> frozenset[tuple[Any, ...]]:

@@ -14,6 +14,8 @@ BLOCK_U), each without its first axis where SPLIT is 1. Chunk j has the columns 
 import triton
 import triton.language as tl
 
+from lstm_triton_kernels.operands import as_operand
+
 
 @triton.constexpr_function
 def peephole_gate(block, gates):
@@ -51,7 +53,7 @@ def left_columns(k, SPLIT: tl.constexpr):
 @triton.jit
 def load_tiles(
     w_ptr, unit, H, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tiles of every block of w (BLOCKS·H, H) for these units: block by block, each its CHUNKS chunks.
 
@@ -69,7 +71,8 @@ def load_tiles(
                 u = unit[None, :]
             inside = (u < H) & (k < H)
             place = (block * H + k) * H + u if TRANSPOSED else (block * H + u) * H + k
-            tiles = tiles + (tl.load(w_ptr + place, mask=inside, other=0.0).to(DOT),)  # noqa: RUF005
+            tile = tl.load(w_ptr + place, mask=inside, other=0.0)
+            tiles = tiles + (as_operand(tile, DOT, PRECISION),)  # noqa: RUF005
     return tiles
 
 
@@ -100,8 +103,9 @@ def left_operands(ptr, H, reads, FIRST: tl.constexpr, CHUNKS: tl.constexpr, SPLI
 
 @triton.jit
 def add_product(acc, left, tile, PRECISION: tl.constexpr):
-    """acc + left tile."""
-    return tl.dot(left.to(tile.dtype), tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    """acc + left tile, for a tile of `load_tiles`."""
+    left = as_operand(left, tile.dtype, PRECISION)
+    return tl.dot(left, tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lstm_triton_kernels.cell import variant_constants
-from lstm_triton_kernels.gates import INTERPRETED, TRITON_TYPE
+from lstm_triton_kernels.gates import INTERPRETED, TRITON_TYPE, operand_precision
 from lstm_triton_kernels.gpus import gpu_of
 from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
@@ -196,7 +196,7 @@ def dot_constants(dtype: torch.dtype, plan: PersistentPlan) -> dict[str, Any]:
     return dict(
         DOT=TRITON_TYPE[operand],
         ACC=TRITON_TYPE[accumulator_dtype(dtype)],
-        PRECISION=matmul_precision() if dtype == torch.float32 else "ieee",
+        PRECISION=operand_precision(dtype, matmul_precision()),
         CHUNKS=plan.chunks,
         GROUP=plan.group,
         SPLIT=plan.split,

@@ -11,7 +11,13 @@ from typing import NamedTuple
 import torch
 from lstm_triton_kernels.gpus import GPU, GPUS, gpu_of, nominal_constants
 from lstm_triton_kernels.limit import Work, least_us_per_step
-from lstm_triton_kernels.persistent_plan import REGISTER_BYTES, PersistentPlan, Recurrence
+from lstm_triton_kernels.persistent_plan import (
+    FEW_PROGRAMS,
+    REGISTER_BYTES,
+    PersistentPlan,
+    Recurrence,
+    usual_wait,
+)
 
 from lstm_triton import VARIANTS, LSTMSpec, dispatch, selection
 from lstm_triton.cli import info
@@ -320,14 +326,16 @@ def wait_words(work: Recurrence, plan: PersistentPlan) -> str:
         how = f"data: a program reads {values} until nothing is missing, one round trip through L2"
     else:
         how = f"{plan.wait}: a program counts up when it has stored its part, two round trips through L2"
-    if plan.wait == "data" and not work.backward and plan.blocks_per_program == 1:
-        reason = "it has one block of rows, so nothing could hide a longer wait"
-    elif plan.wait == "counter" and work.backward:
+    if plan.wait != usual_wait(work, plan):
+        reason = "the usual way to wait has no plan here"
+    elif plan.wait == "data":
+        reason = "they are few, and each has one block of rows, so nothing could hide a longer wait"
+    elif work.backward:
         reason = "gradients are read gate by gate, and without a count each of these reads would be a round trip"
-    elif plan.wait == "counter" and plan.blocks_per_program > 1:
+    elif plan.blocks_per_program > 1:
         reason = "it works on other blocks of rows meanwhile, which hides the longer wait"
     else:
-        reason = "the usual way to wait has no plan here"
+        reason = f"more than {FEW_PROGRAMS} programs would hold each other up by reading until the data is there"
     return f"{how}; {reason}"
 
 

@@ -631,3 +631,56 @@ def test_cudnn_is_refused_what_its_operator_does_not_have_or_hides(cudnn):
     with pytest.raises(RuntimeError, match=hidden):
         torch.func.vmap(lambda x: (selection.check_runnable("cudnn", device, x.dtype, STANDARD), x)[1])(torch.ones(2))
     selection.check_runnable("cudnn", device, torch.float32, STANDARD)
+
+
+class Reached(Exception):
+    """A compiled graph has reached its backend."""
+
+
+def reached(graph, inputs):
+    raise Reached(str(graph.graph))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("faster", [False, True], ids=["kernels", "cuDNN"])
+def test_auto_decides_for_cudnn_while_it_is_compiled(monkeypatch, faster, dynamic):
+    """As on a GPU, where Dynamo can trace neither whether there is cuDNN nor what the GPU is like."""
+
+    def untraceable(device, spec):
+        assert torch.backends.cudnn.is_available() in (True, False)
+
+    monkeypatch.setattr(dispatch, "choose", lambda device, dtype: Choice("triton", ""))
+    monkeypatch.setattr(aten, "serves", lambda x, spec: aten.has(spec))
+    monkeypatch.setattr(selection, "why_not_cudnn", untraceable)
+    monkeypatch.setattr(selection, "gpu_of", lambda device: H100)
+    if faster:
+        everywhere = Slower("H100", "float32", (1, 4096), (1, 4096), True, "a file")
+        monkeypatch.setattr(selection, "SHOWN_SLOWER", (everywhere,))
+    module = lstm_triton.LSTM(3, 8)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=reached)
+    with pytest.raises(Exception, match=", aten, " if faster else ", auto, ") as error:
+        compiled(torch.zeros(5, 4, 3))
+    assert "Reached" in str(error.value)
+
+
+def test_whether_cudnn_is_on_is_asked_once_by_a_compiled_function():
+    compiled = torch.compile(lambda x: x + selection.cudnn_is_on(), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [float(selection.cudnn_is_on())] * 2
+
+
+def test_pytorchs_operator_runs_without_autocast(monkeypatch):
+    """Autocast casts its arguments to float16 on a GPU, also where bfloat16 is asked for; they are cast before."""
+    seen = []
+
+    def lstm(x, *rest):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return operator(x, *rest)
+
+    operator = aten.lstm
+    monkeypatch.setattr(aten, "lstm", lstm)
+    monkeypatch.setattr(aten, "serves", lambda x, spec: aten.has(spec))
+    module = lstm_triton.LSTM(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = module(torch.zeros(5, 4, 3))
+        assert torch.is_autocast_enabled("cpu")
+    assert output.dtype == torch.bfloat16 and seen == [(torch.bfloat16, False)]

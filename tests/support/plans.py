@@ -36,9 +36,13 @@ KERNELS = {
     "persistent_backward_kernel": sequence_persistent.persistent_backward_kernel,
 }
 MODULES = (
-    "activations", "equations", "persistent_backward", "persistent_forward", "resident", "rows", "sync"
+    "activations", "equations", "operands", "persistent_backward", "persistent_forward", "resident", "rows", "sync"
 )  # fmt: skip
 """Of the kernels' package: what the persistent kernels are made of."""
+
+MOST_STACK = 64
+"""Bytes of a thread's stack up to which a plan is offered: 16 registers that are stored before the time loop or once a
+step. What takes the place of such a plan is often much slower (benchmarks/NOTES.md)."""
 
 ASKED = ("plain", "ragged")
 """What is asked of a launch: a training step with the gradients of all results; the same with lengths and resets.
@@ -193,7 +197,7 @@ def read_record(release: str) -> dict[str, Any]:
 
 
 def sweep(release: str, processes: int) -> None:
-    """Compile what the record lacks, note what spills, again with the plans that replace it, until nothing does."""
+    """Compile what the record lacks, note what spills too much, again with what replaces it, until nothing does."""
     record = read_record(release)
     if not record:  # of other kernels: so is what they spill
         spills.SPILLS[release] = {}
@@ -209,7 +213,7 @@ def sweep(release: str, processes: int) -> None:
                 if number % 50 == 49:
                     write_record(release, record)
                     print(f"  {number + 1}", flush=True)
-        spilled = [one for name, (one, _) in wanted.items() if record[name]["stack"]]
+        spilled = [one for name, (one, _) in wanted.items() if record[name]["stack"] > MOST_STACK]
         write_record(release, {name: record[name] for name in sorted(record)})
         if not spilled:
             break

@@ -1,0 +1,61 @@
+"""Every kernel on small shapes, forward and backward: what `make gpu-sanitize` runs under compute-sanitizer.
+
+`python -m tests.support.small_launches [counter|data|alone|stepwise ...]` needs a GPU. Nothing is compared here, but
+all results must be finite and no launch may time out; the tools look for accesses outside of tensors, races in shared
+memory and barriers that not all threads reach.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+from lstm_triton_kernels import sequence_persistent
+from lstm_triton_kernels.persistent_plan import ANY, Preference
+
+import lstm_triton
+
+T, B = 3, 5
+SIZES = {"counter": 130, "data": 130, "alone": 20, "stepwise": 130}
+"""Hidden units, by how the programs of a persistent launch wait, or of the stepwise strategy."""
+
+VARIANTS = (dict(), dict(coupled=True, peephole="diagonal", output_peephole="current"), dict(peephole="full"))
+
+
+def launch(way: str, dtype: torch.dtype, ragged: bool, **variant: object) -> None:
+    """One training step of one layer in both directions; ragged: with lengths, resets and every cell state."""
+    H = SIZES[way]
+    strategy = "stepwise" if way == "stepwise" else "persistent"
+    module = lstm_triton.LSTM(7, H, bidirectional=True, strategy=strategy, device="cuda", dtype=dtype, **variant)
+    x = torch.randn(T, B, 7, device="cuda", dtype=dtype, requires_grad=True)
+    asked = {}
+    if ragged:
+        resets = torch.zeros(T, B, dtype=torch.bool, device="cuda")
+        resets[1, ::2] = True
+        asked = dict(lengths=torch.tensor([3, 1, 2, 3, 2]), resets=resets, return_cell_states=True)
+    preference = {"counter": Preference("counter"), "data": Preference("data"), "alone": Preference(block_u=32)}.get(
+        way, ANY
+    )
+    with sequence_persistent.prefer(preference):
+        output, (h_n, c_n), *states = module(x, **asked)
+        loss = sum(result.float().square().sum() for result in (output, h_n, c_n, *states))
+        loss.backward()
+    torch.cuda.synchronize()
+    lstm_triton.check_launches()
+    tensors = (output, h_n, c_n, x.grad, *(parameter.grad for parameter in module.parameters()))
+    assert all(tensor is not None and tensor.isfinite().all() for tensor in tensors)
+
+
+def main(ways: list[str]) -> None:
+    """All launches of these ways; prints how many there were."""
+    cases = list(itertools.product(ways, VARIANTS, (torch.bfloat16, torch.float32)))
+    for count, (way, variant, dtype) in enumerate(cases):
+        launch(way, dtype, ragged=count % 4 in (1, 2), **variant)
+    print(f"{len(cases)} launches of both passes, all results finite")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    main(sys.argv[1:] or list(SIZES))
