@@ -40,8 +40,8 @@ def wait_kernel(
         exchange_arrive(counter_ptr, WAIT)
         patience = exchange_wait(counter_ptr, (n + 1) * programs, patience, error_ptr, WAIT)
         if EXCHANGE:
-            (chunk,), patience = exchange_load((round_ptr + everyone,), (present,), patience, error_ptr, WAIT)
-            total += chunk.to(tl.int32)
+            blocks, patience = exchange_load((round_ptr + everyone,), (present,), patience, error_ptr, WAIT)
+            total += blocks[0].to(tl.int32)
     if EXCHANGE:
         tl.store(sums_ptr + me, tl.sum(tl.sum(total, 1), 0))
 

@@ -269,7 +269,7 @@ class LstmTriton(Provider):
 
     def plan(self, case: Case, device_type: str) -> str:
         device = torch.device(device_type)
-        if device_type != "cuda" or dispatch.why_not_triton(device, STORAGE[case.dtype]) is not None:
+        if device_type != "cuda" or case.cell or dispatch.why_not_triton(device, STORAGE[case.dtype]) is not None:
             return ""
         layer, gpu = plans.layer_of(case), gpus.gpu_of(device)
         if self.how.strategy == "auto" and self.how.backend == "auto":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from lstm_triton_kernels.gpus import gpu_of
-from lstm_triton_kernels.plan import accumulator_dtype, matmul_precision
+from lstm_triton_kernels.plan import SUPPORTED_DTYPES, accumulator_dtype, matmul_precision
 from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -87,14 +87,21 @@ def lstm_cell(
 
 
 def torch_cell_serves(input: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> bool:
-    """Whether PyTorch's own cell computes a step of the standard variant; it checks sizes and types itself."""
+    """Whether PyTorch's own cell computes a step of the standard variant; it checks sizes and types itself.
+
+    On a GPU, too, unless the kernels were asked for: it is one fused kernel, launched from C++, where ours takes Python
+    longer to launch than to run (benchmarks/NOTES.md).
+    """
+    if input.device.type == "cuda":
+        ours = dispatch.requested() == "triton" or input.dtype not in SUPPORTED_DTYPES or transforms.forward_mode()
+    else:
+        ours = input.dtype not in aten.CPU_DTYPES or dispatch.choose(input.device, input.dtype).name != "torch"
     return (
-        input.dtype in aten.CPU_DTYPES
+        not ours
         and type(weight) in autograd.PLAIN
         and (bias_ih is None) == (bias_hh is None)
         and autocast_dtype(input) is None
         and not transforms.active()  # vmap has no rule for it
-        and dispatch.choose(input.device, input.dtype).name == "torch"
     )
 
 
@@ -314,14 +321,17 @@ def prefers_cudnn(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], D: int, spec: LSTMSpec, rows: Rows
 ) -> bool:
     """Whether `auto` leaves the layers to cuDNN: not where the kernels were asked for, nor where it does not serve."""
-    if dispatch.requested() == "triton" or spec.peephole is not None or c_0.shape[1] == 0:
+    if dispatch.requested() == "triton" or spec.peephole is not None:
         return False
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *weights))
     projected = h_0.shape[2] != c_0.shape[2]
     if torch.compiler.is_compiling():
-        return selection.cudnn_when_compiled(
-            x.device, x.dtype, spec.name, D, int(c_0.shape[2]), projected, training, rows.packing is not None
+        # Of packed rows not even the number of rows is known, nor can the operator be kept from reading it.
+        return rows.packing is None and selection.cudnn_when_compiled(
+            x.device, x.dtype, spec.name, D, int(c_0.shape[2]), projected, training
         )
+    if c_0.shape[1] == 0:
+        return False
     if selection.why_not_cudnn(x.device, spec) is not None:
         return False
     T = x.shape[0] if rows.packing is None else rows.packing.T

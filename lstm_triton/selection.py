@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +29,9 @@ from lstm_triton.spec import LSTMSpec, LSTMWeights
 
 STRATEGIES = ("auto", "persistent", "stepwise", "cudnn")
 
-STEPWISE_US = 5.0
-"""A step in two launches, replayed from a CUDA graph, when the products take no time. An assumption, not measured."""
+STEPWISE_US = {False: 7.0, True: 10.0}
+"""A step forward (False) and backward (True) in two launches, replayed from a CUDA graph, without the time of the
+products: as measured on an H200 (benchmarks/NOTES.md)."""
 
 
 class Layer(NamedTuple):
@@ -62,34 +62,23 @@ def layer_of(
     return Layer(spec, x.shape[0], B, H, D, projected, x.dtype, matmul_precision(), training, ragged)
 
 
-@dataclass(frozen=True)
-class Slower:
-    """What a committed results file showed: where the persistent kernels are slower than `torch.nn.LSTM`.
+SHOWN_FASTER = "benchmarks/results/h200-2026-11-26-gpu.csv"
+"""The results file that shows cuDNN's persistent kernels to be faster than the present ones of this library."""
 
-    gpu: a word of its name, "H100". Bounds are inclusive; dtype as in a results file; `source` is that file, in
-    benchmarks/results.
+
+def cudnn_is_persistent(layer: Layer) -> bool:
+    """Whether PyTorch may ask cuDNN for a persistent kernel, and cuDNN has one.
+
+    As `get_algo` in ATen's native/cudnn/RNN.cpp decides it, but for the number of layers and of input features, which
+    are taken to be as it wants them. For few units it asks in every type but float64; in bfloat16 the profile of a run
+    shows the standard algorithm all the same (benchmarks/results, `-kernels.json`).
     """
-
-    gpu: str
-    dtype: str
-    H: tuple[int, int]
-    B: tuple[int, int]
-    training: bool
-    source: str
-
-    def holds(self, layer: Layer, gpu: GPU, dtype: str) -> bool:
-        """Whether it was shown for this layer on this GPU."""
-        return (
-            self.gpu in gpu.name.split()
-            and self.dtype == dtype
-            and self.H[0] <= layer.H <= self.H[1]
-            and self.B[0] <= layer.B <= self.B[1]
-            and self.training == layer.training
-        )
-
-
-SHOWN_SLOWER: tuple[Slower, ...] = ()
-"""No result of a GPU is committed yet."""
+    H, B = layer.H, layer.B
+    if layer.ragged or layer.projected or layer.dtype not in (torch.float16, torch.float32):
+        return False
+    large = layer.dtype == torch.float16 and layer.D == 1 and H <= 1024 and H % 128 == 0 and B <= 128 and B % 8 == 0
+    most_units = 128 if layer.training else 192
+    return large or most_units >= H
 
 
 def recurrence(layer: Layer, backward: bool) -> Recurrence:
@@ -126,21 +115,22 @@ def why_rather_not_persistent(layer: Layer, gpu: GPU) -> str | None:
     """Why `auto` does without the persistent kernels where they could run; None if it does not."""
     if layer.T == 1:
         return "a single step has no weights to keep"
-    for name, plan in plans(layer, gpu).items():
-        work = recurrence(layer, backward=name == "backward")
-        other = stepwise_estimate_us(work, gpu)
-        if isinstance(plan, PersistentPlan) and plan.estimate_us > other:
-            return (
-                f"{name} pass: {plan.estimate_us:.1f} us a step by estimate, with {plan.blocks_per_program} row blocks "
-                f"to a program; in launches of its own a step takes {other:.1f} us"
-            )
-    return None
+    found = [(name, plan) for name, plan in plans(layer, gpu).items() if isinstance(plan, PersistentPlan)]
+    own = sum(plan.estimate_us for _, plan in found)
+    other = sum(stepwise_estimate_us(recurrence(layer, backward=name == "backward"), gpu) for name, _ in found)
+    if own <= other:
+        return None
+    blocks = max(plan.blocks_per_program for _, plan in found)
+    return (
+        f"{own:.1f} us a step by estimate ({' and '.join(name for name, _ in found)}, up to {blocks} row blocks to a "
+        f"program); in launches of its own a step takes {other:.1f} us"
+    )
 
 
 def stepwise_estimate_us(work: Recurrence, gpu: GPU) -> float:
-    """A step in launches of its own: their time, and the recurrent product at half of the full rate."""
+    """A step of a pass in launches of its own: their time, and the recurrent product at half of the full rate."""
     operations = 2 * work.B * work.H * work.H * (work.gates + work.matrices) * work.D
-    return STEPWISE_US * work.D + operations / (0.5 * gpu.tflop_per_s[work.rate] * 1e6)
+    return STEPWISE_US[work.backward] * work.D + operations / (0.5 * gpu.tflop_per_s[work.rate] * 1e6)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -159,7 +149,7 @@ def kernels(strategy: str, layer: Layer, gpu: GPU) -> Choice:
     obstacle = obstacle or why_rather_not_persistent(layer, gpu)
     if obstacle is not None:
         return Choice("stepwise", obstacle)
-    return Choice("persistent", "a plan fits, and no committed result shows anything faster")
+    return Choice("persistent", "a plan fits, and by estimate nothing else is faster")
 
 
 def strategy_of(strategy: str, layer: Layer, gpu: GPU, cudnn_may: bool) -> Choice:
@@ -172,24 +162,15 @@ def strategy_of(strategy: str, layer: Layer, gpu: GPU, cudnn_may: bool) -> Choic
     chosen = kernels(strategy, layer, gpu)
     if strategy != "auto" or not cudnn_may or layer.spec.peephole is not None:
         return chosen
+    if cudnn_is_persistent(layer):
+        return Choice("cudnn", f"its own persistent kernel serves here, which {SHOWN_FASTER} shows to be faster")
     if chosen.name == "stepwise":
         return Choice("cudnn", f"it has this variant, and the persistent kernels are out: {chosen.reason}")
-    dtype = recurrence(layer, False).rate
-    for shown in SHOWN_SLOWER if layer.spec.standard else ():
-        if shown.holds(layer, gpu, dtype):
-            return Choice("cudnn", f"{shown.source} shows it to be faster here")
     return chosen
 
 
 def cudnn_when_compiled(
-    device: torch.device,
-    dtype: torch.dtype,
-    variant: str,
-    D: int,
-    H: int,
-    projected: bool,
-    training: bool,
-    ragged: bool,
+    device: torch.device, dtype: torch.dtype, variant: str, D: int, H: int, projected: bool, training: bool
 ) -> bool:
     """Whether `auto` leaves a layer to cuDNN inside of torch.compile, where T and B may be unknown.
 
@@ -199,7 +180,7 @@ def cudnn_when_compiled(
     if why_not_cudnn(device, spec) is not None:
         return False
     T, B = COMPILED_FOR
-    layer = Layer(spec, T, B, H, D, projected, dtype, matmul_precision(), training, ragged)
+    layer = Layer(spec, T, B, H, D, projected, dtype, matmul_precision(), training)
     return strategy_of("auto", layer, gpu_of(device), cudnn_may=True).name == "cudnn"
 
 

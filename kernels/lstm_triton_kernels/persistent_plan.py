@@ -36,14 +36,17 @@ FEW_PROGRAMS = 32
 """Programs that read each other's data, up to which waiting by the data is faster (H200, benchmarks/NOTES.md)."""
 
 SHARED_BYTES_PER_CLOCK = 128
-EPILOGUE_US = 0.25
-"""Activations, sums over the warps, stores: of a row block. An assumption."""
+FORWARD_US = 0.14
+"""Sums over the warps, activations and stores, forward: of an output of a thread, times the warps, as every warp
+computes all outputs. This and the next two are of an H200 at the shapes of the suites (benchmarks/NOTES.md)."""
+BACKWARD_US = 3.3
+"""What a row block of 16 rows takes backward beside waiting, reading and products."""
+ALONE_US = 1.9
+"""What a step takes beside the products where a program holds all units."""
 CHECK_US = 0.06
 """Looking whether a chunk has arrived whole, where the data is its own flag. An assumption."""
 GROUP_US = {"counter": 0.05, "data": 0.3}
 """Reading what others wrote in one group more: with the counter the loads overlap, else each is a round trip."""
-ALONE_US = 0.15
-"""Handing h from the registers to the next product. An assumption."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ def _alone(work: Recurrence, gpu: GPU) -> Iterator[PersistentPlan]:
         if row_blocks > MOST_PROGRAMS_OF_ROWS:
             continue
         turns = ceil_div(row_blocks * work.D, gpu.multiprocessors)
-        step = _product_us(work, gpu, tiles, block_b, units) + EPILOGUE_US + ALONE_US
+        step = _product_us(work, gpu, tiles, block_b, units) + ALONE_US
         yield PersistentPlan(
             block_u=units,
             block_b=block_b,
@@ -303,7 +306,8 @@ def _together(work: Recurrence, gpu: GPU, block_u: int, block_b: int, num_warps:
     turns = ceil_div(row_blocks, row_programs)
     read = unit_programs * work.D * work.B * work.exchanged_bytes
     read_us = read / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
-    block_us = _product_us(work, gpu, tiles, block_b, block_u) + EPILOGUE_US
+    rest_us = BACKWARD_US * block_b / 16 if work.backward else FORWARD_US * num_warps * block_u * block_b / 32
+    block_us = _product_us(work, gpu, tiles, block_b, block_u) + rest_us
     for wait, wait_us in WAIT_US.items():
         group = chunks
         if tiles + _staging(work, group, split * block_k, block_b, split * block_u) > gpu.shared_bytes:

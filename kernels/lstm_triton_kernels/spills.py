@@ -28,6 +28,12 @@ SPILLS: dict[str, dict[Kind, frozenset[tuple[Any, ...]]]] = {
         (80, "tf32", 4, 3, True, True): frozenset({
             (8, 32, 32, 8, 2, 1, 8, "counter", False, False),
         }),
+        (89, "float32", 4, 0, False, False): frozenset({
+            (64, 16, 64, 1, 1, 1, 4, None, True, True),
+        }),
+        (89, "float32", 4, 0, False, True): frozenset({
+            (64, 16, 64, 1, 1, 1, 4, None, True, True),
+        }),
         (89, "float32", 4, 0, True, False): frozenset({
             (8, 16, 32, 8, 2, 1, 8, "counter", True, True),
         }),
@@ -50,11 +56,11 @@ SPILLS: dict[str, dict[Kind, frozenset[tuple[Any, ...]]]] = {
         (90, "float32", 4, 0, True, True): frozenset({
             (16, 16, 32, 4, 2, 2, 4, "counter", True, True), (16, 16, 32, 8, 2, 2, 8, "counter", True, True),
             (16, 16, 32, 8, 3, 1, 8, "counter", True, False), (16, 16, 32, 8, 3, 1, 8, "counter", True, True),
-            (8, 16, 32, 8, 2, 2, 8, "counter", True, True), (8, 16, 32, 8, 3, 3, 8, "counter", True, True),
-            (8, 16, 32, 8, 4, 4, 8, "counter", True, True), (8, 16, 32, 8, 4, 4, 8, "data", True, True),
-            (8, 32, 32, 8, 2, 2, 8, "counter", True, True), (8, 32, 32, 8, 3, 3, 8, "counter", True, False),
-            (8, 32, 32, 8, 3, 3, 8, "counter", True, True), (8, 32, 32, 8, 4, 1, 8, "counter", True, True),
-            (8, 32, 32, 8, 4, 1, 8, "data", True, True),
+            (64, 16, 64, 1, 1, 1, 4, None, True, True), (8, 16, 32, 8, 2, 2, 8, "counter", True, True),
+            (8, 16, 32, 8, 3, 3, 8, "counter", True, True), (8, 16, 32, 8, 4, 4, 8, "counter", True, True),
+            (8, 16, 32, 8, 4, 4, 8, "data", True, True), (8, 32, 32, 8, 2, 2, 8, "counter", True, True),
+            (8, 32, 32, 8, 3, 3, 8, "counter", True, False), (8, 32, 32, 8, 3, 3, 8, "counter", True, True),
+            (8, 32, 32, 8, 4, 1, 8, "counter", True, True), (8, 32, 32, 8, 4, 1, 8, "data", True, True),
         }),
         (90, "tf32", 3, 0, False, True): frozenset({
             (16, 16, 32, 8, 4, 1, 8, "counter", False, False), (8, 32, 32, 8, 4, 1, 8, "counter", False, False),
@@ -104,16 +110,18 @@ SPILLS: dict[str, dict[Kind, frozenset[tuple[Any, ...]]]] = {
             (16, 16, 32, 4, 1, 1, 4, "counter", True, True), (16, 16, 32, 4, 2, 2, 4, "counter", True, False),
             (16, 16, 32, 4, 2, 2, 4, "counter", True, True), (16, 16, 32, 8, 2, 2, 8, "counter", True, False),
             (16, 16, 32, 8, 2, 2, 8, "counter", True, True), (16, 16, 32, 8, 3, 1, 8, "counter", True, False),
-            (16, 16, 32, 8, 3, 1, 8, "counter", True, True), (8, 16, 32, 4, 1, 1, 4, "counter", True, True),
-            (8, 16, 32, 8, 2, 2, 8, "counter", True, True), (8, 16, 32, 8, 3, 3, 8, "counter", True, True),
-            (8, 16, 32, 8, 4, 4, 8, "counter", True, True), (8, 16, 32, 8, 4, 4, 8, "data", True, True),
-            (8, 32, 32, 4, 1, 1, 4, "counter", True, True), (8, 32, 32, 4, 2, 2, 4, "counter", True, False),
-            (8, 32, 32, 8, 2, 2, 8, "counter", True, False), (8, 32, 32, 8, 2, 2, 8, "counter", True, True),
-            (8, 32, 32, 8, 3, 3, 8, "counter", True, False), (8, 32, 32, 8, 3, 3, 8, "counter", True, True),
-            (8, 32, 32, 8, 4, 1, 8, "counter", True, True), (8, 32, 32, 8, 4, 1, 8, "data", True, True),
+            (16, 16, 32, 8, 3, 1, 8, "counter", True, True), (64, 16, 64, 1, 1, 1, 4, None, True, True),
+            (8, 16, 32, 4, 1, 1, 4, "counter", True, True), (8, 16, 32, 8, 2, 2, 8, "counter", True, True),
+            (8, 16, 32, 8, 3, 3, 8, "counter", True, True), (8, 16, 32, 8, 4, 4, 8, "counter", True, True),
+            (8, 16, 32, 8, 4, 4, 8, "data", True, True), (8, 32, 32, 4, 1, 1, 4, "counter", True, True),
+            (8, 32, 32, 4, 2, 2, 4, "counter", True, False), (8, 32, 32, 8, 2, 2, 8, "counter", True, False),
+            (8, 32, 32, 8, 2, 2, 8, "counter", True, True), (8, 32, 32, 8, 3, 3, 8, "counter", True, False),
+            (8, 32, 32, 8, 3, 3, 8, "counter", True, True), (8, 32, 32, 8, 4, 1, 8, "counter", True, True),
+            (8, 32, 32, 8, 4, 1, 8, "data", True, True),
         }),
         (100, "half", 4, 0, True, True): frozenset({
-            (8, 16, 64, 8, 2, 2, 8, "counter", False, True), (8, 32, 32, 8, 4, 4, 8, "counter", False, True),
+            (8, 16, 64, 8, 1, 1, 8, "counter", False, True), (8, 16, 64, 8, 2, 2, 8, "counter", False, True),
+            (8, 32, 32, 8, 4, 4, 8, "counter", False, True),
         }),
         (100, "half", 4, 3, False, True): frozenset({
             (8, 32, 32, 8, 4, 1, 8, "counter", False, False),
@@ -162,6 +170,12 @@ SPILLS: dict[str, dict[Kind, frozenset[tuple[Any, ...]]]] = {
         (80, "tf32", 4, 3, False, True): frozenset({
             (8, 32, 32, 8, 2, 1, 8, "counter", False, False),
         }),
+        (89, "float32", 4, 0, False, False): frozenset({
+            (64, 16, 64, 1, 1, 1, 4, None, True, True),
+        }),
+        (89, "float32", 4, 0, False, True): frozenset({
+            (64, 16, 64, 1, 1, 1, 4, None, True, True),
+        }),
         (89, "tf32", 4, 0, True, True): frozenset({
             (16, 16, 32, 4, 2, 2, 4, "counter", False, True), (64, 16, 64, 1, 1, 1, 4, None, False, True),
         }),
@@ -175,7 +189,8 @@ SPILLS: dict[str, dict[Kind, frozenset[tuple[Any, ...]]]] = {
             (16, 16, 32, 8, 3, 1, 8, "counter", True, False), (8, 32, 32, 8, 3, 3, 8, "counter", True, False),
         }),
         (90, "float32", 4, 0, True, True): frozenset({
-            (16, 16, 32, 8, 3, 1, 8, "counter", True, False), (8, 32, 32, 8, 3, 3, 8, "counter", True, False),
+            (16, 16, 32, 8, 3, 1, 8, "counter", True, False), (64, 16, 64, 1, 1, 1, 4, None, True, True),
+            (8, 32, 32, 8, 3, 3, 8, "counter", True, False),
         }),
         (90, "half", 4, 3, False, True): frozenset({
             (8, 16, 32, 8, 3, 3, 8, "counter", False, True),
@@ -218,7 +233,8 @@ SPILLS: dict[str, dict[Kind, frozenset[tuple[Any, ...]]]] = {
             (16, 16, 32, 8, 3, 1, 8, "counter", True, False), (8, 32, 32, 8, 3, 3, 8, "counter", True, False),
         }),
         (100, "float32", 4, 0, True, True): frozenset({
-            (16, 16, 32, 8, 3, 1, 8, "counter", True, False), (8, 32, 32, 8, 3, 3, 8, "counter", True, False),
+            (16, 16, 32, 8, 3, 1, 8, "counter", True, False), (64, 16, 64, 1, 1, 1, 4, None, True, True),
+            (8, 32, 32, 8, 3, 3, 8, "counter", True, False),
         }),
         (100, "half", 4, 0, True, False): frozenset({
             (16, 16, 64, 8, 2, 2, 8, "counter", False, False), (16, 16, 64, 8, 2, 2, 8, "counter", False, True),
@@ -258,7 +274,7 @@ SPILLS: dict[str, dict[Kind, frozenset[tuple[Any, ...]]]] = {
             (8, 32, 32, 8, 3, 3, 8, "counter", False, True), (8, 32, 32, 8, 4, 1, 8, "counter", False, False),
         }),
         (100, "tf32", 4, 0, False, False): frozenset({
-            (8, 32, 32, 8, 4, 1, 8, "counter", False, False),
+            (8, 32, 32, 8, 3, 3, 8, "counter", False, False), (8, 32, 32, 8, 4, 1, 8, "counter", False, False),
         }),
         (100, "tf32", 4, 0, False, True): frozenset({
             (16, 16, 32, 8, 2, 2, 8, "counter", False, False), (16, 16, 32, 8, 3, 1, 8, "counter", False, False),

@@ -5,6 +5,7 @@ import importlib
 import pickle
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lstm_triton_kernels.gpus import GPUS, INTERPRETER
 from lstm_triton_kernels.persistent_plan import PersistentPlan
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_triton
 from lstm_triton import VARIANTS, CoupledLSTM, LSTMSpec, aten, autograd, dispatch, functional, layer, selection
-from lstm_triton.selection import Choice, Layer, Slower
+from lstm_triton.selection import Choice, Layer
 from tests.support.parity import Case, errors, expected_results, laid_out, random_inputs, results
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -23,7 +26,7 @@ H100 = GPUS["h100"]
 STANDARD, COUPLED = LSTMSpec(), LSTMSpec(coupled=True)
 FULL, FULL_CURRENT = LSTMSpec(peephole="full"), LSTMSpec(peephole="full", output_peephole="current")
 ANCHOR = Layer(STANDARD, 1024, 16, 768, 1, False, torch.bfloat16, "ieee", training=False)
-FITS = "a plan fits, and no committed result shows anything faster"
+FITS = "a plan fits, and by estimate nothing else is faster"
 
 OBSTACLES = [
     (dict(projected=True), "a projection needs a product between two steps, which no persistent kernel has"),
@@ -37,7 +40,7 @@ SLOW = [
     (dict(T=1), "a single step has no weights to keep"),
     (
         dict(B=4096),
-        r"forward pass: \d+\.\d us a step by estimate, .* row blocks .* \d+\.\d us",
+        r"\d+\.\d us a step by estimate \(forward, up to \d+ row blocks .* \d+\.\d us",
     ),
 ]
 
@@ -76,7 +79,9 @@ def test_the_users_choice_wins_or_is_an_error_and_auto_always_finds_something(si
     rather = obstacle or selection.why_rather_not_persistent(sizes, gpu)
     assert chosen == (("persistent", FITS) if rather is None else ("stepwise", rather))
     best = selection.strategy_of("auto", sizes, gpu, cudnn_may)
-    if cudnn_may and sizes.spec.peephole is None and chosen.name == "stepwise":
+    if cudnn_may and sizes.spec.peephole is None and selection.cudnn_is_persistent(sizes):
+        assert best.name == "cudnn" and selection.SHOWN_FASTER in best.reason
+    elif cudnn_may and sizes.spec.peephole is None and chosen.name == "stepwise":
         assert best.name == "cudnn" and best.reason.endswith(chosen.reason)
     else:
         assert best == chosen
@@ -128,22 +133,25 @@ def test_a_pass_without_a_plan_is_named(monkeypatch):
     assert selection.why_not_persistent(of(dict(training=True)), H100) == "backward pass: it does not fit"
 
 
-def test_a_slow_backward_pass_alone_decides_for_training(monkeypatch):
+def test_both_passes_together_decide_for_training(monkeypatch):
     plan = selection.persistent_plan
+    took = {False: 9.0, True: 7.0}
 
-    def slow_backward(work, gpu, *more, **options):
-        found = plan(work, gpu, *more, **options)
-        return replace(found, estimate_us=1e3) if work.backward else found
+    def timed(work, gpu, *more, **options):
+        return replace(plan(work, gpu, *more, **options), estimate_us=took[work.backward])
 
-    monkeypatch.setattr(selection, "persistent_plan", slow_backward)
-    assert selection.why_rather_not_persistent(ANCHOR, H100) is None
-    assert "backward pass: 1000.0 us" in selection.why_rather_not_persistent(of(dict(training=True)), H100)
+    monkeypatch.setattr(selection, "persistent_plan", timed)
+    training = of(dict(training=True))
+    assert "9.0 us a step by estimate (forward, " in selection.why_rather_not_persistent(ANCHOR, H100)
+    assert selection.why_rather_not_persistent(training, H100) is None
+    took[True] = 9.0
+    assert "18.0 us a step by estimate (forward and backward, " in selection.why_rather_not_persistent(training, H100)
 
 
 def test_the_stepwise_estimate_by_hand():
     work = selection.recurrence(of(dict(spec=FULL, D=2)), backward=False)
     operations = 2 * 16 * 768 * 768 * (4 + 3) * 2
-    wanted = 2 * selection.STEPWISE_US + operations / (0.5 * 989e6)
+    wanted = 2 * selection.STEPWISE_US[False] + operations / (0.5 * 989e6)
     assert selection.stepwise_estimate_us(work, H100) == pytest.approx(wanted, rel=1e-12)
 
 
@@ -168,60 +176,38 @@ def test_auto_takes_cudnn_for_variants_without_peepholes_alone(fields):
             assert chosen == kernels
 
 
-SHOWN = Slower("H100", "bfloat16", (512, 1000), (8, 16), training=False, source="h100-1.csv")
-INSIDE = [dict(), dict(H=512), dict(H=1000), dict(B=8), dict(H=512, B=8), dict(H=1000, B=16), dict(D=2), dict(T=2)]
-OUTSIDE = [
-    dict(H=511), dict(H=1001), dict(B=7), dict(B=17), dict(training=True), dict(dtype=torch.float16),
-    dict(dtype=torch.float32), dict(dtype=torch.float32, precision="tf32"),
+HALF = dict(dtype=torch.float16)
+PERSISTENT = [
+    HALF, HALF | dict(training=True), HALF | dict(H=128, B=8), HALF | dict(H=1024, B=128), HALF | dict(H=192, B=7),
+    HALF | dict(H=100, B=1, D=2), HALF | dict(H=128, training=True, D=2), HALF | dict(spec=COUPLED),
+    dict(dtype=torch.float32, H=192), dict(dtype=torch.float32, H=65, training=True),
+]  # fmt: skip
+STANDARD_ALGORITHM = [
+    dict(), dict(H=64), dict(dtype=torch.float32), HALF | dict(B=12), HALF | dict(B=9), HALF | dict(H=704),
+    HALF | dict(D=2, H=256), HALF | dict(ragged=True), HALF | dict(H=193, B=7), HALF | dict(H=150, B=7, training=True),
+    HALF | dict(H=64, ragged=True),
 ]  # fmt: skip
 
 
-@pytest.fixture
-def shown_slower(monkeypatch):
-    def show(*entries):
-        monkeypatch.setattr(selection, "SHOWN_SLOWER", entries)
-
-    return show
-
-
-@pytest.mark.parametrize("fields", INSIDE, ids=str)
-def test_auto_takes_cudnn_where_a_result_shows_it_faster(fields, shown_slower):
-    assert selection.strategy_of("auto", of(fields), H100, cudnn_may=True) == ("persistent", FITS)
-    shown_slower(replace(SHOWN, gpu="B200"), SHOWN)
+@pytest.mark.parametrize("fields", PERSISTENT, ids=str)
+def test_auto_takes_cudnn_where_it_has_a_persistent_kernel_that_a_result_shows_faster(fields):
     chosen = selection.strategy_of("auto", of(fields), H100, cudnn_may=True)
-    assert chosen == ("cudnn", "h100-1.csv shows it to be faster here")
-    assert selection.strategy_of("auto", of(fields), replace(H100, name="NVIDIA H100 80GB HBM3"), True).name == "cudnn"
-    assert selection.strategy_of("auto", of(fields), replace(H100, name="NVIDIA H200"), True).name == "persistent"
-    assert selection.strategy_of("auto", of(fields), H100, cudnn_may=False).name == "persistent"
-    assert selection.strategy_of("auto", of(fields | dict(spec=COUPLED)), H100, True).name == "persistent"
+    assert chosen == (
+        "cudnn",
+        f"its own persistent kernel serves here, which {selection.SHOWN_FASTER} shows to be faster",
+    )
+    assert (Path(__file__).parents[2] / selection.SHOWN_FASTER).is_file()
+    diagonal = of(fields | dict(spec=LSTMSpec(peephole="diagonal")))
+    for sizes, may in ((of(fields), False), (diagonal, True)):
+        assert selection.strategy_of("auto", sizes, H100, may) == selection.kernels("auto", sizes, H100)
     for asked in ("persistent", "stepwise", "cudnn"):
         assert selection.strategy_of(asked, of(fields), H100, cudnn_may=True) == (asked, "asked for")
-    # What cuDNN is to be compared with elsewhere: the kernels among themselves know nothing of it.
-    assert selection.kernels("auto", of(fields), H100).name == "persistent"
 
 
-@pytest.mark.parametrize("fields", OUTSIDE, ids=str)
-def test_a_result_says_nothing_beyond_its_range(fields, shown_slower):
-    shown_slower(SHOWN)
-    expected = selection.kernels("auto", of(fields), H100)
-    assert expected == ("persistent", FITS)
-    assert selection.strategy_of("auto", of(fields), H100, cudnn_may=True) == expected
-
-
-def test_results_in_tf32_and_float32_are_apart(shown_slower):
-    for dtype, precision in (("tf32", "tf32"), ("float32", "ieee")):
-        shown_slower(replace(SHOWN, dtype=dtype))
-        found = {
-            p: selection.strategy_of("auto", of(dict(dtype=torch.float32, precision=p)), H100, True).name
-            for p in ("tf32", "ieee")
-        }
-        assert found == {p: "cudnn" if p == precision else "persistent" for p in found}
-
-
-def test_the_committed_results_name_gpus_types_and_files():
-    for shown in selection.SHOWN_SLOWER:
-        assert shown.dtype in H100.tflop_per_s and shown.H[0] <= shown.H[1] and shown.B[0] <= shown.B[1]
-        assert shown.source.endswith(".csv")
+@pytest.mark.parametrize("fields", STANDARD_ALGORITHM, ids=str)
+def test_auto_takes_the_persistent_kernels_where_cudnn_has_none(fields):
+    assert not selection.cudnn_is_persistent(of(fields))
+    assert selection.strategy_of("auto", of(fields), H100, True) == selection.kernels("auto", of(fields), H100)
 
 
 def test_the_sizes_of_a_layer():
@@ -408,8 +394,8 @@ def called(monkeypatch):
     monkeypatch.setattr(aten, "lstm", note("cudnn"))
     monkeypatch.setattr(autograd, "lstm_layer", note("kernels"))
 
-    def run(T=3, B=2, L=1, grad=True, dtype=torch.float32, **options):
-        module = lstm_triton.LSTM(3, 8, L, dtype=dtype, **options).requires_grad_(grad)
+    def run(T=3, B=2, H=200, L=1, grad=True, dtype=torch.float32, **options):
+        module = lstm_triton.LSTM(3, H, L, dtype=dtype, **options).requires_grad_(grad)
         calls.clear()
         module(torch.zeros(T, B, 3, dtype=dtype))
         assert len(calls) == (1 if calls[0][0] == "cudnn" else L) and len(set(calls)) == 1  # it takes a whole stack
@@ -442,13 +428,12 @@ def test_auto_leaves_to_cudnn_neither_what_was_asked_of_the_kernels_nor_an_empty
         assert called(T=2, peephole="full") == ("kernels", "torch")
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_auto_asks_for_the_passes_that_will_run(training, called, shown_slower):
-    shown_slower(Slower("H100", "float32", (8, 8), (2, 2), training, "a.csv"))
-    assert called(grad=True) == (("cudnn", None) if training else ("kernels", "auto"))
-    assert called(grad=False) == (("kernels", "auto") if training else ("cudnn", None))
+def test_auto_asks_for_the_passes_that_will_run(called):
+    """Of 150 units cuDNN has a persistent kernel forward, and none backward."""
+    assert called(H=150, grad=True) == ("kernels", "auto")
+    assert called(H=150, grad=False) == ("cudnn", None)
     with torch.no_grad():
-        assert called(grad=True) == (("kernels", "auto") if training else ("cudnn", None))
+        assert called(H=150, grad=True) == ("cudnn", None)
 
 
 def test_the_operators_run_what_the_selection_says(monkeypatch):
@@ -653,13 +638,14 @@ def test_auto_decides_for_cudnn_while_it_is_compiled(monkeypatch, faster, dynami
     monkeypatch.setattr(aten, "serves", lambda x, spec: aten.has(spec))
     monkeypatch.setattr(selection, "why_not_cudnn", untraceable)
     monkeypatch.setattr(selection, "gpu_of", lambda device: H100)
-    if faster:
-        everywhere = Slower("H100", "float32", (1, 4096), (1, 4096), True, "a file")
-        monkeypatch.setattr(selection, "SHOWN_SLOWER", (everywhere,))
-    module = lstm_triton.LSTM(3, 8)
+    module = lstm_triton.LSTM(3, 8 if faster else 200)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=reached)
     with pytest.raises(Exception, match=", aten, " if faster else ", auto, ") as error:
         compiled(torch.zeros(5, 4, 3))
+    assert "Reached" in str(error.value)
+    # Of packed rows PyTorch's operator would read the batch sizes while it is traced: the kernels compute them.
+    with pytest.raises(Exception, match=", auto, ") as error:
+        compiled(pack_padded_sequence(torch.zeros(5, 4, 3), torch.tensor([5, 3, 3, 2])))
     assert "Reached" in str(error.value)
 
 
@@ -684,3 +670,24 @@ def test_pytorchs_operator_runs_without_autocast(monkeypatch):
         output, _ = module(torch.zeros(5, 4, 3))
         assert torch.is_autocast_enabled("cpu")
     assert output.dtype == torch.bfloat16 and seen == [(torch.bfloat16, False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_gpu_computes_a_step_of_the_standard_cell_by_pytorchs_own(dtype, monkeypatch):
+    class Input:
+        device = CUDA
+        is_floating_point = staticmethod(lambda: True)
+
+    Input.dtype = dtype
+    weight = torch.nn.Parameter(torch.zeros(1))
+    assert functional.torch_cell_serves(Input, weight, None, None)
+    assert not functional.torch_cell_serves(Input, weight, weight, None)
+    with lstm_triton.backend("triton"):
+        assert not functional.torch_cell_serves(Input, weight, None, None)
+    with forward_ad.dual_level():
+        assert not functional.torch_cell_serves(Input, weight, None, None)
+    Input.dtype = torch.complex64
+    assert not functional.torch_cell_serves(Input, weight, None, None)
+    Input.dtype = dtype
+    monkeypatch.setattr(functional, "autocast_dtype", lambda x: torch.bfloat16)
+    assert not functional.torch_cell_serves(Input, weight, None, None)
