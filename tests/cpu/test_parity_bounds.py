@@ -305,3 +305,39 @@ def test_who_cuts_operands_off_instead_of_rounding_is_refused(precision):
 
     with pytest.raises(AssertionError, match="output"):
         assert_as_near_as_cudnn(case, function)
+
+
+def test_gates_are_rounded_where_they_are_stored():
+    """The gates and what comes back through them, but nothing else: 1/3 is no float16."""
+    x = torch.tensor([1 / 3], dtype=torch.float64, requires_grad=True)
+    half = operand_rounding(torch.float16, "ieee")
+    for activation in (torch.sigmoid, torch.tanh):
+        with RoundedOperands(half, stored_gates=True):
+            gate = activation(x)
+            (gradient,) = torch.autograd.grad(gate, x)
+        assert gate.item() == half(activation(x.detach())).item() != activation(x.detach()).item()
+        assert gradient.item() == half(gradient).item()
+        with RoundedOperands(half):
+            assert activation(x).item() == activation(x.detach()).item()
+
+
+def test_in_half_types_gradients_may_err_by_what_stored_gates_are_rounded(monkeypatch):
+    case = replace(SMALL, spec=FULL, dtype=torch.bfloat16)
+    plain = bounds(case)
+    errors_of_rounding = gpu._errors_of_rounding
+
+    def larger(case, precision, seeds, stored_gates=False):
+        found = errors_of_rounding(case, precision, seeds, stored_gates)
+        return {name: 1.0 for name in found} if stored_gates else found
+
+    monkeypatch.setattr(gpu, "_errors_of_rounding", larger)
+    for name, bound in bounds(case).items():
+        assert bound == (TIMES_CUDNN if name.startswith("grad") else plain[name]), name
+
+
+@pytest.mark.parametrize("name", ["grad weight_hh_l0", "grad bias_ih_l0"])
+def test_a_gradient_of_a_parameter_is_a_sum_of_as_many_terms_as_there_are_steps_of_rows(name):
+    long = replace(SMALL, T=64, B=256)
+    assert gpu.floor(long, name) == 2**-24 * 128 > FLOOR[torch.float32]
+    assert gpu.floor(SMALL, name) == gpu.floor(long, "grad x") == gpu.floor(long, "output") == FLOOR[torch.float32]
+    assert gpu.floor(replace(long, dtype=torch.bfloat16), name) == FLOOR[torch.bfloat16]
