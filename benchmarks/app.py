@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import RESULTS, ROOT, constants, micro, plots, report, rows, run, suites
+from benchmarks import RESULTS, ROOT, constants, micro, plots, report, rows, run, suites, warm
 from benchmarks import readme as brief
 from benchmarks.environment import environment, machine
 from benchmarks.providers import BASELINES, PROVIDERS, Provider
@@ -139,6 +139,23 @@ def micro_command(device: Device = "auto", results: Results = RESULTS) -> None:
     constants.save(path, found, asdict(this))
     out.print(constants_table(found))
     out.print(f"{path}", soft_wrap=True)
+
+
+@app.command(name="warm")
+def warm_command(
+    suite: Annotated[
+        list[str] | None, typer.Option(help="As for `run`.", show_default="gpu, or cpu without a GPU")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="After so many, no other row is begun.")] = 60.0,
+    processes: Annotated[int | None, typer.Option(min=1, help="At once.", show_default="one a core")] = None,
+    device: Device = "auto",
+) -> None:
+    """Compile the kernels of suites, in many processes, so that a run with a budget need not; measures nothing."""
+    where = _device(device)
+    asked = suite or ["gpu" if where.type == "cuda" else "cpu"]
+    names = choose("--suite", expand(asked), suites.SUITES, tuple(GROUPS))
+    done, total = warm.compile_all(suites.cases(names), str(where), processes or os.cpu_count() or 1, seconds)
+    console().print(f"{done} of {total} rows computed once, the most telling first")
 
 
 @app.command(name="report")

@@ -19,7 +19,7 @@ from lstm_triton_kernels.persistent_plan import PersistentPlan
 from lstm_triton_kernels.watch import flags_of
 from rich.console import Console
 
-from benchmarks import bench, check, gpu, plans, rows, run, suites, timing
+from benchmarks import bench, check, gpu, plans, rows, run, suites, timing, warm
 from benchmarks.environment import Environment, environment
 from benchmarks.problem import MOST_SETS, make_problem
 from benchmarks.providers import (
@@ -615,6 +615,37 @@ def test_the_environment_names_processor_versions_and_commit():
 # The visit to a GPU
 
 
+def test_the_librarys_rows_are_computed_once_the_most_telling_first(monkeypatch):
+    seen = []
+
+    class Timed:
+        def __init__(self, task, problem):
+            self.names, self.T = (task.provider.key, problem.case.suite), problem.case.T
+
+        def before(self):
+            pass
+
+        def call(self):
+            seen.append((*self.names, self.T))
+            if self.T == 1:
+                raise RuntimeError("it does not compile")
+
+    cases = suites.cases(("cpu", "overhead-cell"), modes=(suites.FORWARD,))
+    todo = warm.tasks(cases, "cpu")
+    assert {task.provider.key for task in todo} == {"lstm_triton:auto"} and len(todo) == len(cases)
+    providers = iter(todo)
+    monkeypatch.setattr(bench, "timed_call", lambda model, problem: Timed(next(providers), problem))
+    cells = sum(case.cell for case in cases)
+    assert warm.compute_once(todo, "cpu", time.monotonic() + 100) == len(todo) - cells > 0  # those fail
+    assert {T for *_, T in seen} == {1, warm.STEPS} and len(seen) == len(todo)
+    assert warm.compute_once(todo, "cpu", time.monotonic()) == 0 and len(seen) == len(todo)
+
+
+def test_processes_share_the_rows_out():
+    cases = suites.cases(("overhead-cell",), modes=(suites.FORWARD,))
+    assert warm.compile_all(cases, "cpu", processes=2, seconds=100) == (len(cases), len(cases))
+
+
 def test_a_command_that_is_stopped_may_say_what_it_found(tmp_path):
     script = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 failed, 2 passed')"
     assert gpu.stopped_after(1.5, [sys.executable, "-c", script], tmp_path / "log") == "not done after 2 s, stopped"
@@ -657,11 +688,10 @@ def test_a_visit_runs_parity_then_constants_then_suites_within_its_budget(tmp_pa
     monkeypatch.setattr(gpu, "machine", lambda device: "NVIDIA H100")
     out = Console(width=140, file=io.StringIO())
     code = gpu.run_all(540.0, tmp_path, out)
-    assert [name for _, words in ran for name in ("pytest", "micro", "run") if f" {name}" in words] == [
-        "pytest", "micro", "run"
-    ]  # fmt: skip
-    assert ran[0][0] + ran[1][0] < 540.0 and ran[2][0] <= 540.0
-    assert "--suite gpu" in ran[2][1] and "-m gpu tests/gpu" in ran[0][1]
+    parts = ["pytest", "micro", "warm", "run"]
+    assert [name for _, words in ran for name in parts if f" {name}" in words] == parts
+    assert sum(seconds for seconds, _ in ran[:3]) < 540.0 and ran[3][0] <= 540.0
+    assert "--suite gpu" in ran[2][1] and "--suite gpu" in ran[3][1] and "-m gpu tests/gpu" in ran[0][1]
     text = out.file.getvalue()
     assert "571 passed" in text and "1.50" in text and "suites: done" in text
     assert (code, f"parity: {parity or 'done'}" in text) == (1 if parity else 0, True)
