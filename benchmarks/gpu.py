@@ -19,7 +19,7 @@ from benchmarks.environment import environment, machine
 from benchmarks.summary import short_table
 
 PARITY_SHARE = 0.4
-"""Of the budget, for the parity tests at most; the last of them (test_persistent.py) are those that can be missed."""
+"""Of the budget, for the parity tests at most; the last of them, many of one kind, are those that can be missed."""
 
 MICRO_SECONDS = 40.0
 WARM_SECONDS = 40.0

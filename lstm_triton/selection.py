@@ -62,8 +62,8 @@ def layer_of(
     return Layer(spec, x.shape[0], B, H, D, projected, x.dtype, matmul_precision(), training, ragged)
 
 
-SHOWN_FASTER = "benchmarks/results/h200-2026-11-26-gpu.csv"
-"""The results file that shows cuDNN's persistent kernels to be faster than the present ones of this library."""
+SHOWN_FASTER = "benchmarks/NOTES.md"
+"""Where it stands that cuDNN's persistent kernels are faster than the present ones of this library, with the files."""
 
 
 def cudnn_is_persistent(layer: Layer) -> bool:
@@ -163,7 +163,7 @@ def strategy_of(strategy: str, layer: Layer, gpu: GPU, cudnn_may: bool) -> Choic
     if strategy != "auto" or not cudnn_may or layer.spec.peephole is not None:
         return chosen
     if cudnn_is_persistent(layer):
-        return Choice("cudnn", f"its own persistent kernel serves here, which {SHOWN_FASTER} shows to be faster")
+        return Choice("cudnn", f"its own persistent kernel serves here, faster on an H200 ({SHOWN_FASTER})")
     if chosen.name == "stepwise":
         return Choice("cudnn", f"it has this variant, and the persistent kernels are out: {chosen.reason}")
     return chosen

@@ -276,7 +276,7 @@ def test_a_launch_that_gives_up_ends_and_is_named(wait, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in compute().values())
 
 
-# Every variant and type: most of the compiling, so last in a visit that may be cut short.
+# Every variant and type
 
 
 @pytest.mark.parametrize("wait", WAITS)
