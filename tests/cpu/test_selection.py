@@ -194,7 +194,7 @@ def test_auto_takes_cudnn_where_it_has_a_persistent_kernel_that_a_result_shows_f
     chosen = selection.strategy_of("auto", of(fields), H100, cudnn_may=True)
     assert chosen == (
         "cudnn",
-        f"its own persistent kernel serves here, which {selection.SHOWN_FASTER} shows to be faster",
+        f"its own persistent kernel serves here, faster on an H200 ({selection.SHOWN_FASTER})",
     )
     assert (Path(__file__).parents[2] / selection.SHOWN_FASTER).is_file()
     diagonal = of(fields | dict(spec=LSTMSpec(peephole="diagonal")))
