@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lstm_triton import LSTMSpec
+from lstm_triton import LSTMSpec, selection
 
 STORAGE = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32,
@@ -71,21 +71,15 @@ class Case:
 
 
 def regime(case: Case, device_type: str) -> str:
-    """The algorithm that PyTorch asks cuDNN for at the case's shape (of the standard variant).
+    """The algorithm that PyTorch asks cuDNN for at the case's shape (of the standard variant), see `selection`.
 
-    As ATen's native/cudnn/RNN.cpp decides it (`get_algo`) on a large GPU of compute capability 8.0 or 9.0 (A100, H100):
-    persistent for float16, one layer and direction, H <= 1024, H and I multiples of 128, B a multiple of 8 up to 128,
-    not packed; and, whatever the type, for H <= 192 forward and 128 backward. What a run saw is in its `-kernels.json`.
+    What a run saw is in its `-kernels.json`.
     """
     if device_type == "cpu":
         return CPU
-    H, B = case.H, case.B
-    large = (
-        case.dtype == "float16" and case.L == 1 and case.D == 1 and not case.ragged
-        and H <= 1024 and H % 128 == 0 and case.I % 128 == 0 and B % 8 == 0 and B <= 128
-    )  # fmt: skip
-    widest_small = 192 if case.mode == FORWARD else 128
-    small = H <= widest_small
+    large = selection.asks_for_large_persistent(STORAGE[case.dtype], case.B, case.H, case.D, case.ragged)
+    large = large and case.L == 1 and case.I % 128 == 0
+    small = selection.asks_for_small_persistent(case.H, training=case.mode == TRAINING)
     return PERSISTENT if large or small else STANDARD
 
 

@@ -89,8 +89,8 @@ def lstm_cell(
 def torch_cell_serves(input: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> bool:
     """Whether PyTorch's own cell computes a step of the standard variant; it checks sizes and types itself.
 
-    On a GPU, too, unless the kernels were asked for: it is one fused kernel, launched from C++, where ours takes Python
-    longer to launch than to run (benchmarks/NOTES.md).
+    On a GPU as well, unless the kernels were asked for: a step of ours takes Python 400 us to launch on the machine
+    that was measured, and PyTorch's takes 100 us in all (benchmarks/NOTES.md).
     """
     if input.device.type == "cuda":
         ours = dispatch.requested() == "triton" or input.dtype not in SUPPORTED_DTYPES or transforms.forward_mode()
@@ -218,7 +218,8 @@ def lstm(
     cell_states = None
     if engine.operator and (drop == 0 or x.device.type == "cpu"):
         options = aten.Options(bias, L, drop, bidirectional, layout.packing)
-        with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):  # which casts to float16
+        # Autocast would cast the arguments once more: on CUDA to float16, whatever type was asked for.
+        with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
             x, h_n, c_n = aten.lstm(x, h_0, c_0, aten.standard_weights(weights, spec), options)
     else:
         layers = group_layers(weights, spec, D, bias, proj_size)
@@ -330,9 +331,7 @@ def prefers_cudnn(
         return rows.packing is None and selection.cudnn_when_compiled(
             x.device, x.dtype, spec.name, D, int(c_0.shape[2]), projected, training
         )
-    if c_0.shape[1] == 0:
-        return False
-    if selection.why_not_cudnn(x.device, spec) is not None:
+    if c_0.shape[1] == 0 or selection.why_not_cudnn(x.device, spec) is not None:
         return False
     T = x.shape[0] if rows.packing is None else rows.packing.T
     B, H = c_0.shape[1:]

@@ -66,19 +66,30 @@ SHOWN_FASTER = "benchmarks/NOTES.md"
 """Where it stands that cuDNN's persistent kernels are faster than the present ones of this library, with the files."""
 
 
-def cudnn_is_persistent(layer: Layer) -> bool:
-    """Whether PyTorch may ask cuDNN for a persistent kernel, and cuDNN has one.
+def asks_for_large_persistent(dtype: torch.dtype, B: int, H: int, D: int, ragged: bool) -> bool:
+    """Whether PyTorch asks cuDNN for its persistent kernel of many units, of one layer with I a multiple of 128.
 
-    As `get_algo` in ATen's native/cudnn/RNN.cpp decides it, but for the number of layers and of input features, which
-    are taken to be as it wants them. For few units it asks in every type but float64; in bfloat16 the profile of a run
-    shows the standard algorithm all the same (benchmarks/results, `-kernels.json`).
+    As `get_algo` in ATen's native/cudnn/RNN.cpp decides it on a large GPU of compute capability 8.0 or 9.0.
     """
-    H, B = layer.H, layer.B
+    return dtype == torch.float16 and D == 1 and not ragged and H <= 1024 and H % 128 == 0 and B <= 128 and B % 8 == 0
+
+
+def asks_for_small_persistent(H: int, training: bool) -> bool:
+    """Whether PyTorch asks cuDNN for its persistent kernel of few units, in every type but float64; source as above."""
+    most_units = 128 if training else 192
+    return most_units >= H
+
+
+def cudnn_is_persistent(layer: Layer) -> bool:
+    """Whether PyTorch asks cuDNN for a persistent kernel, and cuDNN has one.
+
+    The numbers of layers and of input features are taken to be such that it asks. For bfloat16 it asks as well where
+    there are few units, but the profile of a run shows cuDNN's standard algorithm (benchmarks/results, -kernels.json).
+    """
     if layer.ragged or layer.projected or layer.dtype not in (torch.float16, torch.float32):
         return False
-    large = layer.dtype == torch.float16 and layer.D == 1 and H <= 1024 and H % 128 == 0 and B <= 128 and B % 8 == 0
-    most_units = 128 if layer.training else 192
-    return large or most_units >= H
+    large = asks_for_large_persistent(layer.dtype, layer.B, layer.H, layer.D, layer.ragged)
+    return large or asks_for_small_persistent(layer.H, layer.training)
 
 
 def recurrence(layer: Layer, backward: bool) -> Recurrence:

@@ -51,8 +51,8 @@ INTERPRETER = replace(GPUS["h100"], name="Triton's interpreter", multiprocessors
 L2_BYTES_PER_CLOCK = 40
 """Of each multiprocessor, all of them reading. As `micro` measured it on an H200 (benchmarks/results), at 1.98 GHz."""
 
-WAIT_US = {"counter": 0.94, "data": 1.23}
-"""One wait of 128 programs for each other, measured as above. Of two programs it is 0.74 and 0.57."""
+WAIT_US = {"counter": {2: 0.74, 128: 0.94}, "data": {2: 0.57, 128: 1.23}}
+"""One wait of so many programs for each other, by how they wait, measured as above."""
 
 LAUNCH_US = 1.5
 """A cooperative launch after another, measured as above."""
@@ -65,7 +65,7 @@ def nominal_constants(gpu: GPU) -> Constants:
         matmul_tflop_per_s=gpu.tflop_per_s,
         l2_read_gb_per_s=gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz,
         launch_us=LAUNCH_US,
-        wait_us={method: {2: wait} for method, wait in WAIT_US.items()},
+        wait_us=WAIT_US,
         multiprocessors=gpu.multiprocessors,
         on_chip_bytes=gpu.shared_bytes,
     )

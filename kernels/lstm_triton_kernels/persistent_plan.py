@@ -208,8 +208,8 @@ def why_none(
 def usual_wait(work: Recurrence, plan: PersistentPlan) -> str:
     """How to wait: by the counter, but in the forward pass of few programs with one row block each.
 
-    Measured on an H200 (benchmarks/NOTES.md): every look at the data reads all of it, and programs that look at the
-    same lines of L2 hold each other up. With 96 and more of them the counter is faster, with 32 the data is.
+    Measured on an H200 (benchmarks/NOTES.md): a poll of the data reads all of it, and where many programs poll, these
+    reads take longer than the wait. With 96 programs and more the counter is faster, with 32 the data is.
     """
     few = plan.unit_programs <= FEW_PROGRAMS
     return "data" if few and not work.backward and plan.blocks_per_program == 1 else "counter"
@@ -308,7 +308,8 @@ def _together(work: Recurrence, gpu: GPU, block_u: int, block_b: int, num_warps:
     read_us = read / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
     rest_us = BACKWARD_US * block_b / 16 if work.backward else FORWARD_US * num_warps * block_u * block_b / 32
     block_us = _product_us(work, gpu, tiles, block_b, block_u) + rest_us
-    for wait, wait_us in WAIT_US.items():
+    for wait, by_programs in WAIT_US.items():
+        wait_us = by_programs[max(by_programs)]
         group = chunks
         if tiles + _staging(work, group, split * block_k, block_b, split * block_u) > gpu.shared_bytes:
             group = 1

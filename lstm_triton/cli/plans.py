@@ -335,7 +335,7 @@ def wait_words(work: Recurrence, plan: PersistentPlan) -> str:
     elif plan.blocks_per_program > 1:
         reason = "it works on other blocks of rows meanwhile, which hides the longer wait"
     else:
-        reason = f"more than {FEW_PROGRAMS} programs would hold each other up by reading until the data is there"
+        reason = f"where more than {FEW_PROGRAMS} programs poll the data itself, these reads take longer than the wait"
     return f"{how}; {reason}"
 
 

@@ -162,7 +162,7 @@ def test_alone_on_more_programs_than_multiprocessors():
     [
         (dict(hidden=250, batch=4), False, r"data: a program reads h until .* one block of rows"),
         (dict(hidden=250, batch=4, variant="full"), False, "data: a program reads h and c until"),
-        (dict(hidden=760, batch=4), False, "counter: .* more than 32 programs"),
+        (dict(hidden=760, batch=4), False, "counter: .* more than 32 programs poll"),
         (dict(hidden=500, batch=4), True, "counter: .* gradients are read gate by gate"),
         (dict(hidden=500, batch=400), False, "counter: .* other blocks of rows meanwhile"),
     ],

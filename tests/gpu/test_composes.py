@@ -479,3 +479,27 @@ def test_a_call_on_another_stream_waits_for_its_own_alone(spec, strategy, input,
         torch.cuda._sleep(20_000_000)
         torch.cuda.current_stream().wait_stream(side)
         near(found, expected)
+
+
+# A step of the cell
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_step_of_the_standard_cell_is_pytorchs_own(dtype):
+    """By `auto`: bit for bit, every gradient included; differentiable twice, and compiled into one graph."""
+    theirs = torch.nn.LSTMCell(I, H, device=DEVICE, dtype=dtype)
+    ours = lstm_triton.LSTMCell(I, H, device=DEVICE, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(B, I, device=DEVICE, dtype=dtype)
+    found = []
+    for module in (ours, theirs, torch.compile(ours, fullgraph=True, backend="aot_eager")):
+        results = module(x)
+        found.append([*results, *gradients(results, module)])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-4)
+    torch.testing.assert_close(found[2], found[0], rtol=tolerance, atol=tolerance)
+    if dtype == torch.float64:
+        step = lambda x, *weights: torch.cat(functional_call(ours, dict(zip(names, weights, strict=True)), (x,)))  # noqa: E731
+        names = [name for name, _ in ours.named_parameters()]
+        few = torch.randn(2, I, device=DEVICE, dtype=dtype, requires_grad=True)
+        assert torch.autograd.gradgradcheck(step, (few, *ours.parameters()), fast_mode=True)

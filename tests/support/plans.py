@@ -41,8 +41,8 @@ MODULES = (
 """Of the kernels' package: what the persistent kernels are made of."""
 
 MOST_STACK = 64
-"""Bytes of a thread's stack up to which a plan is offered: 16 registers that are stored before the time loop or once a
-step. What takes the place of such a plan is often much slower (benchmarks/NOTES.md)."""
+"""Bytes of a thread's stack up to which a plan is offered: 16 registers. On an H200 a plan that took the place of such
+a one was slower than it by far more than the spill costs (benchmarks/NOTES.md)."""
 
 ASKED = ("plain", "ragged")
 """What is asked of a launch: a training step with the gradients of all results; the same with lengths and resets.
