@@ -2,13 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The versions that CI tests with; any torch >= 2.11 with triton >= 3.6 works.
+# The versions that CI tests with; any torch >= 2.11 with triton >= 3.6 works: `make test TRITON=triton==3.6.0
+# VENV=.venv-3.6` tests with another release.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
 # The interpreter of Triton 3.6 fails with a newer NumPy, on a range whose bounds are tensors.
 NUMPY ?= $(if $(filter triton==3.6%,$(TRITON)),numpy<2.4,numpy)
-# The oldest that is supported: the persistent kernels are compiled under both.
-FLOOR ?= triton==3.6.0
 RAW := PYTHONPATH=.:kernels
 # One thread a process: the tests run in as many processes as there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -27,12 +26,9 @@ words=$$($$python -c "import $(NEEDS)" 2>&1) || { \
 	echo "make $@ needs a Python with $(NEEDS): $$python: $$(echo "$$words" | tail -n 1)" >&2; exit 1; }
 endef
 
-.PHONY: setup test test-cpu test-interpreted test-compile plans gpu-test gpu-sanitize gpu lint format demo bench report clean
+.PHONY: setup test test-cpu test-interpreted test-compile gpu-test gpu-sanitize gpu lint format demo bench report clean
 
 setup: $(VENV)/.installed
-
-$(VENV)/floor:
-	$(BIN)/pip install --quiet --no-deps --target $(VENV)/floor $(FLOOR)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,14 +45,8 @@ test-cpu: setup
 test-interpreted: setup
 	TRITON_INTERPRET=1 $(TEST) -n $(WORKERS) tests/interpreted
 
-test-compile: setup $(VENV)/floor
+test-compile: setup
 	$(TEST) -n $(WORKERS) --maxschedchunk 1 tests/compile
-	PYTHONPATH=$(VENV)/floor $(TEST) -n $(WORKERS) --maxschedchunk 1 tests/compile/test_persistent.py
-
-# Compiles every persistent plan under both releases and writes down what comes out; needed when the kernels change.
-plans: setup $(VENV)/floor
-	$(RAW) OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.plans $(WORKERS)
-	PYTHONPATH=$(VENV)/floor:.:kernels OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.plans $(WORKERS)
 
 # On a machine with a GPU, from the checkout, with the Python that is there.
 gpu-test: NEEDS = torch, triton, pytest

@@ -28,6 +28,7 @@ class Measurement:
     - times: of the call and of its baseline; cpu_us, peak_mib, error: as in `rows.Row`
     - rows: rows of the batch that a step computes on average (fewer than B where rows end early)
     - kernels: names of the kernels that the baseline launched
+    - plan: as in `rows.Row`
     - lost_device: the device answers no more in this process; stopped: it was not done in time
     """
 
@@ -38,6 +39,7 @@ class Measurement:
     error: float | None = None
     rows: float | None = None
     kernels: tuple[str, ...] = ()
+    plan: str = ""
     lost_device: bool = False
     stopped: bool = False
 
@@ -52,6 +54,10 @@ class Bench:
 
     def measure(self, provider: Provider, case: Case) -> Measurement:
         """One row. Whatever goes wrong becomes a Measurement that says so."""
+        found = self._measure(provider, case)
+        return replace(found, plan=provider.plan(case, self.device.type))
+
+    def _measure(self, provider: Provider, case: Case) -> Measurement:
         other, theirs = baseline_of(case, self.device.type, self.baselines)
         for old in self.stands.keys() - {case, theirs}:
             del self.stands[old]
@@ -61,15 +67,15 @@ class Bench:
             if provider.name == other.name:
                 return baseline.measurement(self.seconds)
             found = own.measure(provider, baseline, self.seconds)
-            gave_up = _gave_up(self.device)
-            return found if gave_up is None else Measurement(failure=gave_up)
+            timed_out = _timed_out(self.device)
+            return found if timed_out is None else Measurement(failure=timed_out)
         except Exception as error:  # what a provider raises is a result
             failure = _words(error)
         self.stands.clear()
         _free(self.device)
         if _lost(self.device):
             return Measurement(failure=failure, lost_device=True)
-        _gave_up(self.device)  # the next row begins with nothing to complain of
+        _timed_out(self.device)  # the next row begins with nothing to complain of
         return Measurement(failure=failure)
 
     def _stand(self, case: Case) -> Stand:
@@ -204,8 +210,8 @@ def _words(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {text}"
 
 
-def _gave_up(device: torch.device) -> str | None:
-    """Words if a persistent launch gave up waiting since this was last asked: what it computed, and how fast, is void.
+def _timed_out(device: torch.device) -> str | None:
+    """Words if a persistent launch timed out since this was last asked: what it computed, and how fast, is void.
 
     Waits for the device.
     """

@@ -203,11 +203,11 @@ class WaitBuffers:
             tensor.zero_()
 
     def check(self, method: str, rounds: int, exchange: bool) -> None:
-        """RuntimeError if a wait of the last launch gave up, or its programs did not see each other."""
-        from lstm_triton_kernels.sync import raise_if_gave_up
+        """RuntimeError if a wait of the last launch timed out, or its programs did not see each other."""
+        from lstm_triton_kernels.sync import raise_if_timed_out
 
         launch = f"wait_kernel (method {method}, {self.programs} programs, {rounds} rounds)"
-        raise_if_gave_up(self.error, launch)
+        raise_if_timed_out(self.error, launch)
         arrived = self.programs * rounds if method == "counter" else 0
         if self.counter.item() != arrived:
             raise RuntimeError(f"{launch}: counted {self.counter.item()} arrivals, not {arrived}")
@@ -227,8 +227,8 @@ def wait_for_all(
     multiprocessors: of the device, None where programs need not be resident together (interpreter); limit: turns that
     one wait may take, by default as in the library.
     """
-    from lstm_triton_kernels.plan import next_power_of_2
-    from lstm_triton_kernels.sync import TURNS
+    from lstm_triton_kernels.sizes import next_power_of_2
+    from lstm_triton_kernels.sync import POLLS
 
     from benchmarks import micro_kernels
 
@@ -245,7 +245,7 @@ def wait_for_all(
         counter_ptr=buffers.counter,
         error_ptr=buffers.error,
         rounds=rounds,
-        limit=TURNS if limit is None else limit,
+        limit=POLLS if limit is None else limit,
         SEEN=next_power_of_2(buffers.programs) if exchange else 1,
         BLOCK=WAIT_BLOCK,
         WAIT=method,

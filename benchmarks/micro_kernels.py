@@ -31,16 +31,16 @@ def wait_kernel(
     everyone = seen[:, None] * BLOCK + lane[None, :]
     present = (seen < programs)[:, None] & (lane < BLOCK)[None, :]
     total = tl.zeros((SEEN, BLOCK), tl.int32)
-    patience = limit
+    max_polls = limit
     for n in range(rounds):
         round_ptr = chunks_ptr + n * programs * BLOCK
         if EXCHANGE:
             value = tl.zeros((BLOCK,), tl.float32) + (n + me) % 256
             exchange_store(round_ptr + me * BLOCK + lane, value, lane < BLOCK, WAIT)
         exchange_arrive(counter_ptr, WAIT)
-        patience = exchange_wait(counter_ptr, (n + 1) * programs, patience, error_ptr, WAIT)
+        max_polls = exchange_wait(counter_ptr, (n + 1) * programs, max_polls, error_ptr, WAIT)
         if EXCHANGE:
-            blocks, patience = exchange_load((round_ptr + everyone,), (present,), patience, error_ptr, WAIT)
+            blocks, max_polls = exchange_load((round_ptr + everyone,), (present,), max_polls, error_ptr, WAIT)
             total += blocks[0].to(tl.int32)
     if EXCHANGE:
         tl.store(sums_ptr + me, tl.sum(tl.sum(total, 1), 0))

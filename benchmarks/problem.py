@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from lstm_triton_kernels.spec import LSTMWeights, state_dict_name
 from torch import Tensor
 
 from benchmarks.suites import STORAGE, TRAINING, Case
-from lstm_triton.spec import LSTMWeights, state_dict_name
 
 MOST_SETS = 64
 """Sets of inputs that are kept at most; smaller inputs than L2 / 32 stay in the cache, as they would in use."""

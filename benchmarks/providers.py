@@ -17,17 +17,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from lstm_triton_kernels import gpus
-from lstm_triton_kernels.persistent_plan import ANY, Preference
+from lstm_triton_kernels.plan import ANY, Preference, ranked_plans
+from lstm_triton_kernels.spec import LSTMWeights
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_triton
-from benchmarks import plans
 from benchmarks.problem import Problem, layers_of
 from benchmarks.rows import BASELINE
 from benchmarks.suites import STORAGE, TRAINING, Case
-from lstm_triton import dispatch, reference, selection
-from lstm_triton.spec import LSTMWeights
+from lstm_triton import reference, routing
 
 Results = tuple[Tensor, ...]
 """(output, h_n, c_n) as `torch.nn.LSTM` returns them, of a cell (h, c)."""
@@ -251,34 +250,46 @@ class LstmTriton(Provider):
         if self.how.strategy == "auto":
             return None
         if self.how.strategy == "cudnn":
-            return NO_STRATEGY if case.cell else selection.why_not_cudnn(device, case.spec)
-        obstacle = dispatch.why_not_triton(device, STORAGE[case.dtype])
+            return NO_STRATEGY if case.cell else routing.why_not_cudnn(device, case.spec)
+        obstacle = routing.why_not_triton(device, STORAGE[case.dtype])
         if obstacle is not None or self.how.strategy == "stepwise":
             return obstacle
         return NO_STRATEGY if case.cell else self._why_not_persistent(case, gpus.gpu_of(device))
 
     def _why_not_persistent(self, case: Case, gpu: gpus.GPU) -> str | None:
-        layer = plans.layer_of(case)
-        obstacle = selection.why_not_persistent(layer, gpu)
+        obstacle = routing.why_not_persistent(case.layer, gpu)
         if obstacle is not None or self.how.preference == ANY:
             return obstacle
         if case.suite not in self.CANDIDATE_SUITES:
             return "is measured in smaller suites"
-        found = selection.plans(layer, gpu, self.how.preference)
-        return plans.obstacle(found) or ("is what `persistent` takes" if found == selection.plans(layer, gpu) else None)
+        passes = routing.passes(case.layer).values()
+        found = [ranked_plans(case.layer, backward, gpu, self.how.preference) for backward in passes]
+        missing = next((plans for plans in found if isinstance(plans, str)), None)
+        usual = [ranked_plans(case.layer, backward, gpu)[0] for backward in passes]
+        return missing or ("is what `persistent` takes" if usual == [plans[0] for plans in found] else None)
 
     def plan(self, case: Case, device_type: str) -> str:
         device = torch.device(device_type)
-        if device_type != "cuda" or case.cell or dispatch.why_not_triton(device, STORAGE[case.dtype]) is not None:
+        if device_type != "cuda" or case.cell or routing.why_not_triton(device, STORAGE[case.dtype]) is not None:
             return ""
-        layer, gpu = plans.layer_of(case), gpus.gpu_of(device)
         if self.how.strategy == "auto" and self.how.backend == "auto":
-            cudnn_may = selection.why_not_cudnn(device, case.spec) is None and not self.how.lengths
-            chosen = selection.strategy_of("auto", layer, gpu, cudnn_may).name
-            return plans.in_words(selection.plans(layer, gpu)) if chosen == "persistent" else chosen
-        if self.how.strategy == "persistent":
-            return plans.in_words(selection.plans(layer, gpu, self.how.preference))
-        return ""
+            asked = ("lengths",) if self.how.lengths else ()
+            engine = routing.decide(routing.facts_of(case.layer, device, "auto", asked)).engine
+            if engine != "persistent":
+                return "cudnn" if engine == "operator" else engine
+        elif self.how.strategy != "persistent":
+            return ""
+        return "; ".join(self._plan(case, name, backward) for name, backward in routing.passes(case.layer).items())
+
+    def _plan(self, case: Case, name: str, backward: bool) -> str:
+        """The plan of a pass: the one that ran in this process, else the first that would be tried."""
+        from lstm_triton_kernels import sequence_persistent  # needs triton
+
+        ran = sequence_persistent.plan_that_ran(case.layer, backward, self.how.preference)
+        if ran is not None:
+            return f"{name} {ran.describe()}"
+        plans = ranked_plans(case.layer, backward, gpus.gpu_of(torch.device("cuda")), self.how.preference)
+        return f"{name} {plans if isinstance(plans, str) else plans[0].describe()}"
 
     def build(self, problem: Problem) -> Model:
         case, spec = problem.case, problem.case.spec

@@ -30,7 +30,7 @@ class Row:
     - error: largest ||result - reference|| / ||reference|| of outputs and gradients; or the words why nothing was timed
     - baseline_ratio: baseline_ms / ms_median, above 1 is faster (in files without baseline_ms: the median of the turns)
     - limit_us_per_step, limit_ratio: the least time of a step (`lstm_triton_kernels.limit`); us_per_step / it
-    - plan: what computed it where the strategy does not say that alone (`plans.describe`)
+    - plan: what computed it where the strategy does not say that alone (`PersistentPlan.describe`)
     - baseline: the provider that it took turns with; baseline_ms: the median of that one's calls in these turns
     - ratio_p20, ratio_p80: of the quotients of both times, turn by turn
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lstm_triton_kernels.limit import Constants, Work, least_us_per_step
+from lstm_triton_kernels.limit import Constants, least_us_per_step
 
 from benchmarks import rows
 from benchmarks.bench import Measurement
 from benchmarks.environment import Environment
 from benchmarks.providers import Provider, baseline_of
-from benchmarks.suites import STORAGE, TRAINING, Case, regime
+from benchmarks.suites import Case, regime
 from benchmarks.worker import Measures
 from lstm_triton.cli.files import write_whole
 
@@ -78,7 +78,7 @@ def row(task: Task, found: Measurement, where: Environment, constants: Constants
         baseline_ratio=times.ratio if times is not None else None,
         limit_us_per_step=limit,
         limit_ratio=us_per_step / limit if us_per_step is not None and limit else None,
-        plan=provider.plan(case, device_type),
+        plan=found.plan,
         baseline=baseline_of(case, device_type)[0].name,
         baseline_ms=times.baseline_ms if times is not None else None,
         ratio_p20=low,
@@ -94,21 +94,8 @@ def limit_us_per_step(case: Case, mean_rows: float | None, constants: Constants)
     """
     if case.dtype not in constants.matmul_tflop_per_s:
         return None
-    spec = case.spec
-    work = Work(
-        T=case.T,
-        B=max(1, round(mean_rows)) if mean_rows is not None else case.B,
-        I=case.I,
-        H=case.H,
-        L=case.L,
-        D=case.D,
-        dtype=case.dtype,
-        element_bytes=STORAGE[case.dtype].itemsize,
-        gates=len(spec.gates),
-        full_peephole_blocks=len(spec.peephole_gates) if spec.full else 0,
-        training=case.mode == TRAINING,
-    )
-    return least_us_per_step(work, constants)
+    B = max(1, round(mean_rows)) if mean_rows is not None else case.B
+    return least_us_per_step(case.layer._replace(B=B), constants, case.L)
 
 
 class Pace:
@@ -132,7 +119,7 @@ class Pace:
             expected = seconds * min(MOST_LONGER, task.case.work / work)
         return self.budget is None or self.elapsed + expected <= self.budget
 
-    def patience(self) -> float:
+    def timeout(self) -> float:
         """How long a row may take at most."""
         return LONGEST_ROW if self.budget is None else max(1.0, min(LONGEST_ROW, self.budget - self.elapsed))
 
@@ -152,10 +139,10 @@ def measure(
             yield task, None, None
             continue
         start = pace.elapsed
-        patience = pace.patience()
-        found = measures.measure(task.provider, task.case, patience)
+        timeout = pace.timeout()
+        found = measures.measure(task.provider, task.case, timeout)
         pace.took(task, pace.elapsed - start)
-        if found.stopped and patience < LONGEST_ROW:  # the run's time is up; that says nothing of the row
+        if found.stopped and timeout < LONGEST_ROW:  # the run's time is up; that says nothing of the row
             yield task, None, None
             continue
         done = make_row(task, found)

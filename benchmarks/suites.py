@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lstm_triton_kernels.sizes import Layer
 
-from lstm_triton import LSTMSpec, selection
+from lstm_triton import LSTMSpec, routing
 
 STORAGE = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32,
@@ -59,6 +60,14 @@ class Case:
         return LSTMSpec.parse(self.variant)
 
     @property
+    def layer(self) -> Layer:
+        """The first layer of the case."""
+        precision = "tf32" if self.dtype == "tf32" else "ieee"
+        training = self.mode == TRAINING
+        sizes = (self.T, self.B, self.H, self.D)
+        return Layer(self.spec, *sizes, STORAGE[self.dtype], precision, self.I, training=training, ragged=self.ragged)
+
+    @property
     def work(self) -> int:
         """Multiplications of the matmuls with W, of all steps: what sizes are compared by."""
         passes = 3 if self.mode == TRAINING else 1
@@ -71,15 +80,15 @@ class Case:
 
 
 def regime(case: Case, device_type: str) -> str:
-    """The algorithm that PyTorch asks cuDNN for at the case's shape (of the standard variant), see `selection`.
+    """The algorithm that PyTorch asks cuDNN for at the case's shape (of the standard variant), see `routing`.
 
     What a run saw is in its `-kernels.json`.
     """
     if device_type == "cpu":
         return CPU
-    large = selection.asks_for_large_persistent(STORAGE[case.dtype], case.B, case.H, case.D, case.ragged)
+    large = routing.asks_for_large_persistent(STORAGE[case.dtype], case.B, case.H, case.D, case.ragged)
     large = large and case.L == 1 and case.I % 128 == 0
-    small = selection.asks_for_small_persistent(case.H, training=case.mode == TRAINING)
+    small = routing.asks_for_small_persistent(case.H, training=case.mode == TRAINING)
     return PERSISTENT if large or small else STANDARD
 
 
@@ -173,7 +182,7 @@ _SUITES: dict[str, Callable[[], Iterator[Case]]] = {
 SUITES = tuple(_SUITES)
 CPU_SUITES = ("cpu", "overhead", "overhead-cell", "compile")
 GPU_SUITES = tuple(name for name in SUITES if name not in ("cpu", "overhead", "compile"))
-"""What a visit to a GPU measures. `make plans` compiles the persistent plans of all their cases."""
+"""What a visit to a GPU measures."""
 
 
 def cases(suites: tuple[str, ...], dtypes: tuple[str, ...] = (), modes: tuple[str, ...] = MODES) -> list[Case]:

@@ -24,7 +24,7 @@ from benchmarks.suites import Case
 class Measures(Protocol):
     """What a run asks for its rows."""
 
-    def measure(self, provider: Provider, case: Case, patience: float) -> Measurement:
+    def measure(self, provider: Provider, case: Case, timeout: float) -> Measurement:
         """The row of the provider for the case, within so many seconds."""
 
     def close(self) -> None:
@@ -44,16 +44,16 @@ class Worker:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
 
-    def measure(self, provider: Provider, case: Case, patience: float) -> Measurement:
-        """The row; words if the process ended, lost its device or was not done after `patience` seconds."""
+    def measure(self, provider: Provider, case: Case, timeout: float) -> Measurement:
+        """The row; words if the process ended, lost its device or was not done after `timeout` seconds."""
         if self._process is None:
             self._start()
         assert self._process is not None and self._connection is not None
         try:
             self._connection.send((provider, case))
-            if not self._connection.poll(patience):
+            if not self._connection.poll(timeout):
                 self.close()
-                return Measurement(failure=f"failed: not done after {patience:.0f} s, stopped", stopped=True)
+                return Measurement(failure=f"failed: not done after {timeout:.0f} s, stopped", stopped=True)
             measurement = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(timeout=5)

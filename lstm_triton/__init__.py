@@ -2,15 +2,15 @@
 
 `LSTM` and `LSTMCell` are used like `torch.nn.LSTM` and `torch.nn.LSTMCell`; `functional` has the same on explicit
 tensors; `convert` swaps the modules of a whole model; `backend` chooses the implementation; `check_launches` asks
-whether a launch gave up.
+whether a launch timed out.
 """
 
+from lstm_triton_kernels.spec import VARIANTS, LSTMSpec
 from lstm_triton_kernels.watch import check_launches
 
 from lstm_triton import convert, functional
-from lstm_triton.dispatch import backend
 from lstm_triton.modules import LSTM, CoupledLSTM, LSTMCell, PeepholeLSTM
-from lstm_triton.spec import VARIANTS, LSTMSpec
+from lstm_triton.routing import backend
 
 __version__ = "0.1.0"
 

@@ -16,32 +16,20 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from lstm_triton_kernels.plan import accumulator_dtype
+from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.sizes import accumulator_dtype
+from lstm_triton_kernels.spec import STANDARD, LSTMSpec, LSTMWeights
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from lstm_triton import transforms
-from lstm_triton.autograd import Call, differentiable_gradients, gradients_where_needed
-from lstm_triton.layer import Keep, LayerGradients, LayerResult, Needs
+from lstm_triton import second_order, transforms
+from lstm_triton.layer import Call, Gradients, LayerGradients, LayerResult, Needs
 from lstm_triton.ragged import Packing
-from lstm_triton.spec import STANDARD, LSTMSpec, LSTMWeights
-
-CPU_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-"""Of other types the operator rounds the cell state at every step on a CPU."""
-
-
-def has(spec: LSTMSpec) -> bool:
-    """Whether the operator can compute a variant: any without a peephole."""
-    return spec.peephole is None
-
-
-def serves(x: Tensor, spec: LSTMSpec) -> bool:
-    """Whether the operator computes these inputs and this variant as the library would."""
-    return has(spec) and (x.device.type == "cuda" or x.dtype in CPU_DTYPES)
+from lstm_triton.second_order import gradients_where_needed
 
 
 def standard_weights(weights: Sequence[Tensor], spec: LSTMSpec) -> Sequence[Tensor]:
-    """The weights of a standard LSTM that computes the same as these, of one or more layers and directions.
+    """Return the weights of a standard LSTM that computes the same as these, of one or more layers and directions.
 
     Coupled gates: i = 1 - s(a_f) = s(-a_f), so the rows of the input gate are those of the forget gate with the other
     sign. All parameters but a projection (P, H) have the gate blocks f, g, o in their rows.
@@ -54,7 +42,7 @@ def standard_weights(weights: Sequence[Tensor], spec: LSTMSpec) -> Sequence[Tens
 
 
 class Options(NamedTuple):
-    """What the operator is told beside tensors: `torch.nn.LSTM`'s arguments; dropout is 0 where it does not apply."""
+    """The arguments of the operator beside tensors, as of `torch.nn.LSTM`; dropout is 0 where it does not apply."""
 
     bias: bool
     num_layers: int
@@ -67,7 +55,7 @@ def lstm_cell(
     input: Tensor, hx: tuple[Tensor, Tensor] | None, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None,
     bias_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One step of the standard variant as `torch.nn.LSTMCell` calls it: input (B, I) or (I,), states (B, H) or (H,)."""
+    """Compute one step as `torch.nn.LSTMCell` does: input (B, I) or (I,), states (B, H) or (H,)."""
     if input.dim() == 2:
         if hx is None:
             zeros = input.new_zeros(input.size(0), weight_hh.size(1))
@@ -85,10 +73,11 @@ def lstm_cell(
 def lstm(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (T, B, I), h_0 (D·L, B, P), c_0 (D·L, B, H) -> output (T, B, D·P), h_n, c_n; differentiable twice.
+    """Compute a stack: x (T, B, I), h_0 (D·L, B, P), c_0 (D·L, B, H) -> output (T, B, D·P), h_n, c_n.
 
-    With a packing x is (N, I) and output (N, D·P). weights: a standard LSTM's, as `torch.nn.LSTM` lists them. On CUDA
-    dropout must be 0 where a gradient is wanted: what it drew could not be drawn again for a second derivative.
+    Differentiable twice. With a packing x is (N, I) and output (N, D·P). weights: a standard LSTM's, as `torch.nn.LSTM`
+    lists them. On CUDA dropout must be 0 where a gradient is wanted: what it drew could not be drawn again for a second
+    derivative.
     """
     inputs = (x, h_0, c_0, *weights)
     tracked = torch.is_grad_enabled() and True in [t.requires_grad for t in inputs]
@@ -102,7 +91,7 @@ def lstm(
 def operator(
     train: bool, options: Options, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator itself. It has a backward pass, and dropout, only for a forward pass with `train`."""
+    """Call the operator itself. It has a backward pass, and dropout, only for a forward pass with `train`."""
     bias, layers, dropout, bidirectional, packing = options
     train = train or dropout > 0
     if packing is not None:
@@ -138,7 +127,7 @@ class InnerGraph:
 
 
 def edge(tensor: Tensor) -> GradientEdge | None:
-    """Where the gradient of a tensor enters its graph."""
+    """Return the edge at which the gradient of a tensor enters its graph."""
     return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
@@ -183,10 +172,10 @@ class TwiceDifferentiable(torch.autograd.Function):
         if transforms.beyond_operators((*inputs, *grads), inputs[0], None):
             options = ctx.options
             projection = inputs[1].shape[2] != inputs[2].shape[2]
-            call = Call(STANDARD.name, options.bias, projection, "cudnn")
+            call = Call(STANDARD.name, options.bias, projection, "operator")
             layers = (options.num_layers, 2 if options.bidirectional else 1)
-            again = differentiable_gradients((*grads, None), inputs, needs, call, layers, packing=options.packing)
-            return None, *again
+            given, order = Gradients(grads[0], grads[1], grads[2], None), Order(len(inputs[0]))
+            return None, *second_order.backward(given, inputs, needs, call, layers, order, options.packing)
         wanted = [own for own, needed in zip(ctx.graph.inputs, needs, strict=True) if needed]
         with ctx.graph.holding(saved):
             # Whether the user will come back is known to the outer graph alone: keep the inner one.
@@ -195,28 +184,25 @@ class TwiceDifferentiable(torch.autograd.Function):
 
 
 def forward(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, keep: Keep,
-    lengths: Tensor | None = None, resets: Tensor | None = None,
-) -> LayerResult:  # fmt: skip
-    """As `layer.forward`, without lengths and resets, for an operator of torch.compile.
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call
+) -> LayerResult:
+    """Compute a layer, as `layer.forward`, without lengths and resets, for an operator of torch.compile.
 
     It keeps nothing for the backward pass: the size of what PyTorch's operator saves is not known beforehand, so the
     graph has no room for it.
     """
-    assert not keep.save and not keep.states and lengths is None and resets is None
-    flat = standard_weights(flat_weights(weights), spec)
+    assert not call.save and not call.states and not order.ragged
+    flat = standard_weights(flat_weights(weights), call.spec)
     results = operator(False, layer_options(weights), x, h_0, c_0, *flat)
     cells = x.new_empty(0, dtype=accumulator_dtype(x.dtype))
     return LayerResult(*results, states=x.new_empty(0), gates=x.new_empty(0), cells=cells)
 
 
 def backward(
-    grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, grad_states: Tensor | None,
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights],
-    output: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, needs: Needs,
-    lengths: Tensor | None = None, resets: Tensor | None = None,
+    grads: Gradients, x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], output: Tensor,
+    gates: Tensor, cells: Tensor, order: Order, call: Call, needs: Needs,
 ) -> LayerGradients:  # fmt: skip
-    """As `layer.backward`, from a forward pass that is done again."""
+    """Return gradients, as `layer.backward`, from a forward pass that is computed again."""
 
     def leaf(tensor: Tensor, needed: bool) -> Tensor:
         return tensor.detach().requires_grad_(needed)
@@ -230,24 +216,23 @@ def backward(
             for w, wanted in zip(weights, needs.weights, strict=True)
         ]
         inputs = [leaf(x, needs.x), leaf(h_0, needs.h_0), leaf(c_0, needs.c_0)]
-        results = operator(True, layer_options(weights), *inputs, *standard_weights(flat_weights(own), spec))
+        results = operator(True, layer_options(weights), *inputs, *standard_weights(flat_weights(own), call.spec))
         leaves = [*inputs, *flat_weights(own)]
         needed = [t.requires_grad for t in leaves]
-        given = [grad_output, grad_h_n, grad_c_n]
-        found = gradients_where_needed(results, given, [t for t in leaves if t.requires_grad], needed)
+        found = gradients_where_needed(results, grads[:3], [t for t in leaves if t.requires_grad], needed)
     of_x, of_h_0, of_c_0, *of_weights = (
         torch.zeros_like(t) if grad is None and t.requires_grad else grad for grad, t in zip(found, leaves, strict=True)
     )
     directions = [of_weights[n : n + len(names)] for n in range(0, len(of_weights), len(names))]
-    named = [{name: g for name, g in zip(names, grads, strict=True) if g is not None} for grads in directions]
+    named = [{name: g for name, g in zip(names, part, strict=True) if g is not None} for part in directions]
     return LayerGradients(of_x, of_h_0, of_c_0, named)
 
 
 def layer_options(weights: Sequence[LSTMWeights]) -> Options:
-    """The options of one layer with these directions."""
+    """Return the options of one layer with these directions."""
     return Options(weights[0].bias_ih is not None, 1, 0.0, len(weights) == 2)
 
 
 def flat_weights(weights: Sequence[LSTMWeights]) -> list[Tensor]:
-    """The parameters of all directions in one list, as the operator takes them."""
+    """Return the parameters of all directions in one list, as the operator takes them."""
     return [w for direction in weights for w in direction if w is not None]

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from lstm_triton_kernels.plan import SUPPORTED_DTYPES
+from lstm_triton_kernels.sizes import SUPPORTED_DTYPES
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
@@ -56,13 +56,13 @@ def lstm_arguments(
 
 
 def flag(name: str, value: Any) -> None:
-    """Raises TypeError unless the value is a bool."""
+    """Raise TypeError unless the value is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
 def not_sharded(weights: Sequence[Tensor], names: Callable[[], Sequence[str]]) -> None:
-    """Raises RuntimeError for a parameter that is spread over several processes, as FSDP leaves them between calls."""
+    """Raise RuntimeError for a parameter that is spread over several processes, as FSDP leaves them between calls."""
     for n, weight in enumerate(weights):
         if type(weight) not in (Tensor, Parameter) and hasattr(weight, "device_mesh"):
             raise RuntimeError(
@@ -71,11 +71,8 @@ def not_sharded(weights: Sequence[Tensor], names: Callable[[], Sequence[str]]) -
             )
 
 
-def packed(input: Tensor | PackedSequence) -> None:
-    """Raises RuntimeError for a PackedSequence that was put together by hand and whose parts do not fit."""
-    if not isinstance(input, PackedSequence) or torch.compiler.is_compiling():
-        return
-    data, batch_sizes = input.data, input.batch_sizes
+def _packed(batch_sizes: Tensor, rows: int) -> None:
+    """Raise RuntimeError unless the batch sizes of a PackedSequence with so many rows of data are right."""
     if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
         raise RuntimeError(
             f"batch_sizes should be a 1-D int64 tensor on the CPU, got {batch_sizes.dim()}-D {batch_sizes.dtype} on "
@@ -86,8 +83,8 @@ def packed(input: Tensor | PackedSequence) -> None:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if sizes[-1] < 1 or any(later > earlier for earlier, later in pairwise(sizes)):
         raise RuntimeError(f"batch_sizes of a PackedSequence must be positive and never increase, got {sizes}")
-    if sum(sizes) != len(data):
-        raise RuntimeError(f"a PackedSequence with batch_sizes of {sum(sizes)} in all has {len(data)} rows of data")
+    if sum(sizes) != rows:
+        raise RuntimeError(f"a PackedSequence with batch_sizes of {sum(sizes)} in all has {rows} rows of data")
 
 
 def lengths(lengths: Any, B: int, packed: bool) -> Tensor | None:
@@ -120,32 +117,30 @@ def resets(resets: Any, T: int, B: int, batched: bool, batch_first: bool) -> Non
         raise ValueError(f"Expected resets size {expected}, one for each step of each row, got {list(resets.shape)}")
 
 
-def same_device(input: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    """Raises RuntimeError in ATen's words ("Input and hidden tensors are not ...") unless all are on one device."""
-    device = input.device
-    for what, tensors in (("hidden", states), ("parameter", parameters)):
-        for tensor in tensors:
-            if tensor.device != device:
-                raise RuntimeError(
-                    f"Input and {what} tensors are not at the same device, found input tensor at {device} "
-                    f"and {what} tensor at {tensor.device}"
-                )
+def same_device(device: torch.device, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Raise RuntimeError in ATen's words ("Input and hidden tensors are not ...") unless all are on the input's."""
+    _alike("at", "device", device, states, parameters)
 
 
-def same_dtype(input: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    """Raises RuntimeError in ATen's words unless all are of one type."""
-    dtype = input.dtype
+def same_dtype(dtype: torch.dtype, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Raise RuntimeError in ATen's words unless all are of the input's type."""
+    _alike("with", "dtype", dtype, states, parameters)
+
+
+def _alike(preposition: str, name: str, expected: Any, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
     for what, tensors in (("hidden", states), ("parameter", parameters)):
         for tensor in tensors:
-            if tensor.dtype != dtype:
+            found = getattr(tensor, name)
+            if found != expected:
+                the_same = "at the same device" if name == "device" else f"the same {name}"
                 raise RuntimeError(
-                    f"Input and {what} tensors are not the same dtype, found input tensor with {dtype} "
-                    f"and {what} tensor with {tensor.dtype}"
+                    f"Input and {what} tensors are not {the_same}, found input tensor {preposition} {expected} "
+                    f"and {what} tensor {preposition} {found}"
                 )
 
 
 def computed_dtype(dtype: torch.dtype) -> None:
-    """Raises TypeError for a type that neither the kernels nor the written-out steps compute."""
+    """Raise TypeError for a type that neither the kernels nor the eager steps compute."""
     if dtype not in SUPPORTED_DTYPES:
         raise TypeError(
             f"an LSTM of {dtype} is not supported here: the library computes {', '.join(map(str, SUPPORTED_DTYPES))}; "
@@ -161,17 +156,22 @@ def weight_shapes(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
             raise RuntimeError(f"Expected {name} size {shape}, got {list(given[name])}")
 
 
-def lstm_input_dimensions(input: Tensor | PackedSequence) -> None:
-    """Raises ValueError unless the input is (T, B, I) or (T, I), RuntimeError unless it is, packed, (N, I)."""
+def lstm_input(input: Tensor | PackedSequence) -> None:
+    """Raise ValueError unless the input is (T, B, I) or (T, I), RuntimeError unless it is, packed, (N, I).
+
+    Raises RuntimeError for a PackedSequence that was put together by hand and whose parts do not fit, too.
+    """
     if isinstance(input, PackedSequence):
         if input.data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+        if not torch.compiler.is_compiling():
+            _packed(input.batch_sizes, len(input.data))
     elif input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
 
 
 def lstm_state_dimensions(hx: tuple[Tensor, Tensor], batched: bool) -> None:
-    """Raises RuntimeError unless there are two states, with the dimensions that go with the input's."""
+    """Raise RuntimeError unless there are two states, with the dimensions that go with the input's."""
     if len(hx) < 2:
         raise RuntimeError("lstm expects two hidden states")
     dimensions = 3 if batched else 2
@@ -182,25 +182,25 @@ def lstm_state_dimensions(hx: tuple[Tensor, Tensor], batched: bool) -> None:
         )
 
 
-def lstm_dtype(input: Tensor, weight_dtype: torch.dtype, autocast: bool) -> None:
-    """Raises ValueError for a type other than the weights', where autocast does not see to it."""
-    if input.dtype != weight_dtype and not autocast:
+def lstm_dtype(dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool) -> None:
+    """Raise ValueError for a type other than the weights', where autocast does not see to it."""
+    if dtype != weight_dtype and not autocast:
         raise ValueError(
-            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_dtype}). "
-            f"Convert input: input.to({weight_dtype}), or convert model: model.to({input.dtype})"
+            f"RNN input dtype ({dtype}) does not match weight dtype ({weight_dtype}). "
+            f"Convert input: input.to({weight_dtype}), or convert model: model.to({dtype})"
         )
 
 
-def lstm_features(input: Tensor, input_size: int) -> None:
-    """Raises RuntimeError for a wrong number of features."""
-    if input.size(-1) != input_size:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {input.size(-1)}")
+def lstm_features(features: int, input_size: int) -> None:
+    """Raise RuntimeError for a wrong number of features."""
+    if features != input_size:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {features}")
 
 
 def lstm_states(
     hx: tuple[Tensor, Tensor], expected: tuple[tuple[int, int, int], tuple[int, int, int]], batched: bool
 ) -> None:
-    """Raises RuntimeError unless (h_0, c_0) have the expected sizes (D·L, B, P) and (D·L, B, H); unbatched B = 1."""
+    """Raise RuntimeError unless (h_0, c_0) have the expected sizes (D·L, B, P) and (D·L, B, H); unbatched B = 1."""
     for n, (state, size) in enumerate(zip(hx, expected, strict=False)):
         actual = tuple(state.shape) if batched else (state.shape[0], 1, *state.shape[1:])
         if actual != size:
@@ -210,13 +210,13 @@ def lstm_states(
 
 
 def sequence_length(T: int) -> None:
-    """Raises RuntimeError for an empty sequence."""
+    """Raise RuntimeError for an empty sequence."""
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
 
 def cell_arguments(input: Tensor, hx: tuple[Tensor, Tensor] | None) -> None:
-    """Raises ValueError unless the input is (B, I) or (I,) and each state 1-D or 2-D; and unless there are two states.
+    """Raise ValueError unless the input is (B, I) or (I,) and each state 1-D or 2-D; and unless there are two states.
 
     As `torch.nn.LSTMCell`: TypeError for a tensor in place of the two, RuntimeError for another number of them; but of
     the states of an unbatched input it takes the first two.
@@ -248,7 +248,7 @@ def cell_sizes(input: Tensor, hx: tuple[Tensor, Tensor], input_size: int, hidden
 
 
 def cell_dtypes(input: Tensor, others: Sequence[Tensor]) -> None:
-    """Raises RuntimeError unless all are of the input's type."""
+    """Raise RuntimeError unless all are of the input's type."""
     for tensor in others:
         if tensor.dtype != input.dtype:
             first, second = (t.type().split(".")[-1].removesuffix("Tensor") for t in (input, tensor))

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from lstm_triton_kernels.plan import SUPPORTED_DTYPES
+from lstm_triton_kernels.sizes import SUPPORTED_DTYPES
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lstm_triton.aten import CPU_DTYPES
 from lstm_triton.modules import LSTM, CoupledLSTM, LSTMCell, PeepholeLSTM
+from lstm_triton.routing import CPU_DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -1,7 +1,7 @@
 """The steps of one direction of one layer in PyTorch's own operators: the `torch` backend of every variant.
 
-The mathematics of `reference.py`, forward and backward written out, so that a step is one product and a few in-place
-operators and everything that does not depend on the order of the steps is done for all of them at once. Computes in
+The mathematics of `reference.py`, forward and backward, so that a step is one product and a few in-place operators, and
+everything that does not depend on the order of the steps is computed for all of them at once. Computes in
 the accumulator type (float32; float64 for float64). Same interface as `lstm_triton_kernels.sequence_stepwise`.
 
 Shapes: T time steps, B batch rows, H hidden units, P hidden size after projection (else H), G gate blocks. What a step
@@ -16,10 +16,9 @@ from __future__ import annotations
 import math
 
 import torch
-from lstm_triton_kernels.order import steps
+from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
-
-from lstm_triton.spec import LSTMSpec, LSTMWeights
 
 BACKWARD_BLOCKS = 4
 """Blocks of columns of the product with weight_hh in the backward pass, where P divides so; 2 are as fast."""
@@ -32,15 +31,15 @@ tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
 def fuses_input(T: int) -> bool:
-    """Whether the input side of the gates is computed in the step itself: never here."""
+    """Return False: the input side of the gates is always computed before the steps."""
     return False
 
 
 def forward(
-    x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: LSTMWeights, spec: LSTMSpec, reverse: bool,
-    output: Tensor, gates: Tensor | None, cells: Tensor, resets: Tensor | None = None,
+    x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: LSTMWeights, spec: LSTMSpec, order: Order,
+    output: Tensor, gates: Tensor | None, cells: Tensor,
 ) -> None:  # fmt: skip
-    """All steps forward, into output, gates and cells; see `sequence_stepwise.forward`."""
+    """Compute all steps forward, into output, gates and cells; see `sequence_stepwise.forward`."""
     assert gate_input is not None
     G, (B, P), H = len(spec.gates), h_0.shape, cells.shape[-1]
     dtype = cells.dtype
@@ -54,7 +53,7 @@ def forward(
     # Views of every step, in one call each: indexing costs as much as a small operator.
     inputs, outputs, states = in_blocks(gate_input, G).unbind(), output.unbind(), cells.unbind()
     saved = in_blocks(gates, G).unbind() if gates is not None else None
-    begun = resets.view(torch.bool)[..., None] if resets is not None else None
+    begun = order.resets[..., None] if order.resets is not None else None
 
     a = torch.empty(G, B, H, dtype=dtype, device=cells.device)
     a_if, i, f, g, o = a[:-2], a[0], a[-3], a[-2], a[-1]
@@ -62,7 +61,7 @@ def forward(
     h = hidden if w.weight_hr is None else torch.empty(B, P, dtype=dtype, device=cells.device)
     h.copy_(h_0)
     h_of_gates = h.expand(G, B, P)
-    for step in steps(len(inputs), reverse, saved=len(states) > 1):
+    for step in order.steps(saved=len(states) > 1):
         c_previous, c = states[step.previous], states[step.current]
         if begun is not None:
             h.masked_fill_(begun[step.t], 0)
@@ -92,20 +91,17 @@ def forward(
 
 
 def backward(
-    grad_output: Tensor | None, dh: Tensor, dc: Tensor, weights: LSTMWeights, spec: LSTMSpec, reverse: bool,
-    gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
-    resets: Tensor | None = None, grad_cells: Tensor | None = None,
+    grad_output: Tensor | None, grad_cells: Tensor | None, dh: Tensor, dc: Tensor, weights: LSTMWeights,
+    spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
 ) -> None:  # fmt: skip
-    """All steps backward, into d_gates (and d_hidden), in place in dh and dc; see `sequence_stepwise.backward`."""
+    """Compute all steps backward, into d_gates (and d_hidden), in place in dh and dc, as `sequence_stepwise` does."""
     (B, P), H = dh.shape, cells.shape[-1]
     dtype = cells.dtype
     w = weights.map(lambda weight: weight.to(dtype))
     _, v_o = split_peephole(w.weight_ch, spec, H)
     v_previous = spec.previous_peephole(w.weight_ch) if spec.full and w.weight_ch is not None else None
-    c_previous, c = (cells[1:], cells[:-1]) if reverse else (cells[:-1], cells[1:])
-    begun = resets.view(torch.bool)[..., None] if resets is not None else None
-    if begun is not None:
-        c_previous = c_previous.masked_fill(begun, 0)
+    c_previous, c = order.cells_read(cells)
+    begun = order.resets[..., None] if order.resets is not None else None
 
     # A step's gradients are dh and dc times factors, those of the gates already where the gradients are to be.
     d = d_gates if d_gates.dtype == dtype else torch.empty_like(d_gates, dtype=dtype)
@@ -122,7 +118,7 @@ def backward(
     of_output = in_blocks(grad_output, n).unbind() if grad_output is not None else None
     of_cells = grad_cells.unbind() if grad_cells is not None else None
     dc_of_gates = dc[:, None]
-    for step in reversed(list(steps(len(d_steps), reverse, saved=True))):
+    for step in reversed(list(order.steps(saved=True))):
         t = step.t
         if of_output is not None:
             torch.add(product, of_output[t], out=grad_h_blocks)
@@ -155,7 +151,7 @@ def backward(
 def factors(
     gates: Tensor, c_previous: Tensor, c: Tensor, w: LSTMWeights, spec: LSTMSpec, d: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the gradients of a step are multiples of, for all steps at once; gates (T, B, G·H), the rest (T, B, H).
+    """Return the factors of the gradients of a step, for all steps at once; gates (T, B, G·H), the rest (T, B, H).
 
     - d: (T, B, G·H), out: the gate gradients by dh (o) and by dc (the others)
     - returned: dc by dh, and dc_{t-1} by dc, each with what comes through diagonal peepholes. But not o's on c_{t-1},
@@ -185,7 +181,7 @@ def factors(
 
 
 def split_peephole(weight_ch: Tensor | None, spec: LSTMSpec, H: int) -> tuple[Tensor, Tensor]:
-    """The peephole of the gates before g, (1 or 2, 1, H), and that of o, (1, H); full (1 or 2, H, H) and (H, H).
+    """Return the peephole of the gates before g, (1 or 2, 1, H), and that of o, (1, H); full (1 or 2, H, H), (H, H).
 
     Empty where the variant has none.
     """
@@ -196,5 +192,5 @@ def split_peephole(weight_ch: Tensor | None, spec: LSTMSpec, H: int) -> tuple[Te
 
 
 def in_blocks(tensor: Tensor, n: int) -> Tensor:
-    """Rows (..., R, n·C) as n blocks of columns, (..., n, R, C): a view."""
+    """Return rows (..., R, n·C) as n blocks of columns, (..., n, R, C): a view."""
     return tensor.unflatten(-1, (n, tensor.shape[-1] // n)).transpose(-3, -2)

@@ -10,13 +10,13 @@ from operator import is_
 from typing import Any
 
 import torch
+from lstm_triton_kernels.spec import LSTMSpec, OutputPeephole, Peephole, state_dict_name
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import checks, functional, selection
-from lstm_triton.spec import LSTMSpec, OutputPeephole, Peephole, state_dict_name
+from lstm_triton import checks, functional, routing
 
 
 class VariantModule(nn.Module):
@@ -194,7 +194,7 @@ class LSTM(VariantModule, nn.RNNBase):
         nn.Module.__init__(self)  # RNNBase would make the parameters of the standard variant
         checks.lstm_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         spec = LSTMSpec.of(coupled, peephole, output_peephole)
-        selection.check_strategy(strategy, spec)
+        routing.check_strategy(strategy, spec)
         checks.flag("recompute", recompute)
         self._set_variant(spec)
         self.input_size = input_size

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
 
-from lstm_triton.spec import LSTMSpec, LSTMWeights
 
+def check(spec: LSTMSpec, projection: bool, asked: Sequence[str]) -> None:
+    """Raise RuntimeError with the reason, and a way out where there is one, for a layer that is no such node.
 
-def check(spec: LSTMSpec, projection: bool, resets: Tensor | None, states: bool) -> None:
-    """Raises RuntimeError with the reason, and a way out where there is one, for a layer that is no such node."""
+    asked: names of arguments of the call that `torch.nn.LSTM` does not have.
+    """
     obstacle = None
     if spec.full:
         obstacle = "ONNX's LSTM node has no full peepholes"
@@ -25,8 +27,8 @@ def check(spec: LSTMSpec, projection: bool, resets: Tensor | None, states: bool)
         obstacle = "the output gate of ONNX's LSTM node reads c_t: train with output_peephole='current'"
     elif projection:
         obstacle = "ONNX's LSTM node has no projection"
-    elif resets is not None or states:
-        obstacle = f"ONNX's LSTM node has no {'resets' if resets is not None else 'return_cell_states'}"
+    elif "resets" in asked or "return_cell_states" in asked:
+        obstacle = f"ONNX's LSTM node has no {'resets' if 'resets' in asked else 'return_cell_states'}"
     if obstacle is not None:
         raise RuntimeError(f"this LSTM ({spec.name}) cannot be exported to ONNX: {obstacle}")
 

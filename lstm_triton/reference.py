@@ -18,9 +18,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
-
-from lstm_triton.spec import LSTMSpec, LSTMWeights
 
 
 def cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) -> tuple[Tensor, Tensor]:

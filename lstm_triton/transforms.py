@@ -13,17 +13,17 @@ RECORDING = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
 def active() -> bool:
-    """Whether the call is inside of torch.func.grad, vjp, jvp, vmap or the like."""
+    """Return whether the call is inside of torch.func.grad, vjp, jvp, vmap or the like."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def forward_mode() -> bool:
-    """Whether the call is inside of torch.func.jvp, jacfwd, hessian, or of `forward_ad.dual_level`."""
+    """Return whether the call is inside of torch.func.jvp, jacfwd, hessian, or of `forward_ad.dual_level`."""
     return forward_ad._current_level >= 0
 
 
 def unfit_for_operators() -> bool:
-    """Whether what is around differentiates in a way that the operators are not made for.
+    """Return whether what is around differentiates in a way that the operators are not made for.
 
     That is forward mode; and under torch.compile every transform but vmap, since Dynamo does not let the Function see
     it. (In this order: Dynamo guards on the level, which a jvp inside of the compiled function changes.)
@@ -41,12 +41,12 @@ _recorded_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-de
 
 
 def exporting() -> bool:
-    """Whether torch.export is at work."""
+    """Return whether torch.export is at work."""
     return torch.compiler.is_exporting()
 
 
 def exporting_to_onnx() -> bool:
-    """Whether torch.onnx.export is at work, by either of its exporters."""
+    """Return whether torch.onnx.export is at work, by either of its exporters."""
     return torch.onnx.is_in_onnx_export()
 
 
@@ -56,7 +56,7 @@ exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def traced() -> bool:
-    """Whether what compiles traces a transform of torch.func, for which no operator has its autograd."""
+    """Return whether what compiles traces a transform of torch.func, for which no operator has its autograd."""
     return bool(_functorch.get_interpreter_stack())
 
 
@@ -64,7 +64,7 @@ traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def recorder() -> int | None:
-    """The level of the innermost torch.func.grad or vjp, which records what is computed here; None without one."""
+    """Return the level of the innermost torch.func.grad or vjp, which records what is computed; None without one."""
     if not active():
         return None
     levels = [level.level() for level in _functorch.get_interpreter_stack() if level.key() == RECORDING[0]]
@@ -72,14 +72,12 @@ def recorder() -> int | None:
 
 
 def recorded(tensors: Iterable[Tensor]) -> bool:
-    """Whether a gradient may be asked of what is computed from these tensors; wrappers of torch.func may hide it."""
-    if active():
-        return recorder() is not None or any(innermost(t).requires_grad for t in tensors)
-    return any(t.requires_grad for t in tensors)
+    """Return whether a gradient may be asked of what a transform of torch.func computes from these tensors."""
+    return recorder() is not None or any(innermost(t).requires_grad for t in tensors)
 
 
 def differentiated_again(tensors: Iterable[Tensor | None], result: Tensor, own: int | None) -> bool:
-    """Whether what a backward pass computes from these tensors may itself be differentiated.
+    """Return whether what a backward pass computes from these tensors may itself be differentiated.
 
     torch.func always asks for that; it is meant where a transform that differentiates is around other than the own one,
     which recorded the `result` and may have ended, or where a tensor at the bottom of the transforms requires a
@@ -101,7 +99,7 @@ def differentiated_again(tensors: Iterable[Tensor | None], result: Tensor, own: 
 
 
 def beyond_operators(tensors: Sequence[Tensor | None], result: Tensor, own: int | None) -> bool:
-    """Whether a backward pass from these tensors is for the reference: it is differentiated again, or in a batch.
+    """Return whether the reference computes a backward pass from these tensors: differentiated again, or in a batch.
 
     The batch of `is_grads_batched=True` and of `torch.autograd.functional` with `vectorize=True` is PyTorch's older
     vmap, which asks no operator for its batching rule.
@@ -114,14 +112,14 @@ def beyond_operators(tensors: Sequence[Tensor | None], result: Tensor, own: int 
 
 
 def wrappers(tensor: Tensor) -> Iterator[Tensor]:
-    """The wrappers of torch.func around a tensor, from the outermost; a wrapper whose transform ended has level -2."""
+    """Yield the wrappers of torch.func around a tensor, from the outermost; after its transform one has level -2."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         yield tensor
         tensor = _functorch.get_unwrapped(tensor)
 
 
 def innermost(tensor: Tensor) -> Tensor:
-    """The tensor below all wrappers of torch.func."""
+    """Return the tensor below all wrappers of torch.func."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor

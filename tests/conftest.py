@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lstm_triton import selection
+from lstm_triton import routing
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +19,6 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
-def nothing_chosen_before():
-    """Tests replace what a choice of strategy rests on; it is kept from one call to the next."""
-    selection.kernels.cache_clear()
+def nothing_decided_before():
+    """Tests replace what a decision rests on; it is kept from one call to the next."""
+    routing._kernels.cache_clear()

@@ -10,13 +10,12 @@ two: forward first the cell (UPDATE_CELL), then the hidden state (UPDATE_HIDDEN)
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lstm_triton_kernels.activations import tanh
+from lstm_triton_kernels.blocks import elementwise_blocks
 from lstm_triton_kernels.equations import (
     cell_gradients,
     load_blocks,
@@ -27,12 +26,13 @@ from lstm_triton_kernels.equations import (
     previous_cell_gradient,
     store_gates,
 )
-from lstm_triton_kernels.plan import ceil_div, elementwise_plan
+from lstm_triton_kernels.sizes import ceil_div
+from lstm_triton_kernels.spec import LSTMSpec
 
 
 @triton.jit
 def carried_rows(resets_ptr, t, row, B, HAS_RESETS: tl.constexpr):
-    """Which rows there are whose state is carried into step t, (BLOCK_B,): not those that resets (T, B) starts anew."""
+    """Return the mask (BLOCK_B,) of the rows whose state is carried into step t: resets (T, B) do not reset it."""
     carried = row < B
     if HAS_RESETS:
         carried = carried & (tl.load(resets_ptr + t.to(tl.int64) * B + row, mask=carried, other=0) == 0)
@@ -47,8 +47,9 @@ def cell_forward_kernel(
     HAS_RESETS: tl.constexpr, UPDATE_CELL: tl.constexpr, UPDATE_HIDDEN: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """preact (B, G·H), cells[previous] -> cells[current] (slots, B, H), hidden[hidden_t] (., B, H) and
-    gates[t] (T, B, G·H).
+    """Update cell and hidden state of one step.
+
+    preact (B, G·H), cells[previous] -> cells[current] (slots, B, H), hidden[hidden_t] (., B, H), gates[t] (T, B, G·H).
 
     The gates are saved activated. With HAS_RESETS cells[previous] is read as zero where resets (T, B) uint8 is not
     zero, at t. Program: (row block, unit block).
@@ -56,31 +57,31 @@ def cell_forward_kernel(
     F: tl.constexpr = 0 if COUPLED else 1
     unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    inside = (row[:, None] < B) & (unit[None, :] < H)
+    tile_mask = (row[:, None] < B) & (unit[None, :] < H)
     state = row[:, None] * H + unit[None, :]
     gate = row[:, None] * (F + 3) * H + unit[None, :]
     saved = t.to(tl.int64) * B * (F + 3) * H + gate
-    carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & inside
+    carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
     c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
 
     if UPDATE_CELL:
-        a = load_blocks(preact_ptr + gate, H, inside, F + 2)
+        a = load_blocks(preact_ptr + gate, H, tile_mask, F + 2)
         i, f, g, c = next_cell(a, v, c_previous, COUPLED, DIAGONAL)
-        tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c, mask=inside)
+        tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c, mask=tile_mask)
         if SAVE_GATES:
-            store_gates(gates_ptr + saved, i, f, g, H, inside, COUPLED)
+            store_gates(gates_ptr + saved, i, f, g, H, tile_mask, COUPLED)
     else:
-        c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=inside, other=0.0)
+        c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=tile_mask, other=0.0)
 
     if UPDATE_HIDDEN:
-        a_o = tl.load(preact_ptr + gate + (F + 2) * H, mask=inside, other=0.0)
+        a_o = tl.load(preact_ptr + gate + (F + 2) * H, mask=tile_mask, other=0.0)
         o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
         h = o * tanh(c)
         h_out = hidden_ptr + hidden_t.to(tl.int64) * stride_ht + row[:, None] * stride_hb + unit[None, :]
-        tl.store(h_out, h.to(hidden_ptr.dtype.element_ty), mask=inside)
+        tl.store(h_out, h.to(hidden_ptr.dtype.element_ty), mask=tile_mask)
         if SAVE_GATES:
-            tl.store(gates_ptr + saved + (F + 2) * H, o.to(gates_ptr.dtype.element_ty), mask=inside)
+            tl.store(gates_ptr + saved + (F + 2) * H, o.to(gates_ptr.dtype.element_ty), mask=tile_mask)
 
 
 @triton.jit(do_not_specialize=["B", "t", "previous", "current"])
@@ -91,7 +92,7 @@ def cell_backward_kernel(
     HAS_RESETS: tl.constexpr, GRAD_HIDDEN: tl.constexpr, GRAD_CELL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the pre-activations, d_gates[t] (T, B, G·H), and of c_{t-1}, in place of that of c_t in dc (B, H).
+    """Compute the gradients of the pre-activations, d_gates[t] (T, B, G·H), and of c_{t-1}, in place in dc (B, H).
 
     The gradient of h_t is dh (B, H) plus, with HAS_GRAD_OUTPUT, grad_output (T, B, H)[t]; gates (T, B, G·H)[t] are the
     saved activations, cells (slots, B, H) the saved cell states. With HAS_RESETS the step read zero in place
@@ -101,55 +102,55 @@ def cell_backward_kernel(
     F: tl.constexpr = 0 if COUPLED else 1
     unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    inside = (row[:, None] < B) & (unit[None, :] < H)
+    tile_mask = (row[:, None] < B) & (unit[None, :] < H)
     state = row[:, None] * H + unit[None, :]
     gate = t.to(tl.int64) * B * (F + 3) * H + row[:, None] * (F + 3) * H + unit[None, :]
 
-    dc = tl.load(dc_ptr + state, mask=inside, other=0.0)
-    dh = tl.load(dh_ptr + state, mask=inside, other=0.0).to(dc.dtype)
+    dc = tl.load(dc_ptr + state, mask=tile_mask, other=0.0)
+    dh = tl.load(dh_ptr + state, mask=tile_mask, other=0.0).to(dc.dtype)
     if HAS_GRAD_OUTPUT:
         g_in = grad_output_ptr + t.to(tl.int64) * stride_gt + row[:, None] * stride_gb + unit[None, :]
-        dh += tl.load(g_in, mask=inside, other=0.0).to(dc.dtype)
-    o = tl.load(gates_ptr + gate + (F + 2) * H, mask=inside, other=0.0).to(dc.dtype)
-    c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=inside, other=0.0)
+        dh += tl.load(g_in, mask=tile_mask, other=0.0).to(dc.dtype)
+    o = tl.load(gates_ptr + gate + (F + 2) * H, mask=tile_mask, other=0.0).to(dc.dtype)
+    c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=tile_mask, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
 
     d_o, dc_by_hidden = output_gradients(dh, o, c)
     if GRAD_HIDDEN:
-        tl.store(d_gates_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_gates_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=tile_mask)
 
     if GRAD_CELL:
         dc += dc_by_hidden
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v[F + 1] * d_o
-        carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & inside
+        carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
         c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
-        f = tl.load(gates_ptr + gate + F * H, mask=inside, other=0.0).to(dc.dtype)
-        g = tl.load(gates_ptr + gate + (F + 1) * H, mask=inside, other=0.0).to(dc.dtype)
+        f = tl.load(gates_ptr + gate + F * H, mask=tile_mask, other=0.0).to(dc.dtype)
+        g = tl.load(gates_ptr + gate + (F + 1) * H, mask=tile_mask, other=0.0).to(dc.dtype)
         if COUPLED:
             i = 1.0 - f
         else:
-            i = tl.load(gates_ptr + gate, mask=inside, other=0.0).to(dc.dtype)
+            i = tl.load(gates_ptr + gate, mask=tile_mask, other=0.0).to(dc.dtype)
         d_i, d_f, d_g = cell_gradients(dc, i, f, g, c_previous, COUPLED)
-        store_gates(d_gates_ptr + gate, d_i, d_f, d_g, H, inside, COUPLED)
+        store_gates(d_gates_ptr + gate, d_i, d_f, d_g, H, tile_mask, COUPLED)
         dc_previous = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
-        tl.store(dc_ptr + state, dc_previous, mask=inside)
+        tl.store(dc_ptr + state, dc_previous, mask=tile_mask)
 
 
 def launch_shape(B: int, H: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and compile-time blocks of the elementwise kernels."""
-    plan = elementwise_plan(H)
-    grid = (ceil_div(B, plan.block_b), ceil_div(H, plan.block_u))
-    return grid, dict(BLOCK_B=plan.block_b, BLOCK_U=plan.block_u, num_warps=plan.num_warps)
+    """Return grid and compile-time block sizes of the elementwise kernels."""
+    blocks = elementwise_blocks(H)
+    grid = (ceil_div(B, blocks.block_b), ceil_div(H, blocks.block_u))
+    return grid, dict(BLOCK_B=blocks.block_b, BLOCK_U=blocks.block_u, num_warps=blocks.num_warps)
 
 
-def variant_constants(spec: Any) -> dict[str, bool]:
-    """The compile-time flags that say which variant this is."""
+def variant_constants(spec: LSTMSpec) -> dict[str, bool]:
+    """Return the compile-time flags of the variant."""
     return dict(COUPLED=spec.coupled, DIAGONAL=spec.diagonal, OUTPUT_CURRENT=spec.diagonal and spec.output_current)
 
 
 def cell_forward(
-    preact: Tensor, cells: Tensor, hidden: Tensor, gates: Tensor | None, weight_ch: Tensor | None, spec: Any,
+    preact: Tensor, cells: Tensor, hidden: Tensor, gates: Tensor | None, weight_ch: Tensor | None, spec: LSTMSpec,
     t: int, hidden_index: int, previous: int, current: int, resets: Tensor | None = None,
     *, update_cell: bool = True, update_hidden: bool = True,
 ) -> None:  # fmt: skip
@@ -186,7 +187,7 @@ def cell_forward(
 
 def cell_backward(
     grad_output: Tensor | None, dh: Tensor, dc: Tensor, gates: Tensor, cells: Tensor, d_gates: Tensor,
-    weight_ch: Tensor | None, spec: Any, t: int, previous: int, current: int, resets: Tensor | None = None,
+    weight_ch: Tensor | None, spec: LSTMSpec, t: int, previous: int, current: int, resets: Tensor | None = None,
     *, grad_hidden: bool = True, grad_cell: bool = True,
 ) -> None:  # fmt: skip
     """Launch `cell_backward_kernel` for one step.

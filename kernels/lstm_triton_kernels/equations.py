@@ -1,8 +1,8 @@
-"""The update of a cell, forward and backward, on blocks of any shape: pure mathematics, every variant a flag.
+"""The equations of a cell, forward and backward, on blocks of any shape; every variant is a flag.
 
 `a` and `v` are tuples: the pre-activations of the gate blocks in the order i, f, g, o (coupled: f, g, o), and the
-diagonal peephole of the blocks i, f, o (coupled: f, o), which nobody reads without DIAGONAL. The output gate stands
-apart, since a full peephole on c_t needs a matmul before it.
+diagonal peephole of the blocks i, f, o (coupled: f, o), unused without DIAGONAL. The output gate has a function of its
+own, since a full peephole on c_t needs a matmul before it.
 """
 
 import triton
@@ -13,7 +13,7 @@ from lstm_triton_kernels.activations import sigmoid, tanh
 
 @triton.jit
 def next_cell(a, v, c_previous, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr):
-    """i, f, g and c_t = f c_{t-1} + i g."""
+    """Return i, f, g and c_t = f c_{t-1} + i g."""
     F: tl.constexpr = 0 if COUPLED else 1
     a_f = a[F]
     if DIAGONAL:
@@ -32,7 +32,7 @@ def next_cell(a, v, c_previous, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr):
 
 @triton.jit
 def output_gate(a_o, v, c_previous, c, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr):
-    """o, which reads c_{t-1} or c_t."""
+    """Return o, which reads c_{t-1} or c_t."""
     if DIAGONAL:
         a_o += v[len(v) - 1] * (c if OUTPUT_CURRENT else c_previous)
     return sigmoid(a_o)
@@ -40,14 +40,14 @@ def output_gate(a_o, v, c_previous, c, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: t
 
 @triton.jit
 def output_gradients(dh, o, c):
-    """Of h_t = o tanh(c_t): d_o (of the pre-activation), and what dh adds to the gradient of c_t."""
+    """Return, from h_t = o tanh(c_t), the gradient of o's pre-activation and what dh adds to the gradient of c_t."""
     tanh_c = tanh(c)
     return dh * tanh_c * o * (1.0 - o), dh * o * (1.0 - tanh_c * tanh_c)
 
 
 @triton.jit
 def cell_gradients(dc, i, f, g, c_previous, COUPLED: tl.constexpr):
-    """Of c_t = f c_{t-1} + i g: the gradients of the pre-activations, d_i, d_f, d_g; a coupled d_i is part of d_f."""
+    """Return, from c_t = f c_{t-1} + i g, the gradients d_i, d_f, d_g of the pre-activations; coupled: d_i in d_f."""
     d_g = dc * i * (1.0 - g * g)
     if COUPLED:
         d_f = dc * (c_previous - g) * f * (1.0 - f)
@@ -62,7 +62,7 @@ def cell_gradients(dc, i, f, g, c_previous, COUPLED: tl.constexpr):
 def previous_cell_gradient(
     dc, f, d_i, d_f, d_o, v, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr
 ):
-    """The gradient of c_{t-1} from that of c_t: through f, and through the peepholes that read c_{t-1}."""
+    """Return the gradient of c_{t-1} from that of c_t: through f, and through the peepholes that read c_{t-1}."""
     dc_previous = dc * f
     if DIAGONAL:
         F: tl.constexpr = 0 if COUPLED else 1
@@ -76,7 +76,7 @@ def previous_cell_gradient(
 
 @triton.jit
 def load_peephole(w_ch_ptr, unit, H, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr):
-    """The blocks of a diagonal w_ch (Q·H,) as rows (1, BLOCK_U) in their own type; without DIAGONAL an empty tuple."""
+    """Load the blocks of a diagonal w_ch (Q·H,) as rows (1, BLOCK_U) in their own type; without DIAGONAL none."""
     v = ()
     if DIAGONAL:
         for block in tl.static_range(2 if COUPLED else 3):
@@ -86,7 +86,7 @@ def load_peephole(w_ch_ptr, unit, H, COUPLED: tl.constexpr, DIAGONAL: tl.constex
 
 @triton.jit
 def load_blocks(ptr, H, mask, BLOCKS: tl.constexpr):
-    """Gate blocks 0 to BLOCKS - 1, H elements apart, of the tile at ptr, as a tuple; 0 where masked."""
+    """Load gate blocks 0 to BLOCKS - 1, H elements apart, of the tile at ptr, as a tuple; 0 where masked."""
     blocks = ()
     for block in tl.static_range(BLOCKS):
         blocks = blocks + (tl.load(ptr + block * H, mask=mask, other=0.0),)  # noqa: RUF005
@@ -95,7 +95,7 @@ def load_blocks(ptr, H, mask, BLOCKS: tl.constexpr):
 
 @triton.jit
 def store_gates(ptr, i, f, g, H, mask, COUPLED: tl.constexpr):
-    """Store what belongs to the gates i, f, g (coupled: f, g) into the blocks of the tile at ptr."""
+    """Store the values of the gates i, f, g (coupled: f, g) into the blocks of the tile at ptr."""
     F: tl.constexpr = 0 if COUPLED else 1
     if not COUPLED:
         tl.store(ptr, i.to(ptr.dtype.element_ty), mask=mask)

@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
-from lstm_triton_kernels.operands import as_operand
-from lstm_triton_kernels.plan import MatmulPlan, accumulator_dtype, ceil_div, matmul_plan, matmul_precision
+from lstm_triton_kernels.blocks import MatmulBlocks, matmul_blocks
+from lstm_triton_kernels.operands import as_operand, multiply_add, product_constants
+from lstm_triton_kernels.sizes import ceil_div, matmul_precision
+from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def add_product(
     acc, a_ptr, w_ptr, row, unit, B, H, K, stride_ab, stride_w,
     BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc (BLOCK_B, BLOCK_U) + a w^T for a (B, K) with rows stride_ab apart and w (H, K) with rows stride_w apart."""
+    """Return acc (BLOCK_B, BLOCK_U) + a w^T for a (B, K) and w (H, K) with the row strides stride_ab and stride_w."""
     k = tl.arange(0, BLOCK_K)
     a_row = a_ptr + row[:, None] * stride_ab
     w_row = w_ptr + unit[None, :] * stride_w
@@ -33,7 +34,7 @@ def add_product(
         a = tl.load(a_row + column[None, :], mask=(row[:, None] < B) & (column[None, :] < K), other=0.0)
         w = tl.load(w_row + column[:, None], mask=(unit[None, :] < H) & (column[:, None] < K), other=0.0)
         a, w = as_operand(a, DOT, PRECISION), as_operand(w, DOT, PRECISION)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        acc = multiply_add(acc, a, w, PRECISION)
     return acc
 
 
@@ -45,7 +46,7 @@ def gate_preactivations_kernel(
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """preact (B, G·H) = input side + W_hh h_{t-1} (+ V c_{t-1} for the gates that read it).
+    """Compute preact (B, G·H) = input side + W_hh h_{t-1} (+ V c_{t-1} for the gates that read it).
 
     Input side: with HAS_X, W_ih x + b_ih + b_hh for x (B, I); else row t of gate_input (T, B, G·H).
     h (., B, P) is read at index h_t, cells (slots, B, H) at c_slot; w_ih (G·H, I), w_hh (G·H, P), w_ch (Q·H, H).
@@ -56,7 +57,7 @@ def gate_preactivations_kernel(
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     block = gate.to(tl.int64) * H
     tile = row[:, None] * GATES * H + block + unit[None, :]
-    inside = (row[:, None] < B) & (unit[None, :] < H)
+    tile_mask = (row[:, None] < B) & (unit[None, :] < H)
 
     if HAS_X:
         acc = tl.zeros((BLOCK_B, BLOCK_U), ACC)
@@ -65,21 +66,21 @@ def gate_preactivations_kernel(
             acc += tl.load(bias_ih_ptr + block + unit, mask=unit < H, other=0.0).to(ACC)[None, :]
             acc += tl.load(bias_hh_ptr + block + unit, mask=unit < H, other=0.0).to(ACC)[None, :]
     else:
-        acc = tl.load(gate_input_ptr + t.to(tl.int64) * B * GATES * H + tile, mask=inside, other=0.0).to(ACC)
+        acc = tl.load(gate_input_ptr + t.to(tl.int64) * B * GATES * H + tile, mask=tile_mask, other=0.0).to(ACC)
 
     h_base = h_ptr + h_t.to(tl.int64) * stride_ht
     acc = add_product(acc, h_base, w_hh_ptr + block * P, row, unit, B, H, P, stride_hb, P, BLOCK_K, DOT, PRECISION)
 
     if FULL:
-        reads = gate != GATES - 2
+        has_peephole = gate != GATES - 2
         if OUTPUT_CURRENT:
-            reads = reads & (gate != GATES - 1)
+            has_peephole = has_peephole & (gate != GATES - 1)
         v_block = tl.where(gate == GATES - 1, GATES - 2, gate).to(tl.int64) * H
         c_base = cells_ptr + c_slot.to(tl.int64) * B * H
-        K = tl.where(reads, H, 0)  # no turn of the loop for a gate that does not read c_{t-1}
+        K = tl.where(has_peephole, H, 0)  # no iteration for a gate that does not read c_{t-1}
         acc = add_product(acc, c_base, w_ch_ptr + v_block * H, row, unit, B, H, K, H, H, BLOCK_K, DOT, PRECISION)
 
-    tl.store(preact_ptr + tile, acc, mask=inside)
+    tl.store(preact_ptr + tile, acc, mask=tile_mask)
 
 
 @triton.jit(do_not_specialize=["B", "c_slot"])
@@ -88,56 +89,36 @@ def output_peephole_kernel(
     GATES: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """a_o += V_o c_t, in place in the last block of preact (B, G·H), for a full peephole read at the current step.
+    """Add V_o c_t to the last block of preact (B, G·H), in place, for a full peephole of the output gate on c_t.
 
     cells (slots, B, H) is read at c_slot; V_o is the last block of w_ch (Q·H, H). Program: (row block, unit block).
     """
     unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     tile = row[:, None] * GATES * H + (GATES - 1) * H + unit[None, :]
-    inside = (row[:, None] < B) & (unit[None, :] < H)
+    tile_mask = (row[:, None] < B) & (unit[None, :] < H)
     v_o = w_ch_ptr + (GATES - 2) * tl.full((), 1, tl.int64) * H * H
-    acc = tl.load(preact_ptr + tile, mask=inside, other=0.0).to(ACC)
+    acc = tl.load(preact_ptr + tile, mask=tile_mask, other=0.0).to(ACC)
     c_base = cells_ptr + c_slot.to(tl.int64) * B * H
     acc = add_product(acc, c_base, v_o, row, unit, B, H, H, H, H, BLOCK_K, DOT, PRECISION)
-    tl.store(preact_ptr + tile, acc, mask=inside)
+    tl.store(preact_ptr + tile, acc, mask=tile_mask)
 
 
-INTERPRETED = isinstance(gate_preactivations_kernel, InterpretedFunction)
-"""Whether the kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
-
-TRITON_TYPE = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
-
-def operand_precision(dtype: torch.dtype, precision: str) -> str:
-    """How operands are multiplied: float32 as `precision` says, "tf32" or "ieee"; the interpreter has no TF32."""
-    return precision if dtype == torch.float32 and not INTERPRETED else "ieee"
-
-
-def dot_constants(dtype: torch.dtype, plan: MatmulPlan, precision: str) -> dict[str, Any]:
-    """The compile-time constants that every kernel with a matmul takes, for operands of the given type."""
-    # The interpreter multiplies bfloat16 wrongly (triton 3.8): there the operands are widened first.
-    operand = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+def matmul_constants(dtype: torch.dtype, blocks: MatmulBlocks) -> dict[str, Any]:
+    """Return the compile-time constants of a gate matmul on operands of the given type."""
     return dict(
-        DOT=TRITON_TYPE[operand],
-        ACC=TRITON_TYPE[accumulator_dtype(dtype)],
-        PRECISION=operand_precision(dtype, precision),
-        BLOCK_B=plan.block_b,
-        BLOCK_U=plan.block_u,
-        BLOCK_K=plan.block_k,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
+        BLOCK_B=blocks.block_b,
+        BLOCK_U=blocks.block_u,
+        BLOCK_K=blocks.block_k,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        **product_constants(dtype, matmul_precision()),
     )
 
 
 def gate_preactivations(
-    preact: Tensor, x: Tensor | None, gate_input: Tensor | None, h: Tensor, cells: Tensor, weights: Any, spec: Any,
-    t: int, h_index: int, c_slot: int,
+    preact: Tensor, x: Tensor | None, gate_input: Tensor | None, h: Tensor, cells: Tensor, weights: LSTMWeights,
+    spec: LSTMSpec, t: int, h_index: int, c_slot: int,
 ) -> None:  # fmt: skip
     """Launch `gate_preactivations_kernel` for one step; exactly one of x (B, I) and gate_input (T, B, G·H) is given.
 
@@ -148,8 +129,8 @@ def gate_preactivations(
     P = h.shape[-1]
     I = x.shape[-1] if x is not None else 0
     gates = len(spec.gates)
-    plan = matmul_plan(B, max(I, P), h.dtype)
-    grid = (ceil_div(B, plan.block_b), ceil_div(H, plan.block_u), gates)
+    blocks = matmul_blocks(B, max(I, P), h.dtype)
+    grid = (ceil_div(B, blocks.block_b), ceil_div(H, blocks.block_u), gates)
     gate_preactivations_kernel[grid](
         preact_ptr=preact,
         x_ptr=x,
@@ -176,16 +157,16 @@ def gate_preactivations(
         HAS_BIAS=x is not None and weights.bias_ih is not None,
         FULL=spec.full,
         OUTPUT_CURRENT=spec.full and spec.output_current,
-        **dot_constants(h.dtype, plan, matmul_precision()),
+        **matmul_constants(h.dtype, blocks),
     )
 
 
-def add_output_peephole(preact: Tensor, cells: Tensor, weights: Any, spec: Any, c_slot: int) -> None:
+def add_output_peephole(preact: Tensor, cells: Tensor, weights: LSTMWeights, spec: LSTMSpec, c_slot: int) -> None:
     """Launch `output_peephole_kernel`: the last block of preact (B, G·H) += V_o c_t, c_t = cells[c_slot]."""
     B, H = cells.shape[-2:]
-    dtype = weights.weight_ch.dtype
-    plan = matmul_plan(B, H, dtype)
-    output_peephole_kernel[(ceil_div(B, plan.block_b), ceil_div(H, plan.block_u))](
+    dtype = weights.weight_hh.dtype
+    blocks = matmul_blocks(B, H, dtype)
+    output_peephole_kernel[(ceil_div(B, blocks.block_b), ceil_div(H, blocks.block_u))](
         preact_ptr=preact,
         cells_ptr=cells,
         w_ch_ptr=weights.weight_ch,
@@ -193,5 +174,5 @@ def add_output_peephole(preact: Tensor, cells: Tensor, weights: Any, spec: Any, 
         H=H,
         c_slot=c_slot,
         GATES=len(spec.gates),
-        **dot_constants(dtype, plan, matmul_precision()),
+        **matmul_constants(dtype, blocks),
     )

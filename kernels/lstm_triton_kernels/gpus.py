@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lstm_triton_kernels.limit import Constants
+from lstm_triton_kernels.sizes import Layer
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ def nominal_constants(gpu: GPU) -> Constants:
         multiprocessors=gpu.multiprocessors,
         on_chip_bytes=gpu.shared_bytes,
     )
+
+
+def product_us(layer: Layer, gpu: GPU) -> float:
+    """Return the time of one step's recurrent product of one direction in a launch, at half of the GPU's full rate."""
+    return layer.recurrent_operations / (0.5 * gpu.tflop_per_s[layer.rate] * 1e6)
 
 
 @functools.lru_cache

@@ -27,6 +27,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lstm_triton_kernels.sizes import Layer, ceil_div
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -51,78 +53,54 @@ class Constants:
     on_chip_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class Work:
-    """A stack of layers over a sequence: the sizes of the model's vocabulary, and what is asked of it.
+def least_us_per_step(layer: Layer, constants: Constants, layers: int = 1) -> float:
+    """Return microseconds of one step of one layer and direction, averaged over T, layers and D: none is faster.
 
-    - dtype: a key of `Constants.matmul_tflop_per_s`; element_bytes: of the storage type
-    - gates: G, 3 or 4; full_peephole_blocks: matrices on the cell state, 0 to 3
-    - training: forward and backward, gradients for everything; else forward alone, nothing kept
+    layer: the first of a stack of so many; the others have the outputs of all directions as inputs.
     """
-
-    T: int
-    B: int
-    I: int
-    H: int
-    L: int
-    D: int
-    dtype: str
-    element_bytes: int
-    gates: int = 4
-    full_peephole_blocks: int = 0
-    training: bool = False
-
-
-def least_us_per_step(work: Work, constants: Constants) -> float:
-    """Microseconds of one step of one layer and direction, averaged over T, L and D: none is faster."""
     throughput = 0.0
     chain = 0.0
-    for layer in range(work.L):
-        inputs = work.I if layer == 0 else work.D * work.H
-        throughput += work.D * _throughput_us(work, inputs, constants)
-        here = sum(_chain_us(work, constants, backward) for backward in (False, True)[: 1 + work.training])
-        chain = chain + here if work.D == 2 else max(chain, here)
-    launches = (constants.launch_us or 0.0) * (1 + work.training) / work.T
-    return (max(throughput, chain) + launches) / (work.L * work.D)
+    for n in range(layers):
+        one = layer if n == 0 else layer._replace(I=layer.D * layer.H)
+        throughput += layer.D * _throughput_us(one, constants)
+        here = sum(_chain_us(one, constants, backward) for backward in (False, True)[: 1 + layer.training])
+        chain = chain + here if layer.D == 2 else max(chain, here)
+    launches = (constants.launch_us or 0.0) * (1 + layer.training) / layer.T
+    return (max(throughput, chain) + launches) / (layers * layer.D)
 
 
-def step_operations(work: Work, inputs: int) -> int:
-    """Multiplications and additions of one forward step of one layer and direction."""
-    return 2 * work.B * work.H * (work.gates * (inputs + work.H) + work.full_peephole_blocks * work.H)
+def step_operations(layer: Layer) -> int:
+    """Return multiplications and additions of one forward step of one direction."""
+    return 2 * layer.B * layer.I * layer.gates * layer.H + layer.recurrent_operations
 
 
-def step_bytes(work: Work, inputs: int) -> int:
-    """Bytes of device memory that one step of one layer and direction moves at least, backward included if training."""
-    x, h, gates = inputs, work.H, work.gates * work.H
+def step_bytes(layer: Layer) -> int:
+    """Return bytes of device memory that one step of one direction moves at least, backward included if training."""
+    x, h, gates = layer.I, layer.H, layer.gates * layer.H
     elements = x + h  # x read, output written
-    if work.training:
+    if layer.training:
         elements += 3 * gates + 2 * x + 2 * h  # gates written and read, d_gates written; x, dx; output, its gradient
-    return work.B * (elements * work.element_bytes + (2 * 4 * work.H if work.training else 0))  # c_t in float32
+    return layer.B * (elements * layer.element_bytes + (2 * 4 * h if layer.training else 0))  # c_t in float32
 
 
-def recurrent_bytes(work: Work) -> int:
-    """Bytes of the recurrent weights of one layer and direction."""
-    return work.H * work.H * (work.gates + work.full_peephole_blocks) * work.element_bytes
-
-
-def _throughput_us(work: Work, inputs: int, constants: Constants) -> float:
-    passes = 3 if work.training else 1  # the backward pass multiplies twice: for d_x, d_h and for d_W
-    operations = passes * step_operations(work, inputs) / (constants.matmul_tflop_per_s[work.dtype] * 1e6)
-    memory = step_bytes(work, inputs) / (constants.copy_gb_per_s * 1e3)
+def _throughput_us(layer: Layer, constants: Constants) -> float:
+    passes = 3 if layer.training else 1  # the backward pass multiplies twice: for d_x, d_h and for d_W
+    operations = passes * step_operations(layer) / (constants.matmul_tflop_per_s[layer.rate] * 1e6)
+    memory = step_bytes(layer) / (constants.copy_gb_per_s * 1e3)
     return max(operations, memory)
 
 
-def _chain_us(work: Work, constants: Constants, backward: bool) -> float:
-    recurrent = step_operations(work, 0) / (constants.matmul_tflop_per_s[work.dtype] * 1e6)
+def _chain_us(layer: Layer, constants: Constants, backward: bool) -> float:
+    recurrent = layer.recurrent_operations / (constants.matmul_tflop_per_s[layer.rate] * 1e6)
     if constants.on_chip_bytes is None or constants.multiprocessors is None or constants.l2_read_gb_per_s is None:
         return recurrent
-    weights = recurrent_bytes(work)
-    programs = min(-(-weights // constants.on_chip_bytes), constants.multiprocessors)
+    weights = layer.recurrent_bytes
+    programs = min(ceil_div(weights, constants.on_chip_bytes), constants.multiprocessors)
     if programs == 1:
         return recurrent
     streamed = max(0, weights - constants.multiprocessors * constants.on_chip_bytes)
-    width = work.gates * work.H if backward else work.H
-    exchanged = programs * work.B * width * work.element_bytes
+    width = layer.gates * layer.H if backward else layer.H
+    exchanged = programs * layer.B * width * layer.element_bytes
     return recurrent + (exchanged + streamed) / (constants.l2_read_gb_per_s * 1e3) + least_wait_us(programs, constants)
 
 

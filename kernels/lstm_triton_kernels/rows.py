@@ -1,7 +1,7 @@
-"""Batch rows of a persistent program: which rows a block has, how long each is, where its steps stand in time.
+"""Batch rows of a persistent program: the rows of a block, their lengths, the time index of their steps.
 
-A time index is one number for all rows, or with lengths one for each, since the second direction starts at a row's own
-end. An offset in time may pass 2^31 elements; one within a time step does not.
+A time index is one number for all rows, or with lengths one for each row, since the second direction starts at a row's
+own end. An offset in time may pass 2^31 elements; one within a time step does not.
 """
 
 import triton
@@ -12,44 +12,44 @@ from lstm_triton_kernels.resident import left_rows
 
 @triton.jit
 def rows_of_block(block, rows, B, lengths_ptr, T, BLOCK_B: tl.constexpr, HAS_LENGTHS: tl.constexpr):
-    """The batch rows of a row block, which has `rows` of them, as (BLOCK_B,); which of them there are; their steps."""
+    """Return the row index, row mask and sequence length of each row of a block of `rows` rows, (BLOCK_B,) each."""
     n = tl.arange(0, BLOCK_B)
     row = block * rows + n
-    lives = (n < rows) & (row < B)
+    row_mask = (n < rows) & (row < B)
     if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + row, mask=lives, other=0).to(tl.int32)
+        length = tl.load(lengths_ptr + row, mask=row_mask, other=0).to(tl.int32)
     else:
         length = T
-    return row, lives, length
+    return row, row_mask, length
 
 
 @triton.jit
 def time_of_step(n, length, reverse):
-    """The time index of step n of a row: its n-th from the front, or from the back; dead steps count on."""
+    """Return the time index of a row's step n, counted from the front or from the back; beyond its length, n itself."""
     return tl.where(reverse & (n < length), length - 1 - n, n)
 
 
 @triton.jit
-def at_time(ptr, t, size, HAS_LENGTHS: tl.constexpr):
-    """Where index t of a buffer with `size` elements a time step begins; with lengths a column, one for each row."""
+def at_time(ptr, t, stride, HAS_LENGTHS: tl.constexpr):
+    """Return the pointer to time index t of a buffer with that stride in time; with lengths a column, one per row."""
     if HAS_LENGTHS:
-        return ptr + t.to(tl.int64)[:, None] * size
+        return ptr + t.to(tl.int64)[:, None] * stride
     else:
-        return ptr + t.to(tl.int64) * size
+        return ptr + t.to(tl.int64) * stride
 
 
 @triton.jit
-def left_at_time(ptr, t, size, SPLIT: tl.constexpr, HAS_LENGTHS: tl.constexpr):
-    """The same, to be read as a left operand."""
+def left_at_time(ptr, t, stride, SPLIT: tl.constexpr, HAS_LENGTHS: tl.constexpr):
+    """Return the same pointer in the shape of a left operand."""
     if HAS_LENGTHS:
-        return ptr + left_rows(t.to(tl.int64), SPLIT) * size
+        return ptr + left_rows(t.to(tl.int64), SPLIT) * stride
     else:
-        return ptr + t.to(tl.int64) * size
+        return ptr + t.to(tl.int64) * stride
 
 
 @triton.jit
 def row_values(value, HAS_LENGTHS: tl.constexpr):
-    """What is one value a row, as a column; what is one for all, as it is."""
+    """Return one value per row as a column; with no lengths, the one value of all rows as it is."""
     if HAS_LENGTHS:
         return value[:, None]
     else:

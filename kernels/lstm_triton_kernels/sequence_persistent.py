@@ -6,22 +6,26 @@ blocks. No projection; a full peephole reads c_{t-1} in all its gates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lstm_triton_kernels.cell import variant_constants
-from lstm_triton_kernels.gates import INTERPRETED, TRITON_TYPE, operand_precision
-from lstm_triton_kernels.gpus import gpu_of
+from lstm_triton_kernels.gpus import GPU, gpu_of
+from lstm_triton_kernels.operands import product_constants
+from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
-from lstm_triton_kernels.persistent_plan import ANY, PersistentPlan, Preference
-from lstm_triton_kernels.plan import accumulator_dtype, matmul_precision
-from lstm_triton_kernels.sync import COUNTER_STRIDE, TURNS, unpublish
-from lstm_triton_kernels.watch import flags_of, turn
+from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference, ranked_plans
+from lstm_triton_kernels.settle import SETTLED, Usage, settled, usage_elsewhere, usage_on_device
+from lstm_triton_kernels.sizes import Layer, accumulator_dtype, matmul_precision
+from lstm_triton_kernels.spec import LSTMSpec
+from lstm_triton_kernels.sync import COUNTER_STRIDE, POLLS, unpublish
+from lstm_triton_kernels.watch import error_words_of, one_at_a_time
 
 
 class States(NamedTuple):
@@ -29,7 +33,7 @@ class States(NamedTuple):
 
     - hidden: (T + 1, B, D·H), h_t at index t; the last index is the kernel's own
     - h_n, c_n: (D, B, H), in the input's type
-    - cells: (D, T + 1, B, H) accumulator type, as `order.steps` says; None unless saved
+    - cells: (D, T + 1, B, H) accumulator type, see order.py; None unless saved
     """
 
     hidden: Tensor
@@ -52,81 +56,115 @@ def prefer(preference: Preference) -> Iterator[None]:
 
 
 def preference() -> Preference:
-    """What is wanted of plans: nothing, outside of `prefer`."""
+    """Return what is wanted of plans: nothing, outside of `prefer`."""
     return _preferences[-1] if _preferences else ANY
 
 
+class Launch(NamedTuple):
+    """One pass that is to be launched, on whatever plan.
+
+    - arguments: of the kernel on a plan, its buffers included
+    - flags: what decides, beside the layer, which kernel is compiled
+    """
+
+    kernel: Any
+    layer: Layer
+    backward: bool
+    device: torch.device
+    arguments: Callable[[PersistentPlan], dict[str, Any]]
+    flags: tuple[bool, ...]
+
+
 def forward(
-    gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_ch: Tensor | None, spec: Any, plan: PersistentPlan,
-    *, save: bool, save_gates: bool, lengths: Tensor | None = None, resets: Tensor | None = None,
+    gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_ch: Tensor | None, spec: LSTMSpec, order: Order,
+    *, save: bool, save_gates: bool,
 ) -> States:  # fmt: skip
-    """All steps forward.
+    """Compute all steps forward.
 
     - gates: (D, T, B, G·H), the input side of the gates; with `save_gates` the activated gates take its place
     - h_0, c_0: (D, B, H); w_hh: (D, G·H, H); w_ch: diagonal (D, Q·H), full (D, Q·H, H); all contiguous
+    - order: of the first direction; beyond a row's length output and cells are zero, and h_n and c_n are the row's last
     - save: keep every c_t
-    - lengths: (B,) int32 or int64, 1 to T, steps of each row; beyond, output and cells are zero, and h_n and c_n are
-      the row's last
-    - resets: (T, B) uint8: the state is zero before step t of row b where it is not 0
     """
-    D, T, B, _ = gates.shape
-    H = h_0.shape[2]
-    accumulator = accumulator_dtype(gates.dtype)
-    hidden = torch.empty(T + 1, B, D * H, dtype=gates.dtype, device=gates.device)
-    h_n, c_n = torch.empty_like(h_0), torch.empty_like(c_0)
-    one_block = plan.blocks_per_program == 1
-    every = save or (spec.full and not plan.alone)
-    cells = None
-    if every or not one_block:
-        cells = torch.empty(D, T + 1 if every else 1, B, H, dtype=accumulator, device=gates.device)
+    layer = layer_of(gates, h_0.shape[2], spec, order)
+    launch = forward_launch(layer, gates, h_0, c_0, w_hh, w_ch, order, save=save, save_gates=save_gates)
+    plan = plan_of(launch)
+    given = launch.arguments(plan)
     if plan.wait == "data":
-        unpublish(hidden)
+        unpublish(given["hidden_ptr"])
         if spec.full:
-            assert cells is not None
-            unpublish(cells)
-    with turn(gates.device) if not plan.alone else nullcontext():
-        persistent_forward_kernel[grid(plan, gates.device)](
+            unpublish(given["cells_ptr"])
+    run(launch, plan, given)
+    return States(given["hidden_ptr"], given["h_n_ptr"], given["c_n_ptr"], given["cells_ptr"] if save else None)
+
+
+def forward_launch(
+    layer: Layer, gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_ch: Tensor | None, order: Order,
+    *, save: bool, save_gates: bool,
+) -> Launch:  # fmt: skip
+    """Return the launch of `forward`."""
+    D, T, B, H = layer.D, layer.T, layer.B, layer.H
+
+    def arguments(plan: PersistentPlan) -> dict[str, Any]:
+        every = save or (layer.spec.full and not plan.alone)
+        cells = None
+        if every or plan.blocks_per_program > 1:
+            slots = T + 1 if every else 1
+            cells = torch.empty(D, slots, B, H, dtype=accumulator_dtype(gates.dtype), device=gates.device)
+        return dict(
             gates_ptr=gates,
-            hidden_ptr=hidden,
+            hidden_ptr=torch.empty(T + 1, B, D * H, dtype=gates.dtype, device=gates.device),
             cells_ptr=cells,
-            h_n_ptr=h_n,
-            c_n_ptr=c_n,
+            h_n_ptr=torch.empty_like(h_0),
+            c_n_ptr=torch.empty_like(c_0),
             h_0_ptr=h_0,
             c_0_ptr=c_0,
             w_hh_ptr=w_hh,
             w_ch_ptr=w_ch,
             SAVE_GATES=save_gates,
             CELLS="all" if every else "none" if cells is None else "one",
-            **sequence_arguments(T, B, H, D, plan, lengths, resets, gates, f"the forward pass of {H} units"),
-            **dot_constants(gates.dtype, plan),
-            **variant(spec),
+            **common_arguments(layer, plan, order, gates.device, f"the forward pass of {H} units"),
         )
-    return States(hidden, h_n, c_n, cells if save else None)
+
+    return Launch(persistent_forward_kernel, layer, False, gates.device, arguments, (save, save_gates, *asked(order)))
 
 
 def backward(
     grad_output: Tensor | None, grad_cells: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None,
-    gates: Tensor, cells: Tensor, w_hh: Tensor, w_ch: Tensor | None, spec: Any, plan: PersistentPlan,
-    *, lengths: Tensor | None = None, resets: Tensor | None = None,
+    gates: Tensor, cells: Tensor, w_hh: Tensor, w_ch: Tensor | None, spec: LSTMSpec, order: Order,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """All steps backward: the gradients of the pre-activations (D, T, B, G·H), and of c_0 (D, B, H) accumulator type.
+    """Compute all steps backward; return the gradients of the pre-activations (D, T, B, G·H), and of c_0 (D, B, H).
 
-    The latter lacks what a full peephole adds at the first step. Gradients of the results, None where zero:
+    The latter, in the accumulator type, lacks what a full peephole adds at the first step. Gradients of the results,
+    None where zero:
 
     - grad_output, grad_cells: (T, B, D·H), of h_t and of c_t; grad_h_n, grad_c_n: (D, B, H); all contiguous
     - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as `forward` saved them; the others as there
     """
-    D, T, B, _ = gates.shape
-    H = w_hh.shape[2]
-    d_gates = torch.empty_like(gates)
-    several = plan.blocks_per_program > 1
-    dc = (torch.zeros if several else torch.empty)(D, B, H, dtype=cells.dtype, device=gates.device)
+    layer = layer_of(gates, w_hh.shape[2], spec, order)
+    grads = (grad_output, grad_cells, grad_h_n, grad_c_n)
+    launch = backward_launch(layer, *grads, gates, cells, w_hh, w_ch, order)
+    plan = plan_of(launch)
+    given = launch.arguments(plan)
     if plan.wait == "data":
-        unpublish(d_gates)
-    with turn(gates.device) if not plan.alone else nullcontext():
-        persistent_backward_kernel[grid(plan, gates.device)](
-            d_gates_ptr=d_gates,
-            dc_ptr=dc,
+        unpublish(given["d_gates_ptr"])
+    run(launch, plan, given)
+    return given["d_gates_ptr"], given["dc_ptr"]
+
+
+def backward_launch(
+    layer: Layer, grad_output: Tensor | None, grad_cells: Tensor | None, grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None, gates: Tensor, cells: Tensor, w_hh: Tensor, w_ch: Tensor | None, order: Order,
+) -> Launch:  # fmt: skip
+    """Return the launch of `backward`."""
+    D, B, H = layer.D, layer.B, layer.H
+    given = [gradient is not None for gradient in (grad_output, grad_cells, grad_h_n, grad_c_n)]
+
+    def arguments(plan: PersistentPlan) -> dict[str, Any]:
+        dc = torch.zeros if plan.blocks_per_program > 1 else torch.empty
+        return dict(
+            d_gates_ptr=torch.empty_like(gates),
+            dc_ptr=dc(D, B, H, dtype=cells.dtype, device=gates.device),
             gates_ptr=gates,
             cells_ptr=cells,
             grad_output_ptr=grad_output,
@@ -135,19 +173,91 @@ def backward(
             grad_c_n_ptr=grad_c_n,
             w_hh_ptr=w_hh,
             w_ch_ptr=w_ch,
-            HAS_GRAD_OUTPUT=grad_output is not None,
-            HAS_GRAD_CELLS=grad_cells is not None,
-            HAS_GRAD_H_N=grad_h_n is not None,
-            HAS_GRAD_C_N=grad_c_n is not None,
-            **sequence_arguments(T, B, H, D, plan, lengths, resets, gates, f"the backward pass of {H} units"),
-            **dot_constants(gates.dtype, plan),
-            **variant(spec),
+            HAS_GRAD_OUTPUT=given[0],
+            HAS_GRAD_CELLS=given[1],
+            HAS_GRAD_H_N=given[2],
+            HAS_GRAD_C_N=given[3],
+            **common_arguments(layer, plan, order, gates.device, f"the backward pass of {H} units"),
         )
-    return d_gates, dc
+
+    return Launch(persistent_backward_kernel, layer, True, gates.device, arguments, (*given, *asked(order)))
+
+
+def layer_of(gates: Tensor, H: int, spec: LSTMSpec, order: Order) -> Layer:
+    """Return the sizes of a layer with gates (D, T, B, G·H)."""
+    D, T, B, _ = gates.shape
+    return Layer(spec, T, B, H, D, gates.dtype, matmul_precision(), ragged=order.ragged)
+
+
+def asked(order: Order) -> tuple[bool, bool]:
+    """Return whether rows have lengths, and resets."""
+    return order.lengths is not None, order.resets is not None
+
+
+def plan_of(launch: Launch) -> PersistentPlan:
+    """Return the plan that a launch runs on: the first of the ranked ones that compiles without spilling.
+
+    Raises RuntimeError with the reason where there is none.
+    """
+    wanted = preference()
+    plans = ranked_plans(launch.layer, launch.backward, gpu_of(launch.device), wanted)
+    if isinstance(plans, str):
+        raise RuntimeError(f"strategy 'persistent' cannot run here: {plans}")
+    key = (key_of(launch.layer), launch.backward, wanted, launch.device, launch.flags)
+    return settled(key, plans, partial(usage_of, launch), launch.device)
+
+
+def plan_that_ran(layer: Layer, backward: bool, wanted: Preference = ANY) -> PersistentPlan | None:
+    """Return the plan that was last settled for such a launch in this process; None if there was none."""
+    key = (key_of(layer), backward, wanted)
+    found = [plan for known, plan in SETTLED.items() if known[:3] == key]
+    return found[-1] if found else None
+
+
+def key_of(layer: Layer) -> Layer:
+    """Return the layer without what does not decide about its plans."""
+    return layer._replace(T=0, I=0, training=False)
+
+
+def usage_of(launch: Launch, plan: PersistentPlan) -> Usage | None:
+    """Compile a launch on a plan for its device; None where it does not fit the device."""
+    return usage_on_device(launch.kernel, grid(plan, launch.device), launch.arguments(plan))
+
+
+def usages(layer: Layer, backward: bool, gpu: GPU, plans: Sequence[PersistentPlan]) -> list[Usage]:
+    """Compile the plans of a layer for a GPU that need not be here. Raises RuntimeError as `usage_elsewhere`."""
+    launch = launch_without_data(layer, backward)
+    return [usage_elsewhere(launch.kernel, shape(plan), launch.arguments(plan), gpu.capability) for plan in plans]
+
+
+def launch_without_data(layer: Layer, backward: bool) -> Launch:
+    """Return a launch of two steps on tensors without memory, to compile it; backward with the usual gradients."""
+    spec, D, B, H, T = layer.spec, layer.D, layer.B, layer.H, 2
+
+    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    lengths, resets = empty(B, dtype=torch.int64), empty(T, B, dtype=torch.bool)
+    order = Order(T, lengths, resets) if layer.ragged else Order(T)
+    Q = len(spec.peephole_gates) * H
+    w_hh, w_ch = empty(D, layer.gates * H, H), empty(D, Q) if spec.diagonal else empty(D, Q, H) if spec.full else None
+    gates, state, sequence = empty(D, T, B, layer.gates * H), empty(D, B, H), empty(T, B, D * H)
+    layer = layer._replace(T=T)
+    if not backward:
+        save = layer.training
+        return forward_launch(layer, gates, state, state, w_hh, w_ch, order, save=save, save_gates=save)
+    cells = empty(D, T + 1, B, H, dtype=accumulator_dtype(layer.dtype))
+    return backward_launch(layer, sequence, None, state, state, gates, cells, w_hh, w_ch, order)
+
+
+def run(launch: Launch, plan: PersistentPlan, given: dict[str, Any]) -> None:
+    """Launch the kernel; programs that wait for each other after all such launches before it."""
+    with one_at_a_time(launch.device) if not plan.alone else nullcontext():
+        launch.kernel[grid(plan, launch.device)](**given)
 
 
 def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:
-    """Programs: parts of the units, groups of row blocks, directions.
+    """Return the numbers of programs: parts of the units, groups of row blocks, directions.
 
     Raises RuntimeError where programs that wait for each other could not all be resident.
     """
@@ -156,47 +266,41 @@ def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:
             f"{plan.programs} programs that wait for each other do not fit the {gpu_of(device).multiprocessors} "
             f"multiprocessors of {device}"
         )
+    return shape(plan)
+
+
+def shape(plan: PersistentPlan) -> tuple[int, int, int]:
+    """Return the grid of a plan."""
     return (plan.unit_programs, plan.row_programs, plan.directions)
 
 
-def sequence_arguments(
-    T: int, B: int, H: int, D: int, plan: PersistentPlan, lengths: Tensor | None, resets: Tensor | None, like: Tensor,
-    name: str,
-) -> dict[str, Any]:  # fmt: skip
-    """The arguments that both passes share: sizes, rows, waits. `name`: what the launch is, for an error."""
-    device = like.device
+def common_arguments(
+    layer: Layer, plan: PersistentPlan, order: Order, device: torch.device, name: str
+) -> dict[str, Any]:
+    """Return the arguments that both passes share. name: what the launch is, for errors."""
     if plan.wait == "counter":
-        counters = torch.zeros(D * plan.row_blocks * COUNTER_STRIDE.value, dtype=torch.int32, device=device)
+        count = plan.directions * plan.row_blocks * COUNTER_STRIDE.value
+        counters = torch.zeros(count, dtype=torch.int32, device=device)
     else:
         counters = torch.empty(1, dtype=torch.int32, device=device)  # nobody counts
+    text = f"{name}, {order.T} steps of {layer.B} rows, {plan.programs} programs on {device}"
     return dict(
-        lengths_ptr=lengths,
-        resets_ptr=resets,
+        lengths_ptr=order.lengths,
+        resets_ptr=order.reset_bytes,
         counters_ptr=counters,
-        error_ptr=flags_of(device).take(f"{name}, {T} steps of {B} rows, {plan.programs} programs on {device}"),
-        T=T,
-        B=B,
-        H=H,
+        error_ptr=error_words_of(device).take(text),
+        T=order.T,
+        B=layer.B,
+        H=layer.H,
         rows=plan.rows,
         row_blocks=plan.row_blocks,
-        patience=TURNS,
-        HAS_LENGTHS=lengths is not None,
-        HAS_RESETS=resets is not None,
+        max_polls=POLLS,
+        HAS_LENGTHS=order.lengths is not None,
+        HAS_RESETS=order.resets is not None,
         ALONE=plan.alone,
         ONE_BLOCK=plan.blocks_per_program == 1,
         WAIT=plan.wait,
-        launch_cooperative_grid=not plan.alone,
-    )
-
-
-def dot_constants(dtype: torch.dtype, plan: PersistentPlan) -> dict[str, Any]:
-    """Types and tiles of the products."""
-    # The interpreter multiplies bfloat16 wrongly (triton 3.8): there the operands are widened first.
-    operand = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
-    return dict(
-        DOT=TRITON_TYPE[operand],
-        ACC=TRITON_TYPE[accumulator_dtype(dtype)],
-        PRECISION=operand_precision(dtype, matmul_precision()),
+        FULL=layer.spec.full,
         CHUNKS=plan.chunks,
         GROUP=plan.group,
         SPLIT=plan.split,
@@ -206,9 +310,7 @@ def dot_constants(dtype: torch.dtype, plan: PersistentPlan) -> dict[str, Any]:
         num_warps=plan.num_warps,
         num_stages=1,
         maxnreg=None if plan.exact else 255,
+        launch_cooperative_grid=not plan.alone,
+        **product_constants(layer.dtype, layer.precision),
+        **variant_constants(layer.spec),
     )
-
-
-def variant(spec: Any) -> dict[str, bool]:
-    """The compile-time flags of the variant."""
-    return dict(FULL=spec.full, **variant_constants(spec))

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from lstm_triton_kernels import sequence_stepwise
-from lstm_triton_kernels.gpus import gpu_of
-from lstm_triton_kernels.order import final_slot, initial_slot
-from lstm_triton_kernels.plan import matmul_precision
+from lstm_triton_kernels.gpus import gpu_of, product_us
+from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.sequence_stepwise import fuses_input
+from lstm_triton_kernels.sizes import Layer, matmul_precision
+from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
 __all__ = ["backward", "forward", "fuses_input"]
 
@@ -41,7 +42,7 @@ LONGEST_STEP_US = 60.0
 
 @dataclass
 class Chunk:
-    """A captured chunk: its buffers by name, what replays it, the event after its last use (None on a CPU)."""
+    """A captured chunk: buffers by name, the function that replays it, the event after its last use (None on a CPU)."""
 
     buffers: dict[str, Tensor]
     replay: Callable[[], None]
@@ -50,7 +51,7 @@ class Chunk:
 
     @contextmanager
     def in_use(self) -> Iterator[dict[str, Tensor]]:
-        """Inside, the buffers are this thread's and, after what other streams have asked of them, this stream's."""
+        """Lock the buffers for this thread and, behind the work of other streams on them, for this stream."""
         with self.lock:
             if self.done is not None:
                 torch.cuda.current_stream().wait_event(self.done)
@@ -64,99 +65,90 @@ _chunks: OrderedDict[tuple[Any, ...], Chunk | Literal["seen", "refused"]] = Orde
 
 
 def forward(
-    x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: Any, spec: Any, reverse: bool,
-    output: Tensor, gates: Tensor | None, cells: Tensor, resets: Tensor | None = None,
+    x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: LSTMWeights, spec: LSTMSpec, order: Order,
+    output: Tensor, gates: Tensor | None, cells: Tensor,
 ) -> None:  # fmt: skip
-    """All steps forward, into output, gates and cells; see `sequence_stepwise.forward`."""
-    T = output.shape[0]
-    rest = (weights, spec, reverse)
-    if gate_input is None or not pays(output.device, T, cells.shape[1], cells.shape[2], h_0.shape[1], spec, h_0.dtype):
-        return sequence_stepwise.forward(x, gate_input, h_0, *rest, output, gates, cells, resets)
-    saved = cells.shape[0] > 1
-    sizes = dict(gate_input=part(gate_input), h_0=h_0, output=part(output), gates=part(gates),
-                 cells=cells[: STEPS + 1], resets=part(resets))  # fmt: skip
+    """Compute all steps forward, into output, gates and cells; see `sequence_stepwise.forward`."""
+    layer = _layer_of(spec, order, cells, h_0)
+    variant = (weights, spec)
+    saved = len(cells) > 1
+    chunk = None
+    if gate_input is not None and pays(layer, output.device):
+        sizes = dict(gate_input=part(gate_input), h_0=h_0, output=part(output), gates=part(gates),
+                     cells=cells[: STEPS + 1], resets=part(order.resets))  # fmt: skip
+        one = order._replace(T=STEPS)
 
-    def steps(b: dict[str, Tensor]) -> None:
-        out = (b["output"], b.get("gates"), b["cells"])
-        sequence_stepwise.forward(x, b["gate_input"], b["h_0"], *rest, *out, b.get("resets"))
-        b["h_0"].copy_(b["output"][0 if reverse else -1])
-        if saved:
-            b["cells"][initial_slot(STEPS, reverse, saved)] = b["cells"][final_slot(STEPS, reverse, saved)]
+        def steps(b: dict[str, Tensor]) -> None:
+            own = one._replace(resets=b.get("resets"))
+            out = (b["output"], b.get("gates"), b["cells"])
+            sequence_stepwise.forward(x, b["gate_input"], b["h_0"], *variant, own, *out)
+            b["h_0"].copy_(own.last(b["output"]))
+            if saved:
+                b["cells"][own.initial_slot(saved)] = b["cells"][own.final_slot(saved)]
 
-    chunk = chunk_of(("forward", spec.name, reverse), sizes, weights, steps)
-    if chunk is None:
-        return sequence_stepwise.forward(x, gate_input, h_0, *rest, output, gates, cells, resets)
-    whole, left = divmod(T, STEPS)
+        chunk = chunk_of(("forward", spec.name, order.reverse), sizes, weights, steps)
+    if chunk is None or gate_input is None:
+        return sequence_stepwise.forward(x, gate_input, h_0, *variant, order, output, gates, cells)
+    chunks, left = parts(order)
     with chunk.in_use() as b:
         b["h_0"].copy_(h_0)
-        b["cells"][initial_slot(STEPS, reverse, saved)] = cells[initial_slot(T, reverse, saved)]
-        for n in range(whole):
-            start = T - (n + 1) * STEPS if reverse else n * STEPS
-            now = slice(start, start + STEPS)
+        b["cells"][one.initial_slot(saved)] = cells[order.initial_slot(saved)]
+        for now in chunks:
             b["gate_input"].copy_(gate_input[now])
-            if resets is not None:
-                b["resets"].copy_(resets[now])
+            if order.resets is not None:
+                b["resets"].copy_(order.resets[now])
             chunk.replay()
             output[now] = b["output"]
             if gates is not None:
                 gates[now] = b["gates"]
             if saved:
-                inner = slice(0, STEPS) if reverse else slice(1, STEPS + 1)
-                cells[start + inner.start : start + inner.stop] = b["cells"][inner]
+                inner = slice(0, STEPS) if order.reverse else slice(1, STEPS + 1)
+                cells[now.start + inner.start : now.start + inner.stop] = b["cells"][inner]
         if not saved:
             cells[0] = b["cells"][0]
-    if left:
-        now = slice(0, left) if reverse else slice(T - left, T)
-        states = cells[now.start : now.stop + 1] if saved else cells
-        h = output[left if reverse else T - left - 1]
-        part_gates = gates[now] if gates is not None else None
-        part_resets = resets[now] if resets is not None else None
-        sequence_stepwise.forward(x, gate_input[now], h, *rest, output[now], part_gates, states, part_resets)
+    if left is not None:
+        states = cells[left.start : left.stop + 1] if saved else cells
+        h = output[left.stop if order.reverse else left.start - 1]
+        own_gates = gates[left] if gates is not None else None
+        sequence_stepwise.forward(x, gate_input[left], h, *variant, order.part(left), output[left], own_gates, states)
 
 
 def backward(
-    grad_output: Tensor | None, dh: Tensor, dc: Tensor, weights: Any, spec: Any, reverse: bool,
-    gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
-    resets: Tensor | None = None, grad_cells: Tensor | None = None,
+    grad_output: Tensor | None, grad_cells: Tensor | None, dh: Tensor, dc: Tensor, weights: LSTMWeights,
+    spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
 ) -> None:  # fmt: skip
-    """All steps backward, into d_gates (and d_hidden), in place in dh and dc; see `sequence_stepwise.backward`."""
-    T = gates.shape[0]
-    rest = (weights, spec, reverse)
+    """Compute all steps backward, into d_gates (and d_hidden), in place in dh and dc, as `sequence_stepwise` does."""
     chunk = None
-    if pays(gates.device, T, dc.shape[0], dc.shape[1], dh.shape[1], spec, dh.dtype):
+    variant = (weights, spec)
+    if pays(_layer_of(spec, order, cells, dh), gates.device):
         sizes = dict(grad_output=part(grad_output), dh=dh, dc=dc, gates=part(gates), cells=cells[: STEPS + 1],
-                     d_gates=part(d_gates), d_hidden=part(d_hidden), resets=part(resets),
+                     d_gates=part(d_gates), d_hidden=part(d_hidden), resets=part(order.resets),
                      grad_cells=part(grad_cells))  # fmt: skip
+        one = order._replace(T=STEPS)
 
         def steps(b: dict[str, Tensor]) -> None:
+            grads = (b.get("grad_output"), b.get("grad_cells"), b["dh"], b["dc"])
             saved, out = (b["gates"], b["cells"]), (b["d_gates"], b.get("d_hidden"))
-            sequence_stepwise.backward(
-                b.get("grad_output"), b["dh"], b["dc"], *rest, *saved, *out, b.get("resets"), b.get("grad_cells")
-            )
+            sequence_stepwise.backward(*grads, *variant, one._replace(resets=b.get("resets")), *saved, *out)
 
-        chunk = chunk_of(("backward", spec.name, reverse), sizes, weights, steps)
+        chunk = chunk_of(("backward", spec.name, order.reverse), sizes, weights, steps)
     if chunk is None:
-        out = (d_gates, d_hidden)
-        return sequence_stepwise.backward(grad_output, dh, dc, *rest, gates, cells, *out, resets, grad_cells)
-    whole, left = divmod(T, STEPS)
-    if left:  # what forward computed last
-        now = slice(0, left) if reverse else slice(T - left, T)
-        grads, hidden, restarts, grads_c = (
-            t[now] if t is not None else None for t in (grad_output, d_hidden, resets, grad_cells)
-        )
-        saved, out = (gates[now], cells[now.start : now.stop + 1]), (d_gates[now], hidden)
-        sequence_stepwise.backward(grads, dh, dc, *rest, *saved, *out, restarts, grads_c)
+        grads, saved = (grad_output, grad_cells, dh, dc), (gates, cells)
+        return sequence_stepwise.backward(*grads, *variant, order, *saved, d_gates, d_hidden)
+    chunks, left = parts(order)
+    if left is not None:  # what forward computed last
+        of_output, of_cells, hidden = (t[left] if t is not None else None for t in (grad_output, grad_cells, d_hidden))
+        saved, out = (gates[left], cells[left.start : left.stop + 1]), (d_gates[left], hidden)
+        sequence_stepwise.backward(of_output, of_cells, dh, dc, *variant, order.part(left), *saved, *out)
     with chunk.in_use() as b:
         b["dh"].copy_(dh)
         b["dc"].copy_(dc)
-        for n in reversed(range(whole)):
-            start = T - (n + 1) * STEPS if reverse else n * STEPS
-            now = slice(start, start + STEPS)
-            for name, sequence in (("grad_output", grad_output), ("resets", resets), ("grad_cells", grad_cells)):
-                if sequence is not None:
-                    b[name].copy_(sequence[now])
+        for now in reversed(chunks):
+            for name, given in (("grad_output", grad_output), ("resets", order.resets), ("grad_cells", grad_cells)):
+                if given is not None:
+                    b[name].copy_(given[now])
             b["gates"].copy_(gates[now])
-            b["cells"].copy_(cells[start : start + STEPS + 1])
+            b["cells"].copy_(cells[now.start : now.stop + 1])
             chunk.replay()
             d_gates[now] = b["d_gates"]
             if d_hidden is not None:
@@ -165,23 +157,37 @@ def backward(
         dc.copy_(b["dc"])
 
 
+def parts(order: Order) -> tuple[list[slice], slice | None]:
+    """Return the chunks of a sequence in the order in which forward computes them, and what is left after them."""
+    count, rest = divmod(order.T, STEPS)
+    starts = [order.T - (n + 1) * STEPS if order.reverse else n * STEPS for n in range(count)]
+    left = slice(0, rest) if order.reverse else slice(order.T - rest, order.T)
+    return [slice(start, start + STEPS) for start in starts], left if rest else None
+
+
 def part(sequence: Tensor | None) -> Tensor | None:
-    """The first chunk of a sequence: what its buffer looks like."""
+    """Return the first chunk of a sequence: what its buffer looks like."""
     return None if sequence is None else sequence[:STEPS]
 
 
-def pays(device: torch.device, T: int, B: int, H: int, P: int, spec: Any, dtype: torch.dtype) -> bool:
-    """Whether a sequence is replayed: there is a chunk of it, its steps are short, and nothing is being captured."""
-    if device.type != "cuda" or T < STEPS or torch.cuda.is_current_stream_capturing():
+def _layer_of(spec: LSTMSpec, order: Order, cells: Tensor, h: Tensor) -> Layer:
+    """Return the sizes of one direction with cell states (., B, H) and a hidden state (B, P)."""
+    _, B, H = cells.shape
+    return Layer(spec, order.T, B, H, 1, h.dtype, matmul_precision(), P=h.shape[1])
+
+
+def pays(layer: Layer, device: torch.device) -> bool:
+    """Return whether a sequence is replayed: it has a chunk, its steps are short, and nothing is being captured."""
+    if device.type != "cuda" or layer.T < STEPS or torch.cuda.is_current_stream_capturing():
         return False
-    name = str(dtype).removeprefix("torch.")
-    rate = "tf32" if name == "float32" and matmul_precision() == "tf32" else name
-    operations = 2 * B * H * P * len(spec.gates)
-    return operations / (0.5 * gpu_of(device).tflop_per_s[rate] * 1e6) < LONGEST_STEP_US
+    return product_us(layer, gpu_of(device)) < LONGEST_STEP_US
 
 
 def chunk_of(
-    name: tuple[Any, ...], like: dict[str, Tensor | None], weights: Any, steps: Callable[[dict[str, Tensor]], None]
+    name: tuple[Any, ...],
+    like: dict[str, Tensor | None],
+    weights: LSTMWeights,
+    steps: Callable[[dict[str, Tensor]], None],
 ) -> Chunk | None:
     """The chunk for these sizes and weights; None where they are seen for the first time.
 
@@ -210,7 +216,7 @@ def chunk_of(
 
 
 def capture(function: Callable[[], None]) -> tuple[Callable[[], None], Any]:
-    """What replays the function's launches, and an event for the end of a use."""
+    """Return what replays the function's launches, and an event for the end of a use."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

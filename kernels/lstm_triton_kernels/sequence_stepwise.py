@@ -6,14 +6,13 @@ size after projection (else H), G gate blocks, Q peephole blocks. One direction 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lstm_triton_kernels.cell import cell_backward, cell_forward
 from lstm_triton_kernels.gates import add_output_peephole, gate_preactivations
-from lstm_triton_kernels.order import steps
+from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
 
 def fuses_input(T: int) -> bool:
@@ -22,26 +21,27 @@ def fuses_input(T: int) -> bool:
 
 
 def forward(
-    x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: Any, spec: Any, reverse: bool,
-    output: Tensor, gates: Tensor | None, cells: Tensor, resets: Tensor | None = None,
+    x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: LSTMWeights, spec: LSTMSpec, order: Order,
+    output: Tensor, gates: Tensor | None, cells: Tensor,
 ) -> None:  # fmt: skip
-    """All steps forward, into output, gates and cells.
+    """Compute all steps forward, into output, gates and cells.
 
     - x: (T, B, I), read where gate_input (T, B, G·H) is None
-    - h_0: (B, P); c_0 stands in its slot of `cells` (see order.py)
+    - h_0: (B, P); c_0 stands in its slot of `cells`
+    - order: of the steps, of rows of full length
     - output: (T, B, P), columns contiguous, out
     - gates: (T, B, G·H) activated gates, out, perhaps the memory of gate_input: step t is read a launch before it is
       written; None to save none
     - cells: (T + 1, B, H) or (1, B, H), accumulator type, out
-    - resets: (T, B) uint8, contiguous: the state is zero before step t of row b where it is not 0
     """
-    T, B, _ = output.shape
+    B = output.shape[1]
     H = cells.shape[-1]
     preact = torch.empty(B, len(spec.gates) * H, dtype=cells.dtype, device=cells.device)
     projected = weights.weight_hr is not None
-    begun = resets.view(torch.bool)[..., None] if resets is not None else None
+    begun = order.resets[..., None] if order.resets is not None else None
+    resets = order.reset_bytes
     hidden = torch.empty(1, B, H, dtype=output.dtype, device=output.device) if projected else output
-    for step in steps(T, reverse, saved=cells.shape[0] > 1):
+    for step in order.steps(saved=cells.shape[0] > 1):
         h, h_index = (h_0.unsqueeze(0), 0) if step.h_index is None else (output, step.h_index)
         x_t = x[step.t] if gate_input is None else None
         c, c_slot = cells, step.previous
@@ -58,36 +58,36 @@ def forward(
             cell_forward(*buffers, *indices, update_cell=False)
         else:
             cell_forward(*buffers, *indices)
-        if projected:
+        if weights.weight_hr is not None:
             torch.mm(hidden[0], weights.weight_hr.t(), out=output[step.t])
 
 
 def backward(
-    grad_output: Tensor | None, dh: Tensor, dc: Tensor, weights: Any, spec: Any, reverse: bool,
-    gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
-    resets: Tensor | None = None, grad_cells: Tensor | None = None,
+    grad_output: Tensor | None, grad_cells: Tensor | None, dh: Tensor, dc: Tensor, weights: LSTMWeights,
+    spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
 ) -> None:  # fmt: skip
-    """All steps backward, into d_gates; dh and dc become the gradients of h_0 and c_0.
+    """Compute all steps backward, into d_gates; dh and dc become the gradients of h_0 and c_0.
 
-    - grad_output: (T, B, P), columns contiguous, or None where the output has no gradient
+    - grad_output: (T, B, P), columns contiguous, of the output; grad_cells: (T, B, H), of every c_t; None where zero
     - dh: (B, P), gradient of h_n, in place; dc: (B, H) accumulator type, gradient of c_n, in place
     - gates (T, B, G·H), cells (T + 1, B, H): saved by `forward`
     - d_gates: (T, B, G·H) gradients of the pre-activations, out
     - d_hidden: (T, B, P) gradients of h_t, out; with a projection only, else None
-    - resets: as in `forward`; grad_cells: (T, B, H), gradient of every c_t, or None
     """
-    T = d_gates.shape[0]
     H = cells.shape[-1]
     projected = d_hidden is not None
     dr = torch.empty(dh.shape[0], H, dtype=dh.dtype, device=dh.device) if projected else dh
-    v_previous = spec.previous_peephole(weights.weight_ch) if spec.full else None
-    v_o = spec.split_peephole(weights.weight_ch)["o"] if spec.full and spec.output_current else None
-    begun = resets.view(torch.bool)[..., None] if resets is not None else None
-    for step in reversed(list(steps(T, reverse, saved=True))):
+    v_previous, v_o = None, None
+    if spec.full and weights.weight_ch is not None:
+        v_previous = spec.previous_peephole(weights.weight_ch)
+        v_o = spec.split_peephole(weights.weight_ch)["o"] if spec.output_current else None
+    begun = order.resets[..., None] if order.resets is not None else None
+    resets = order.reset_bytes
+    for step in reversed(list(order.steps(saved=True))):
         d_step = d_gates[step.t]
         if grad_cells is not None:
             dc += grad_cells[step.t]
-        if d_hidden is not None:
+        if d_hidden is not None and weights.weight_hr is not None:
             d_hidden[step.t] = dh if grad_output is None else dh + grad_output[step.t]
             torch.mm(d_hidden[step.t], weights.weight_hr, out=dr)
         buffers = (None if projected else grad_output, dr, dc, gates, cells, d_gates, weights.weight_ch, spec)

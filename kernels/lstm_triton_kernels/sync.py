@@ -1,12 +1,12 @@
-"""How a program waits for the other programs of one cooperative launch: by a counter, or by the data itself.
+"""How a program (thread block) waits for the others of a cooperative launch: by a counter, or by polling the data.
 
 Programs exchange values through a buffer in device memory. Every slot of it is written once in a launch: h_t has its
-own place for every t. A kernel is written once, with `WAIT: tl.constexpr`, "counter" or "data":
+own slot for every t. A kernel is written once, with `WAIT: tl.constexpr`, "counter" or "data":
 
-    patience = limit
+    max_polls = limit
     for t in range(T):
-        patience = exchange_wait(counter_ptr, t * programs, patience, error_ptr, WAIT)   # all have written h_{t-1}
-        h, patience = exchange_load((h_{t-1},), (mask,), patience, error_ptr, WAIT)      # a tuple of blocks at once
+        max_polls = exchange_wait(counter_ptr, t * programs, max_polls, error_ptr, WAIT)   # all have written h_{t-1}
+        h, max_polls = exchange_load((h_{t-1},), (mask,), max_polls, error_ptr, WAIT)      # a tuple of blocks at once
         ...
         exchange_store(h_t, value, mask, WAIT)
         exchange_arrive(counter_ptr, WAIT)                                               # after the step's last store
@@ -23,19 +23,18 @@ orders what, in the terms of the PTX memory model:
 
 *data*. `unpublish` the buffer before the launch: every element becomes a bit pattern that no result has, all ones, a
 NaN. `publish` stores values, a NaN of that pattern as another NaN; `load_when_published` loads until no element is the
-pattern. There is no fence and none is needed: a fence orders one access after another, and here nothing is read on the
-strength of anything but itself. Each element is its own flag: it is written once in a launch, aligned, and at most 8
-bytes, so it is read either unpublished or whole, whatever its neighbours are. The start of the launch orders the
-filling before everything. The load must see memory and not an old copy, so it is volatile, which takes it past the
-multiprocessor's own cache. (By the letter of the model a plain store need never become visible to it; the first-level
-caches of these GPUs write through, so it does.) Another buffer written beside needs a pattern of its own, or the
-counter.
+pattern. There is no fence and none is needed: a fence orders one access after another, and here every element says for
+itself whether it may be read. It is written once in a launch, aligned, and at most 8 bytes wide, so it is read either
+unpublished or whole, whatever its neighbours are. The start of the launch orders the filling before everything. The
+load must read memory and not an old copy, so it is volatile, which bypasses the multiprocessor's L1 cache. (By the
+letter of the model a plain store need never become visible to it; the L1 caches of these GPUs write through, so it
+does.) Another buffer written beside needs a pattern of its own, or the counter.
 
-Both waits are bounded. A kernel starts with `patience`, the turns that one wait may take; every wait returns that of
-the next one: the same, or 0 once a wait gave up, so that the program reaches its end at once instead of waiting T
-times. A wait that gives up sets a bit of the int32 at `error_ptr`, and values that never came are NaN. What decides
-about another turn must be the same in all threads of a program, as barriers demand: a count is one thread's, broadcast;
-for elements see `any_missing`.
+Both waits are bounded. A kernel starts with `max_polls`, the most polls that one wait may take; every wait returns that
+of the next one: the same, or 0 once a wait timed out, so that the program reaches its end at once instead of waiting T
+times. A wait that times out sets a bit of the int32 at `error_ptr`, and values that were never published are NaN.
+Whether to poll again must be decided alike in all threads of a program, as barriers demand: a count is read by one
+thread and broadcast; for elements see `any_missing`.
 
 The launch is cooperative (`launch_cooperative_grid=True`: all programs are resident, or it is an error) and has
 `num_stages=1`: software pipelining would move the loads of a step before the wait they need. Programs times steps stay
@@ -54,26 +53,26 @@ from lstm_triton_kernels.watch import reasons
 WAIT_METHODS = ("counter", "data")
 """What `WAIT` may be."""
 
-TURNS = 1 << 20
-"""Patience of a real launch: half a second, if a turn takes half a microsecond (an estimate; it was not measured)."""
+POLLS = 1 << 20
+"""Polls of a wait of a launch at most: half a second, if a poll takes half a microsecond (an estimate)."""
 
 COUNTER_STRIDE = tl.constexpr(32)
 """int32 from one counter to the next: each has a cache line of its own."""
 
 MOST_THREADS = tl.constexpr(1024)
-GAVE_UP_COUNT = tl.constexpr(1)
-GAVE_UP_DATA = tl.constexpr(2)
+TIMED_OUT_COUNT = tl.constexpr(1)
+TIMED_OUT_DATA = tl.constexpr(2)
 
 
 @triton.constexpr_function
 def bits_type(element):
-    """The integer type as wide as a float type."""
+    """Return the integer type as wide as a float type."""
     return {16: tl.int16, 32: tl.int32, 64: tl.int64}[element.primitive_bitwidth]
 
 
 @triton.constexpr_function
 def quiet_nan(element):
-    """The NaN that stands for the one whose bits are all ones: the same without its sign."""
+    """Return the NaN that replaces the one whose bits are all ones: the same without its sign."""
     return (1 << (element.primitive_bitwidth - 1)) - 1
 
 
@@ -85,15 +84,15 @@ def arrive(counter_ptr):
 
 
 @triton.jit
-def wait_for_count(counter_ptr, target, patience, error_ptr):
-    """Wait until the count at counter_ptr (int32) is at least target; returns the patience for the next wait."""
+def wait_for_count(counter_ptr, target, max_polls, error_ptr):
+    """Wait until the count at counter_ptr (int32) is at least target; returns max_polls for the next wait."""
     count = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-    turns = tl.full((), 0, tl.int32)
-    while (count < target) & (turns < patience):
+    polls = tl.full((), 0, tl.int32)
+    while (count < target) & (polls < max_polls):
         count = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-        turns += 1
+        polls += 1
     tl.debug_barrier()
-    return give_up_if(count < target, patience, error_ptr, GAVE_UP_COUNT)
+    return time_out_if(count < target, max_polls, error_ptr, TIMED_OUT_COUNT)
 
 
 @triton.jit
@@ -108,11 +107,11 @@ def publish(ptr, value, mask):
 
 @triton.jit
 def any_missing(blocks):
-    """Whether an element of a tuple of blocks of one shape is unpublished: the same answer in every thread.
+    """Return whether an element of a tuple of blocks of one shape is unpublished, the same in every thread.
 
-    A block of fewer elements than there are threads is loaded by several warps, each for itself, and the compiler
-    reduces it within each, so they may disagree. A second reduction, over as many elements as a program can have
-    threads, goes through shared memory.
+    A block of fewer elements than there are threads is loaded by several warps redundantly, and the compiler reduces it
+    within each, so they may disagree. A second reduction, over as many elements as a program can have threads, goes
+    through shared memory.
     """
     unpublished = blocks[0] == -1
     for n in tl.static_range(1, len(blocks)):
@@ -125,7 +124,7 @@ def any_missing(blocks):
 
 @triton.jit
 def load_bits(pointers, masks):
-    """The blocks at a tuple of pointers as integers, past the multiprocessor's own cache; 0 where masked."""
+    """Load the blocks at a tuple of pointers as integers, bypassing the L1 cache; 0 where masked."""
     BITS: tl.constexpr = bits_type(pointers[0].dtype.element_ty)
     blocks = ()
     for n in tl.static_range(len(pointers)):
@@ -135,32 +134,32 @@ def load_bits(pointers, masks):
 
 
 @triton.jit
-def load_when_published(pointers, masks, patience, error_ptr):
+def load_when_published(pointers, masks, max_polls, error_ptr):
     """Wait until all blocks at a tuple of pointers are published, all of one shape and type.
 
-    Returns them (0 where masked) and the next wait's patience. All are asked for before the first is looked at: they
-    cost one round trip together, and one look.
+    Returns them (0 where masked) and the next wait's max_polls. All loads are issued before the first is examined: they
+    cost one round trip together.
     """
     bits = load_bits(pointers, masks)
     missing = any_missing(bits)
-    turns = tl.full((), 0, tl.int32)
-    while missing & (turns < patience):
+    polls = tl.full((), 0, tl.int32)
+    while missing & (polls < max_polls):
         bits = load_bits(pointers, masks)
         missing = any_missing(bits)
-        turns += 1
-    patience = give_up_if(missing, patience, error_ptr, GAVE_UP_DATA)
+        polls += 1
+    max_polls = time_out_if(missing, max_polls, error_ptr, TIMED_OUT_DATA)
     blocks = ()
     for n in tl.static_range(len(pointers)):
         blocks = blocks + (bits[n].to(pointers[n].dtype.element_ty, bitcast=True),)  # noqa: RUF005
-    return blocks, patience
+    return blocks, max_polls
 
 
 @triton.jit
-def give_up_if(failed, patience, error_ptr, CODE: tl.constexpr):
-    """0 and CODE's bit set at error_ptr (int32) if the wait failed, else patience."""
+def time_out_if(failed, max_polls, error_ptr, CODE: tl.constexpr):
+    """Return 0 and set CODE's bit at error_ptr (int32) if the wait failed, else return max_polls."""
     if failed:
         tl.atomic_or(error_ptr, CODE, sem="relaxed", scope="gpu")
-    return tl.where(failed, 0, patience)
+    return tl.where(failed, 0, max_polls)
 
 
 @triton.jit
@@ -174,33 +173,33 @@ def exchange_store(ptr, value, mask, WAIT: tl.constexpr):
 
 @triton.jit
 def exchange_arrive(counter_ptr, WAIT: tl.constexpr):
-    """Say that all of a step is stored; nothing to say where the data is its own flag."""
+    """Count this program as done with a step's stores; nothing to do where readers poll the data."""
     if WAIT == "counter":
         arrive(counter_ptr)
 
 
 @triton.jit
-def exchange_wait(counter_ptr, target, patience, error_ptr, WAIT: tl.constexpr):
-    """Wait until target programs have arrived; where the data is its own flag, its loads wait instead."""
+def exchange_wait(counter_ptr, target, max_polls, error_ptr, WAIT: tl.constexpr):
+    """Wait until target programs have arrived; where readers poll the data, `exchange_load` waits instead."""
     if WAIT == "counter":
-        patience = wait_for_count(counter_ptr, target, patience, error_ptr)
-    return patience
+        max_polls = wait_for_count(counter_ptr, target, max_polls, error_ptr)
+    return max_polls
 
 
 @triton.jit
-def exchange_load(pointers, masks, patience, error_ptr, WAIT: tl.constexpr):
+def exchange_load(pointers, masks, max_polls, error_ptr, WAIT: tl.constexpr):
     """Load the blocks at a tuple of pointers, which others store, after `exchange_wait`.
 
-    Returns them as a tuple (0 where masked) and the next wait's patience.
+    Returns them as a tuple (0 where masked) and the next wait's max_polls.
     """
     if WAIT == "data":
-        blocks, patience = load_when_published(pointers, masks, patience, error_ptr)
+        blocks, max_polls = load_when_published(pointers, masks, max_polls, error_ptr)
     else:
         blocks = ()
         for n in tl.static_range(len(pointers)):
             value = tl.load(pointers[n], mask=masks[n], other=0.0, cache_modifier=".cg")
             blocks = blocks + (value,)  # noqa: RUF005
-    return blocks, patience
+    return blocks, max_polls
 
 
 def unpublish(buffer: Tensor) -> None:
@@ -209,10 +208,10 @@ def unpublish(buffer: Tensor) -> None:
     buffer.view(integer).fill_(-1)
 
 
-def raise_if_gave_up(error: Tensor, launch: str) -> None:
-    """RuntimeError naming the launch if a wait of it gave up; error (1,) int32. Waits for the device."""
+def raise_if_timed_out(error: Tensor, launch: str) -> None:
+    """Raise RuntimeError naming the launch if a wait of it timed out; error (1,) int32. Synchronizes."""
     code = int(error.item())
     if code:
         raise RuntimeError(
-            f"{launch}: its programs waited for each other in vain ({reasons(code)}); no result is valid"
+            f"{launch}: timed out waiting for the other thread blocks ({reasons(code)}); the results are invalid"
         )

@@ -1,6 +1,6 @@
-"""What the host knows of persistent launches: whether one gave up waiting, and whose turn it is on a device.
+"""What the host does about persistent launches: it reads whether one timed out, and launches them one at a time.
 
-A launch that gives up writes a word of pinned host memory. The host reads it before the library's next launch,
+A launch that times out writes a word of pinned host memory. The host reads it before the library's next launch,
 which costs no synchronisation, and inside a captured CUDA graph no node; a replayed launch writes the same word.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GAVE_UP = {1: "a count was not reached", 2: "values were not published"}
+TIMED_OUT = {1: "a count was not reached", 2: "values were not published"}
 """Bit of the word (sync.py) to what it means."""
 
 WORDS = 1024
@@ -22,12 +22,12 @@ WORDS = 1024
 
 
 def reasons(code: int) -> str:
-    """What a word that is not 0 says."""
-    return " and ".join(words for bit, words in GAVE_UP.items() if code & bit)
+    """Return what a word that is not 0 means."""
+    return " and ".join(words for bit, words in TIMED_OUT.items() if code & bit)
 
 
-class Flags:
-    """The words of one device, and the names of the launches that may write them."""
+class ErrorWords:
+    """The error words of one device, and the names of the launches that may write them."""
 
     def __init__(self, device: torch.device) -> None:
         # 16 bytes apart: Triton compiles anew for a pointer of another alignment.
@@ -38,7 +38,7 @@ class Flags:
         self.lock = threading.Lock()
 
     def take(self, name: str) -> Tensor:
-        """The word (1,) int32 of a new launch."""
+        """Return the word (1,) int32 of a new launch."""
         with self.lock:
             index = self.next
             self.next = (index + 1) % WORDS
@@ -46,42 +46,43 @@ class Flags:
         return self.words[index, :1]
 
     def check(self) -> None:
-        """Raises RuntimeError naming the launches that gave up since the last check."""
+        """Raise RuntimeError naming the launches that timed out since the last check."""
         if not self.seen.any():
             return
         failed = [(index, int(self.seen[index])) for index in self.seen.nonzero()[0]]
         self.seen[[index for index, _ in failed]] = 0
         launches = "; ".join(f"{self.names[index]} ({reasons(code)})" for index, code in failed)
         raise RuntimeError(
-            f"programs of a persistent launch waited for each other in vain; the results are invalid: {launches}"
+            "a persistent launch timed out waiting for the other thread blocks; the results are invalid; often another "
+            f"process holds multiprocessors: {launches}"
         )
 
 
-_flags: dict[torch.device, Flags] = {}
+_error_words: dict[torch.device, ErrorWords] = {}
 _last: dict[torch.device, tuple[Any, torch.cuda.Event]] = {}
 _making = threading.Lock()
 _launching = threading.Lock()
 
 
-def flags_of(device: torch.device) -> Flags:
-    """The flags of a device, made when first asked for."""
+def error_words_of(device: torch.device) -> ErrorWords:
+    """Return the error words of a device, made when first asked for."""
     with _making:
-        if device not in _flags:
-            _flags[device] = Flags(device)
-        return _flags[device]
+        if device not in _error_words:
+            _error_words[device] = ErrorWords(device)
+        return _error_words[device]
 
 
 def check_launches() -> None:
-    """Raises RuntimeError if a persistent launch that has ended gave up waiting; waits for no device.
+    """Raise RuntimeError if a persistent launch that has ended timed out. Does not synchronize.
 
     The library does this at every call and before it launches kernels; after the last, synchronize, then call this.
     """
-    for flags in list(_flags.values()):
-        flags.check()
+    for words in list(_error_words.values()):
+        words.check()
 
 
 @contextmanager
-def turn(device: torch.device) -> Iterator[None]:
+def one_at_a_time(device: torch.device) -> Iterator[None]:
     """Inside, the calling stream launches programs that wait for each other, after all such launches before it.
 
     Two of them at once could each hold the multiprocessors that the other needs. The launch itself asks the driver to

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from lstm_triton import VARIANTS, LSTMSpec, dispatch
-from lstm_triton.cli import INTERRUPTED, checkpoints, info, output, parallel, plans, report, say
+from lstm_triton import VARIANTS, LSTMSpec, routing
+from lstm_triton.cli import INTERRUPTED, checkpoints, explain, info, output, parallel, report, say
 from lstm_triton.cli.devices import parse_device
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.files import check_writable, real, reason, write_whole
@@ -106,29 +106,29 @@ def _console() -> Console:
 @app.command(name="info")
 def info_command(
     hidden: Annotated[
-        int | None, typer.Option(min=1, max=plans.LARGEST_SIZE, help="Hidden units of the layer to explain.")
+        int | None, typer.Option(min=1, max=explain.LARGEST_SIZE, help="Hidden units of the layer to explain.")
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, max=plans.LARGEST_SIZE, help="Batch rows.", show_default=str(plans.DEFAULT_BATCH)),
+        typer.Option(min=1, max=explain.LARGEST_SIZE, help="Batch rows.", show_default=str(explain.DEFAULT_BATCH)),
     ] = None,
     inputs: Annotated[
         int | None,
-        typer.Option("--input", min=1, max=plans.LARGEST_SIZE, help="Input features.", show_default="as --hidden"),
+        typer.Option("--input", min=1, max=explain.LARGEST_SIZE, help="Input features.", show_default="as --hidden"),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=plans.LARGEST_SIZE, help="Time steps.", show_default=str(plans.DEFAULT_STEPS)),
+        typer.Option(min=1, max=explain.LARGEST_SIZE, help="Time steps.", show_default=str(explain.DEFAULT_STEPS)),
     ] = None,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Both directions.")] = False,
     dtype: Annotated[
-        str | None, typer.Option(help=f"One of: {', '.join(plans.DTYPES)}.", show_default=plans.DEFAULT_DTYPE)
+        str | None, typer.Option(help=f"One of: {', '.join(explain.DTYPES)}.", show_default=explain.DEFAULT_DTYPE)
     ] = None,
     variant: Annotated[
         str | None, typer.Option(help=f"One of: {', '.join(VARIANT_NAMES)}.", show_default="standard")
     ] = None,
     proj: Annotated[
-        int | None, typer.Option(min=0, max=plans.LARGEST_SIZE, help="Size of a projection.", show_default="0, none")
+        int | None, typer.Option(min=0, max=explain.LARGEST_SIZE, help="Size of a projection.", show_default="0, none")
     ] = None,
     inference: Annotated[bool, typer.Option("--inference", help="No backward pass will follow.")] = False,
     ragged: Annotated[
@@ -137,10 +137,13 @@ def info_command(
     gpu: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"GPU to plan for; repeat for several. One of: {', '.join(plans.GPUS)}; or all.",
-            show_default=f"the one that is here, else {plans.ASSUMED_GPU}",
+            help=f"GPU to plan for; repeat for several. One of: {', '.join(explain.GPUS)}; or all.",
+            show_default=f"the one that is here, else {explain.ASSUMED_GPU}",
         ),
     ] = None,
+    compiling: Annotated[
+        bool, typer.Option("--compile", help="Compile the ranked plans for the GPU: registers, spills, shared memory.")
+    ] = False,
 ) -> None:
     """Print versions, devices, and which backend runs on each device and why.
 
@@ -160,6 +163,7 @@ def info_command(
             "--inference": inference,
             "--ragged": ragged,
             "--gpu": gpu,
+            "--compile": compiling,
         }
         alone = [option for option, value in given.items() if value]
         if alone:
@@ -167,22 +171,22 @@ def info_command(
         console.print(info.versions_table())
         console.print(info.devices_table())
         return
-    asked = plans.question(
+    asked = explain.question(
         hidden,
-        batch or plans.DEFAULT_BATCH,
+        batch or explain.DEFAULT_BATCH,
         inputs,
-        steps or plans.DEFAULT_STEPS,
+        steps or explain.DEFAULT_STEPS,
         bidirectional,
-        plans.DEFAULT_DTYPE if dtype is None else dtype,
+        explain.DEFAULT_DTYPE if dtype is None else dtype,
         "standard" if variant is None else variant,
         proj or 0,
         inference,
         ragged,
     )
-    chosen, note = plans.targets(gpu or ())
+    chosen, note = explain.targets(gpu or ())
     if note is not None:
         console.print(note, highlight=False, markup=False)
-    for section in plans.sections(asked, chosen):
+    for section in explain.sections(asked, chosen, compiling):
         console.print(info.facts_table(section.title, section.rows))
 
 
@@ -388,10 +392,10 @@ def parse_variants(names: Sequence[str], output_current: bool) -> tuple[str, ...
     return found
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
+def choose_backend(device: torch.device, dtype: torch.dtype) -> routing.Backend:
     """The backend that will run. Raises UserError if the one asked for cannot."""
     try:
-        return dispatch.choose(device, dtype)
+        return routing.choose_backend(device, dtype)
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
 

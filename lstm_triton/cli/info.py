@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import lstm_triton
-from lstm_triton import dispatch
+from lstm_triton import routing
 
 
 def versions() -> dict[str, str]:
@@ -46,7 +46,7 @@ def devices() -> dict[torch.device, str]:
 def backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The name of the backend that is chosen, and why; "none" and why if the chosen one cannot run."""
     try:
-        choice = dispatch.choose(device, dtype)
+        choice = routing.choose_backend(device, dtype)
     except (RuntimeError, ValueError) as error:
         return "none", str(error)
     return choice.name, choice.reason

@@ -6,10 +6,10 @@ Shapes: B streams, T characters, V characters in the vocabulary, H hidden units,
 from __future__ import annotations
 
 import torch
+from lstm_triton_kernels.spec import LSTMSpec
 from torch import Tensor, nn
 
 from lstm_triton import LSTM
-from lstm_triton.spec import LSTMSpec
 
 State = tuple[Tensor, Tensor]
 """h and c, (L, B, H) each."""

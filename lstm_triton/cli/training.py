@@ -13,13 +13,13 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
+from lstm_triton_kernels.spec import LSTMSpec
 from torch import Tensor, nn
 
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.model import CharacterModel, State, build_baseline, build_variant
 from lstm_triton.cli.parallel import World
 from lstm_triton.cli.text import Corpus
-from lstm_triton.spec import LSTMSpec
 
 BASELINE = "torch.nn.LSTM"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

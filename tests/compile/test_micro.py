@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from lstm_triton_kernels.gates import INTERPRETED
+from lstm_triton_kernels.operands import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)

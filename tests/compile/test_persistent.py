@@ -1,91 +1,145 @@
-"""Every plan that the planner emits at the suites' shapes for the GPUs of the table: compiled, and what came out.
+"""The persistent kernels on the plans that are ranked first for the suites' shapes and the GPUs of the table, compiled.
 
-Hundreds of kernels take longer to compile than a test run may: `make plans` compiles all of them and writes down what
-each needs (tests/data/plans-<release>.json); here the record is held against the planner, and a part of it is compiled
-again and must come out as recorded: every tile once, every other one under the oldest release of Triton and the others
-under the newer. Under a release without a record the same must fit and keep their weights; which of them spill is not
-known beforehand.
+Hundreds of kernels take longer to compile than a test run may: of each pass and tile one is compiled, those of a kind
+taking turns over GPU, variant and type. Which release of Triton compiles is the Makefile's variable.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
+from typing import NamedTuple
+
 import pytest
-import triton
-from lstm_triton_kernels.gates import INTERPRETED
+from lstm_triton_kernels.operands import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)
 
-from lstm_triton_kernels.persistent_plan import installed_release
+import torch
+from lstm_triton_kernels import sequence_persistent, settle
+from lstm_triton_kernels.gpus import GPU, GPUS
+from lstm_triton_kernels.plan import MOST_TRIES, PersistentPlan, ranked_plans
+from lstm_triton_kernels.sizes import Layer
 
-from tests.support import plans
-from tests.support.compiling import SHARED_MEMORY_LIMIT, compile_launch
+from benchmarks.suites import GPU_SUITES, cases
+from lstm_triton import LSTMSpec, routing
 
-RELEASES = ("3.6", "3.8")
-"""The oldest that is supported, and the one that CI pins."""
-
-PARTS = 8
-
-
-def chosen() -> list[plans.Emitted]:
-    """Of every other pass and tile one kernel, those of its kind taking turns over capability, variant and type."""
-    found: dict[tuple, list[plans.Emitted]] = {}
-    for one, _ in plans.emitted(installed_release()).values():
-        found.setdefault((one.backward, one.plan.key), []).append(one)
-    chosen = [kin[number % len(kin)] for number, kin in enumerate(found.values())]
-    turn = RELEASES.index(installed_release()) if installed_release() in RELEASES else 0
-    return chosen[turn :: len(RELEASES)]
+PARTS = 6
 
 
-def test_the_installed_release_is_known_and_the_supported_ones_are_recorded():
-    assert installed_release() == ".".join(triton.__version__.split(".")[:2])
-    assert set(plans.releases()) >= set(RELEASES)
+class Kernel(NamedTuple):
+    """A pass of a layer on a plan of a GPU."""
+
+    layer: Layer
+    backward: bool
+    gpu: GPU
+    plan: PersistentPlan
+
+    def __str__(self) -> str:
+        name = "backward" if self.backward else "forward"
+        return (
+            f"{self.gpu.name} {name} {self.layer.spec.name} {self.layer.rate} H={self.layer.H} {self.plan.describe()}"
+        )
 
 
-def check(one, plan, result):
-    """A kernel fits, keeps its weights on the chip, and uses the tensor cores where there are some."""
-    name = str(one)
-    assert result["shared"] <= plan.shared_bytes <= SHARED_MEMORY_LIMIT[one.capability], name
-    assert result["registers"] * 32 * plan.num_warps <= 65536, name
-    assert result["resident"], name
-    assert bool(result["tensor_core"]) != (one.rate == "float32"), name
+def kind(kernel: Kernel) -> tuple:
+    plan = kernel.plan
+    tile = (plan.block_u, plan.block_b, plan.block_k, plan.split, plan.chunks, plan.group, plan.num_warps)
+    return (kernel.backward, *tile, plan.wait, plan.exact, plan.blocks_per_program == 1)
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_every_plan_fits_hardly_spills_and_keeps_its_weights(release):
-    record = plans.read_record(release)
-    assert record, f"{plans.record_path(release).name} is of other kernels: run `make plans`"
-    for name, (one, plan) in plans.emitted(release).items():
-        assert record[name]["stack"] <= plans.MOST_STACK, name
-        check(one, plan, record[name])
+def chosen() -> list[Kernel]:
+    """One kernel of each kind."""
+    found: dict[tuple, list[Kernel]] = {}
+    suites = [case for case in cases(GPU_SUITES) if not case.cell]
+    for gpu, case, ragged in itertools.product(GPUS.values(), suites, (False, True)):
+        layer = case.layer._replace(ragged=ragged)
+        for backward in routing.passes(layer).values():
+            plans = ranked_plans(layer, backward, gpu)
+            if not isinstance(plans, str):
+                kernel = Kernel(layer, backward, gpu, plans[0])
+                found.setdefault(kind(kernel), []).append(kernel)
+    return [kin[number * 7 % len(kin)] for number, kin in enumerate(found.values())]
+
+
+def compiled(kernel: Kernel):
+    """The kernel as Triton compiles it for the GPU, by the library's own launcher."""
+    launch = sequence_persistent.launch_without_data(kernel.layer, kernel.backward)
+    grid = sequence_persistent.shape(kernel.plan)
+    with settle.absent_gpu(kernel.gpu.capability):
+        return launch.kernel.run(grid=grid, warmup=True, **launch.arguments(kernel.plan))
+
+
+def tensor_core(ptx: str) -> bool:
+    return re.search(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", ptx) is not None
+
+
+def weights_stay(ttgir: str) -> bool:
+    """Whether the right operand of every product in the time loop was loaded before it.
+
+    Into shared memory, which the loop reads (local_load), or where it is small into registers (convert_layout).
+    """
+    lines = ttgir.splitlines()
+    defined = {match[1]: n for n, line in enumerate(lines) if (match := re.match(r"\s*(%\S+?)(?::\d+)? = ", line))}
+    loop = max(n for n, line in enumerate(lines) if "scf.for" in line and any("tt.dot" in x for x in lines[n:]))
+    products = [line for line in lines if "tt.dot " in line]
+    for line in products:
+        operand = line.split("tt.dot ")[1].split(",")[1].split("*")[-1].strip()
+        if operand not in defined:
+            return False
+        if defined[operand] < loop:
+            continue
+        source = re.search(r"ttg\.(?:local_load|convert_layout) (%[\w#.]+)", lines[defined[operand]])
+        if source is None or not defined[source[1]] < loop:
+            return False
+    return bool(products)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_part_comes_out_as_recorded(part):
-    record = plans.read_record(installed_release()) if installed_release() in RELEASES else None
+def test_a_plan_keeps_its_weights_on_the_chip_and_waits_as_it_says(part):
     some = chosen()[part::PARTS]
     assert some
-    for one in some:
-        if record is None:
-            check(one, one.plan, plans.compiled(one))
-        else:
-            assert plans.compiled(one) == record[str(one)], str(one)
-
-
-def test_programs_that_wait_are_launched_together():
-    waiting = {one.plan.wait: one for one in chosen()}
-    assert set(waiting) == {None, "counter", "data"}
-    for wait, one in waiting.items():
-        launch = plans.launch_of(one)
-        compiled = compile_launch(plans.KERNELS[launch.kernel], launch, one.capability)
-        assert compiled.cooperative == (wait is not None)
+    for kernel in some:
+        found = compiled(kernel)
+        assert weights_stay(found.asm["ttgir"]), kernel
+        assert found.metadata.shared <= kernel.gpu.shared_bytes, kernel
+        assert tensor_core(found.asm["ptx"]) != (kernel.layer.rate == "float32"), kernel
+        assert bool(found.metadata.launch_cooperative_grid) == (kernel.plan.wait is not None), kernel
 
 
 def test_weights_that_are_loaded_in_the_loop_are_seen():
     """A test of the test: the operands of the products swapped."""
-    one = next(one for one in chosen() if one.plan.wait == "data" and one.rate == "bfloat16")
-    launch = plans.launch_of(one)
-    ttgir = compile_launch(plans.KERNELS[launch.kernel], launch, one.capability).ttgir
-    assert plans.weights_stay(ttgir)
-    swapped = ttgir.replace("tt.dot ", "tt.dot %none, ")
-    assert not plans.weights_stay(swapped)
+    kernel = next(kernel for kernel in chosen() if kernel.plan.split > 1 and kernel.layer.rate == "bfloat16")
+    ttgir = compiled(kernel).asm["ttgir"]
+    assert weights_stay(ttgir)
+    assert not weights_stay(ttgir.replace("tt.dot ", "tt.dot %none, "))
+
+
+ANCHOR = Layer(LSTMSpec(), 1024, 16, 768, 1, torch.bfloat16, training=True)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_a_kernel_uses_is_told_without_a_gpu(backward):
+    plans = ranked_plans(ANCHOR, backward, GPUS["h100"])[:MOST_TRIES]
+    for usage, plan in zip(sequence_persistent.usages(ANCHOR, backward, GPUS["h100"], plans), plans, strict=True):
+        assert 64 <= usage.registers <= 255 and usage.registers * 32 * plan.num_warps <= 65536
+        tiles = plan.chunks * plan.split * plan.block_k * plan.block_u * 4 * 2
+        assert tiles <= usage.shared <= GPUS["h100"].shared_bytes
+        assert 0 <= usage.spilled <= settle.MOST_SPILLED
+
+
+def test_a_spill_is_told():
+    """Squeezed into few registers a kernel keeps the rest in memory."""
+    plan = ranked_plans(ANCHOR, False, GPUS["h100"])[0]
+    launch = sequence_persistent.launch_without_data(ANCHOR, False)
+    squeezed = launch.arguments(plan) | dict(maxnreg=64)
+    usage = settle.usage_elsewhere(launch.kernel, sequence_persistent.shape(plan), squeezed, 90)
+    assert usage.registers <= 64 and usage.spilled > settle.MOST_SPILLED
+
+
+def test_a_tool_that_fails_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match=r"cuobjdump of Triton .* failed: "):
+        settle.run_tool("cuobjdump", "--dump-resource-usage", str(tmp_path / "none"))
+    with pytest.raises(RuntimeError, match=r"cuobj of Triton .* does not run: "):
+        settle.run_tool("cuobj")

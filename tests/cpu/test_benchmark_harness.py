@@ -15,11 +15,11 @@ import pytest
 import torch
 from lstm_triton_kernels import gpus
 from lstm_triton_kernels.limit import Constants
-from lstm_triton_kernels.persistent_plan import PersistentPlan
-from lstm_triton_kernels.watch import flags_of
+from lstm_triton_kernels.plan import ranked_plans
+from lstm_triton_kernels.watch import error_words_of
 from rich.console import Console
 
-from benchmarks import bench, check, gpu, plans, rows, run, suites, timing, warm
+from benchmarks import bench, check, gpu, rows, run, suites, timing, warm
 from benchmarks.environment import Environment, environment
 from benchmarks.problem import MOST_SETS, make_problem
 from benchmarks.providers import (
@@ -35,7 +35,7 @@ from benchmarks.providers import (
 )
 from benchmarks.suites import FORWARD, TRAINING, Case
 from benchmarks.worker import Worker
-from lstm_triton import dispatch, selection
+from lstm_triton import routing
 from tests.support import planted
 
 CPU = torch.device("cpu")
@@ -221,16 +221,16 @@ def test_a_baseline_that_fails_leaves_the_others_without_a_ratio():
     assert found.failure is None and found.times.ms and found.times.ratio is None and found.times.spread is None
 
 
-def test_a_row_whose_launch_gave_up_has_no_time_and_the_next_row_has():
-    def gives_up(run_model, x):
-        flags_of(CPU).take("a launch of the test")[0] = 2
+def test_a_row_whose_launch_timed_out_has_no_time_and_the_next_row_has():
+    def times_out(run_model, x):
+        error_words_of(CPU).take("a launch of the test")[0] = 2
         return run_model(x)
 
     measured = new_bench()
-    found = measured.measure(planted.Planted("gives up", gives_up), CASE)
-    assert found.failure.startswith("failed: RuntimeError: programs of a persistent launch waited") and not found.times
+    found = measured.measure(planted.Planted("times out", times_out), CASE)
+    assert found.failure.startswith("failed: RuntimeError: a persistent launch timed out") and not found.times
     assert "a launch of the test (values were not published)" in found.failure
-    flags_of(CPU).take("of a row that fails anyhow")[0] = 1
+    error_words_of(CPU).take("of a row that fails anyhow")[0] = 1
     assert measured.measure(planted.RAISES, CASE).failure.startswith("failed: ValueError")
     assert measured.measure(LstmTriton("auto"), CASE).failure is None
 
@@ -379,16 +379,16 @@ def test_a_row_that_crashes_or_hangs_is_a_row_and_the_next_one_is_measured(tmp_p
 
 
 class FakeMeasures:
-    """Answers at once; a clock moves on by what the row is said to take, and no further than the patience."""
+    """Answers at once; a clock moves on by what the row is said to take, and no further than the timeout."""
 
     def __init__(self, seconds, answer=None):
         self.now, self.seconds, self.answer, self.asked = 0.0, seconds, answer, []
 
-    def measure(self, provider, case, patience):
+    def measure(self, provider, case, timeout):
         self.asked.append((provider.key, case))
         taken = self.seconds(case)
-        self.now += min(taken, patience)
-        if taken > patience:
+        self.now += min(taken, timeout)
+        if taken > timeout:
             return bench.Measurement(failure="failed: not done", stopped=True)
         return self.answer or bench.Measurement(times=TIMES, error=1e-6, rows=3.0)
 
@@ -428,9 +428,16 @@ def test_the_most_telling_rows_come_first_and_providers_only_get_what_they_compu
 def h100(monkeypatch):
     """Providers and plans see an H100 behind "cuda"."""
     monkeypatch.setattr(gpus, "gpu_of", lambda device: gpus.GPUS["h100"])
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(routing, "gpu_of", lambda device: gpus.GPUS["h100"])
+    monkeypatch.setattr(routing, "why_not_triton", lambda device, dtype: None)
     only_standard = "it has the standard variant alone"
-    monkeypatch.setattr(selection, "why_not_cudnn", lambda device, spec: None if spec.standard else only_standard)
+    monkeypatch.setattr(routing, "why_not_cudnn", lambda device, spec: None if spec.standard else only_standard)
+
+
+def ranked(case, preference):
+    """The plans of each pass."""
+    passes = routing.passes(case.layer)
+    return {n: ranked_plans(case.layer, b, gpus.GPUS["h100"], preference) for n, b in passes.items()}
 
 
 def test_a_run_decides_between_the_candidates_before_all_else(h100):
@@ -442,9 +449,10 @@ def test_a_run_decides_between_the_candidates_before_all_else(h100):
         assert strategies >= {"cudnn", "auto", "persistent"}
         measured = [task.provider.plan(case, "cuda") for task in first if task.case == case and is_persistent(task)]
         possible = {
-            plans.in_words(found)
+            "; ".join(f"{name} {plans[0].describe()}" for name, plans in found.items())
             for how in LstmTriton.HOW.values() if how.strategy == "persistent"
-            if plans.obstacle(found := selection.plans(plans.layer_of(case), gpus.GPUS["h100"], how.preference)) is None
+            for found in [ranked(case, how.preference)]
+            if all(isinstance(plans, tuple) for plans in found.values())
         }  # fmt: skip
         assert set(measured) == possible and len(possible) > 1
     assert all(task.case.suite in LstmTriton.CANDIDATE_SUITES for task in todo if "t-" in task.provider.strategy)
@@ -452,7 +460,7 @@ def test_a_run_decides_between_the_candidates_before_all_else(h100):
 
 
 def test_beside_coupled_rows_stands_pytorchs_own_operator(h100, monkeypatch):
-    monkeypatch.setattr(selection, "why_not_cudnn", lambda device, spec: None if spec.peephole is None else "no")
+    monkeypatch.setattr(routing, "why_not_cudnn", lambda device, spec: None if spec.peephole is None else "no")
     todo = run.tasks(suites.cases(("variants",), ("bfloat16",)), list(PROVIDERS.values()), "cuda")
     ranks = {(t.case, t.provider.key): t.provider.rank(t.case) for t in todo if t.case.variant == "coupled"}
     for case in {case for case, _ in ranks}:
@@ -466,9 +474,9 @@ def is_persistent(task):
 @pytest.mark.parametrize(
     "strategy, change, words",
     [
-        ("persistent", dict(H=4096), "forward pass: .* recurrent weights"),
-        ("persistent-data", dict(H=4096), "forward pass: .* recurrent weights"),
-        ("persistent-u32", dict(), "forward pass: no plan is Preference"),
+        ("persistent", dict(H=4096), "no tiles of the recurrent weights"),
+        ("persistent-data", dict(H=4096), "no tiles of the recurrent weights"),
+        ("persistent-u32", dict(), "no plan is Preference"),
         ("persistent-counter", dict(suite="core"), "is measured in smaller suites"),
         ("persistent", dict(suite="core"), None),
         ("persistent", dict(cell=True, T=1), "is no strategy of one step"),
@@ -510,21 +518,8 @@ def test_a_row_names_the_plan_that_computed_it(h100):
     assert auto.plan(replace(case, H=4096), "cuda") == "cudnn"
     assert auto.plan(replace(case, H=4096, variant="coupled"), "cuda") == "stepwise"
     assert auto.plan(replace(case, mode=FORWARD), "cuda").startswith("forward") and auto.plan(case, "cpu") == ""
-    row = run.row(run.Task(auto, case), bench.Measurement(failure="failed"), WHERE, None, "cuda")
-    assert row.plan == found["auto"] and TorchLSTM("cudnn").plan(case, "cuda") == ""
-
-
-def test_a_plan_in_words():
-    plan = PersistentPlan(
-        block_u=8, block_b=16, block_k=32, split=8, chunks=3, group=3, rows=12, unit_programs=96, row_programs=1,
-        directions=1, row_blocks=1, num_warps=8, wait="data", exact=False, shared_bytes=0, estimate_us=0.0,
-    )  # fmt: skip
-    assert plans.describe(plan) == "U8 R12/16 K32x8x3 96x1x1 data"
-    assert plans.describe(replace(plan, group=1, row_blocks=4)) == "U8 R12/16 K32x8x3 by 1 96x1x1 of 4 data"
-    assert plans.describe(replace(plan, wait=None, unit_programs=1)) == "U8 R12/16 K32x8x3 1x1x1 alone"
-    assert plans.in_words({"forward": plan, "backward": "no room"}) == (
-        "forward U8 R12/16 K32x8x3 96x1x1 data; backward no room"
-    )
+    row = run.row(run.Task(auto, case), bench.Measurement(failure="failed", plan="this one"), WHERE, None, "cuda")
+    assert row.plan == "this one" and TorchLSTM("cudnn").plan(case, "cuda") == ""
 
 
 def test_a_run_stops_in_time_and_says_what_it_left(tmp_path):
@@ -566,10 +561,10 @@ def test_a_row_cut_off_by_the_budget_is_not_called_a_failure_but_one_that_hangs_
 
 def test_what_was_done_when_a_run_is_killed_is_in_the_file(tmp_path):
     class Killed(FakeMeasures):
-        def measure(self, provider, case, patience):
+        def measure(self, provider, case, timeout):
             if len(self.asked) == 3:
                 raise KeyboardInterrupt
-            return super().measure(provider, case, patience)
+            return super().measure(provider, case, timeout)
 
     todo = run.tasks(suites.cases(("cpu",)), [BASELINE], "cpu")
     with pytest.raises(KeyboardInterrupt):

@@ -23,7 +23,7 @@ from rich.console import Console
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from lstm_triton import VARIANTS, cli, dispatch
+from lstm_triton import VARIANTS, cli, routing
 from lstm_triton.cli import app, checkpoints, files, model, output, progress, report, tensors, text, training
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.parallel import World
@@ -42,7 +42,7 @@ SETTINGS = training.Settings(
 def surroundings(tmp_path, monkeypatch):
     """A directory of its own with a small text, and no backend asked for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "auto")
+    monkeypatch.setattr(routing, "FROM_ENVIRONMENT", "auto")
     for variable in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     Path("text.txt").write_text(TEXT, encoding="utf-8")
@@ -448,8 +448,8 @@ def test_info(program):
 
 @pytest.mark.parametrize("value, reason", [("triton", "the obstacle"), ("tpu", "LSTM_TRITON_BACKEND must be one of")])
 def test_info_says_why_no_backend_can_run(program, monkeypatch, value, reason):
-    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", value)
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: "the obstacle")
+    monkeypatch.setattr(routing, "FROM_ENVIRONMENT", value)
+    monkeypatch.setattr(routing, "why_not_triton", lambda device, dtype: "the obstacle")
     code, output, _ = program("info")
     assert code == 0
     assert re.search(rf"cpu .* none .*{reason}", output)
@@ -882,8 +882,8 @@ def test_bad_input_is_one_line(train, arguments, code, message):
 
 
 def test_backend_that_cannot_run_is_one_line(train, monkeypatch):
-    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "triton")
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: "the obstacle")
+    monkeypatch.setattr(routing, "FROM_ENVIRONMENT", "triton")
+    monkeypatch.setattr(routing, "why_not_triton", lambda device, dtype: "the obstacle")
     assert_one_error(train(), 1, "cannot run here: the obstacle")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_triton import cli, dispatch
+from lstm_triton import cli, routing
 from lstm_triton.cli import parallel, training
 from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.parallel import Place
@@ -34,7 +34,7 @@ def directory(tmp_path_factory):
     """A directory with a text so short that epochs, after which the state is reset, end within the runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("distributed"))
-        for variable in (dispatch.ENVIRONMENT_VARIABLE, "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        for variable in (routing.ENVIRONMENT_VARIABLE, "RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(variable, raising=False)
         patch.setattr(training, "MAX_GRADIENT_NORM", CLIPPED_AT)
         Path("text.txt").write_text(TEXT, encoding="utf-8")

@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lstm_triton_kernels import limit
-from lstm_triton_kernels.limit import Constants, Work, least_us_per_step
+from lstm_triton_kernels.limit import Constants, least_us_per_step
+from lstm_triton_kernels.sizes import Layer
+from lstm_triton_kernels.spec import STANDARD, VARIANTS, LSTMSpec
 
 GPU = Constants(
     copy_gb_per_s=3000.0,
@@ -19,7 +22,7 @@ GPU = Constants(
     on_chip_bytes=484 * 1024,
 )
 CPU = Constants(copy_gb_per_s=20.0, matmul_tflop_per_s={"float32": 0.1})
-ANCHOR = Work(T=1024, B=16, I=768, H=768, L=1, D=1, dtype="bfloat16", element_bytes=2)
+ANCHOR = Layer(STANDARD, T=1024, B=16, H=768, D=1, dtype=torch.bfloat16, I=768)
 
 
 def test_the_anchor_by_hand():
@@ -32,65 +35,72 @@ def test_the_anchor_by_hand():
 def test_training_adds_the_backward_exchange_of_all_gates():
     operations = 2 * 16 * 768 * 4 * 768 / 700e6
     wanted = 2 * (0.7 + operations) + 5 * 245_760 / 5e6 + 2 * 4.0 / 1024
-    assert least_us_per_step(replace(ANCHOR, training=True), GPU) == pytest.approx(wanted, rel=1e-12)
+    assert least_us_per_step(ANCHOR._replace(training=True), GPU) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_weights_that_fit_one_multiprocessor_need_no_wait():
-    small = replace(ANCHOR, I=128, H=128, T=10**9)  # 128 KiB of weights
+    small = ANCHOR._replace(I=128, H=128, T=10**9)  # 128 KiB of weights
     assert least_us_per_step(small, GPU) == pytest.approx(2 * 16 * 128 * 4 * 256 / 700e6, rel=1e-6)
 
 
 def test_many_rows_are_bound_by_operations():
-    wide = replace(ANCHOR, B=4096, T=10**9)
+    wide = ANCHOR._replace(B=4096, T=10**9)
     assert least_us_per_step(wide, GPU) >= 2 * 4096 * 768 * 4 * 2 * 768 / 700e6
 
 
 def test_weights_that_no_machine_holds_stream_through_l2():
-    huge = replace(ANCHOR, H=4096, I=4096, T=10**9)
-    weights = limit.recurrent_bytes(huge)
+    huge = ANCHOR._replace(H=4096, I=4096, T=10**9)
+    weights = huge.recurrent_bytes
     held = 132 * GPU.on_chip_bytes
     assert weights == 4096 * 4096 * 4 * 2 > held
     assert least_us_per_step(huge, GPU) > (weights - held) / 5e6
 
 
 def test_a_cpu_has_operations_and_bytes_alone():
-    work = Work(T=64, B=32, I=256, H=512, L=1, D=1, dtype="float32", element_bytes=4)
+    work = Layer(STANDARD, T=64, B=32, H=512, D=1, dtype=torch.float32, I=256)
     assert least_us_per_step(work, CPU) == pytest.approx(2 * 32 * 512 * 4 * (256 + 512) / 0.1e6, rel=1e-12)
-    assert limit.step_bytes(work, 256) == 32 * (256 + 512) * 4
+    assert limit.step_bytes(work) == 32 * (256 + 512) * 4
 
 
 def test_the_bytes_of_a_training_step():
-    work = Work(T=64, B=3, I=5, H=7, L=1, D=1, dtype="float16", element_bytes=2, training=True)
+    work = Layer(STANDARD, T=64, B=3, H=7, D=1, dtype=torch.float16, I=5, training=True)
     x, h, gates, c = 5, 7, 28, 7
     forward = (x + h + gates) * 2 + c * 4  # read x; write output, gates, c
     backward = (gates + h + gates + x + h + x) * 2 + c * 4  # read gates, grad, x, h; write d_gates, dx; read c
-    assert limit.step_bytes(work, 5) == 3 * (forward + backward)
+    assert limit.step_bytes(work) == 3 * (forward + backward)
 
 
 def test_layers_in_one_direction_share_a_chain_and_directions_share_a_step():
-    one = least_us_per_step(replace(ANCHOR, T=10**9), GPU)
-    assert least_us_per_step(replace(ANCHOR, T=10**9, L=2), GPU) == pytest.approx(one / 2, rel=1e-6)
-    assert least_us_per_step(replace(ANCHOR, T=10**9, D=2), GPU) == pytest.approx(one / 2, rel=1e-6)
-    assert least_us_per_step(replace(ANCHOR, T=10**9, D=2, L=2), GPU) == pytest.approx(one / 2, rel=1e-6)
+    one = least_us_per_step(ANCHOR._replace(T=10**9), GPU)
+    assert least_us_per_step(ANCHOR._replace(T=10**9), GPU, layers=2) == pytest.approx(one / 2, rel=1e-6)
+    assert least_us_per_step(ANCHOR._replace(T=10**9, D=2), GPU) == pytest.approx(one / 2, rel=1e-6)
+    assert least_us_per_step(ANCHOR._replace(T=10**9, D=2), GPU, layers=2) == pytest.approx(one / 2, rel=1e-6)
 
 
 sizes = st.integers(1, 4096)
 works = st.builds(
-    Work, T=sizes, B=sizes, I=sizes, H=sizes, L=st.integers(1, 4), D=st.sampled_from((1, 2)),
-    dtype=st.sampled_from(("float16", "tf32", "float32")), element_bytes=st.sampled_from((2, 4)),
-    gates=st.sampled_from((3, 4)), full_peephole_blocks=st.integers(0, 3), training=st.booleans(),
+    Layer, spec=st.sampled_from(VARIANTS), T=sizes, B=sizes, I=sizes, H=sizes, D=st.sampled_from((1, 2)),
+    dtype=st.sampled_from((torch.float16, torch.float32)), precision=st.sampled_from(("ieee", "tf32")),
+    training=st.booleans(), P=st.just(0), ragged=st.just(False),
 )  # fmt: skip
 
 
-@given(works, st.sampled_from(("B", "I", "H", "gates", "full_peephole_blocks")))
-def test_more_work_never_takes_less(work, what):
-    more = replace(work, **{what: getattr(work, what) + 1})
-    assert 0 < least_us_per_step(work, GPU) <= least_us_per_step(more, GPU) * (1 + 1e-12)
+@given(works, st.sampled_from(("B", "I", "H")), st.integers(1, 4))
+def test_more_work_never_takes_less(work, what, layers):
+    more = work._replace(**{what: getattr(work, what) + 1})
+    assert 0 < least_us_per_step(work, GPU, layers) <= least_us_per_step(more, GPU, layers) * (1 + 1e-12)
+
+
+@given(works)
+def test_more_gates_and_matrices_never_take_less(work):
+    rising = [work._replace(spec=LSTMSpec(coupled, p)) for coupled in (True, False) for p in (None, "full")]
+    times = [least_us_per_step(one, GPU) for one in rising]
+    assert times[0] <= min(times[1:3]) * (1 + 1e-12) and max(times[1:3]) <= times[3] * (1 + 1e-12)
 
 
 @given(works)
 def test_training_never_takes_less_and_faster_machines_never_more(work):
-    assert least_us_per_step(replace(work, training=False), GPU) <= least_us_per_step(replace(work, training=True), GPU)
+    assert least_us_per_step(work._replace(training=False), GPU) <= least_us_per_step(work._replace(training=True), GPU)
     better = replace(
         GPU, copy_gb_per_s=6000.0, l2_read_gb_per_s=9000.0, launch_us=1.0,
         wait_us={"data": {1: 0.01}}, matmul_tflop_per_s={k: 2 * v for k, v in GPU.matmul_tflop_per_s.items()},

@@ -8,16 +8,19 @@ import pytest
 import torch
 from lstm_triton_kernels import sequence_persistent
 from lstm_triton_kernels.gpus import GPUS
-from lstm_triton_kernels.persistent_plan import ANY, Preference, Recurrence, persistent_plan
+from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.plan import ANY, Preference, ranked_plans
+from lstm_triton_kernels.sizes import Layer
+from lstm_triton_kernels.spec import STANDARD
 
 H100 = GPUS["h100"]
-WORK = Recurrence(16, 768, 1, 4, 0, torch.bfloat16, "ieee", backward=False)
-PLAN = persistent_plan(WORK, H100)
+LAYER = Layer(STANDARD, 1024, 16, 768, 1, torch.bfloat16)
+PLAN = ranked_plans(LAYER, False, H100)[0]
 
 
 def test_the_grid_is_units_rows_and_directions(monkeypatch):
     monkeypatch.setattr(sequence_persistent, "gpu_of", lambda device: H100)
-    both = persistent_plan(replace(WORK, D=2, B=40), H100)
+    both = ranked_plans(LAYER._replace(D=2, B=40), False, H100)[0]
     assert sequence_persistent.grid(PLAN, torch.device("cuda")) == (96, 1, 1)
     assert sequence_persistent.grid(both, torch.device("cuda")) == (both.unit_programs, both.row_programs, 2)
 
@@ -27,7 +30,7 @@ def test_programs_that_could_not_all_be_resident_are_refused_before_the_launch(m
     monkeypatch.setattr(sequence_persistent, "gpu_of", lambda device: GPUS["l4"])
     with pytest.raises(RuntimeError, match="96 programs that wait for each other do not fit the 58 multiprocessors"):
         sequence_persistent.grid(PLAN, torch.device("cuda"))
-    alone = persistent_plan(replace(WORK, H=64, B=2000), H100)
+    alone = ranked_plans(LAYER._replace(H=64, B=2000), False, H100)[0]
     assert alone.alone and alone.programs > 58
     assert sequence_persistent.grid(alone, torch.device("cuda"))[1] == alone.programs
 
@@ -46,7 +49,7 @@ def test_a_preference_holds_inside_its_block():
 @pytest.mark.parametrize("wait, counters", [("counter", 2 * 3 * 32), ("data", 1)])
 def test_every_row_block_and_direction_has_a_counter_on_a_line_of_its_own(wait, counters):
     plan = replace(PLAN, wait=wait, directions=2, row_blocks=3)
-    arguments = sequence_persistent.sequence_arguments(5, 40, 768, 2, plan, None, None, torch.empty(1), "a pass")
+    arguments = sequence_persistent.common_arguments(LAYER, plan, Order(5), torch.device("cpu"), "a pass")
     assert arguments["counters_ptr"].numel() == counters
     assert wait == "data" or not arguments["counters_ptr"].any()
     assert arguments["launch_cooperative_grid"] and arguments["error_ptr"].data_ptr() % 16 == 0

@@ -5,12 +5,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lstm_triton_kernels.order import Order
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence
 
 import lstm_triton
 from lstm_triton import VARIANTS, LSTMSpec, eager, functional
-from lstm_triton.layer import turn
 from lstm_triton.ragged import Packing
 
 T, B, I, H = 6, 4, 3, 5  # noqa: E741
@@ -154,7 +154,7 @@ def test_a_packed_sequence_is_as_its_rows_with_lengths(spec, sort):
 def test_last_states_without_a_gradient_add_nothing_to_a_step(monkeypatch):
     given = []
     backward = eager.backward
-    monkeypatch.setattr(eager, "backward", lambda *a: given.append((a[0], a[-1])) or backward(*a))
+    monkeypatch.setattr(eager, "backward", lambda *a: given.append(a[:2]) or backward(*a))
     lstm, x = layer(LSTMSpec(coupled=True), bidirectional=True), sequence()
     output, (h_n, c_n) = lstm(x, lengths=LENGTHS)
     output.sum().backward(retain_graph=True)
@@ -195,15 +195,19 @@ def test_padding_and_packing_on_the_device_are_torch_s(lengths, features):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
-def test_rows_are_turned_within_their_lengths(data):
+def test_rows_are_flipped_within_their_lengths(data):
     steps = data.draw(st.integers(1, 7))
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, steps), min_size=1, max_size=5)))
     x = torch.randn(steps, len(lengths), 2)
-    turned = turn(x, lengths)
-    for b, length in enumerate(lengths):
-        assert torch.equal(turned[:length, b], x[:length, b].flip(0)) and torch.equal(turned[length:, b], x[length:, b])
-    assert torch.equal(turn(turned, lengths), x)
-    assert torch.equal(turn(x[..., 0], lengths), turned[..., 0])
+    order = Order(steps, lengths)
+    flipped = order.flip(x)
+    for b, n in enumerate(lengths):
+        assert torch.equal(flipped[:n, b], x[:n, b].flip(0)) and torch.equal(flipped[n:, b], x[n:, b])
+    assert torch.equal(order.flip(flipped), x)
+    assert torch.equal(order.flip(x[..., 0]), flipped[..., 0])
+    cells = torch.randn(steps + 1, len(lengths), 2)
+    for b, n in enumerate(lengths + 1):
+        assert torch.equal(order.flip(cells)[:n, b], cells[:n, b].flip(0))
 
 
 def zeros(*shape, dtype=torch.bool):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from lstm_triton_kernels.spec import LSTMWeights
 
 from lstm_triton import VARIANTS, LSTMSpec
-from lstm_triton.spec import LSTMWeights
 from tests.support.parity import BOUND, Case, call_reference, errors, random_inputs, results
 
 

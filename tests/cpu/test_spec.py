@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lstm_triton_kernels.order import final_slot, initial_slot, steps
-from lstm_triton_kernels.plan import SUPPORTED_DTYPES, accumulator_dtype, elementwise_plan, matmul_plan
+from lstm_triton_kernels.blocks import elementwise_blocks, matmul_blocks
+from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.sizes import SUPPORTED_DTYPES, accumulator_dtype
 
 from lstm_triton import VARIANTS, LSTMSpec
 
@@ -44,25 +45,22 @@ def test_blocks(spec, gates, peepholes, previous):
 
 @given(st.integers(1, 20), st.booleans(), st.booleans())
 def test_each_step_reads_what_the_step_before_it_wrote(T, reverse, saved):
-    order = list(steps(T, reverse, saved))
-    assert [step.t for step in order] == (list(range(T))[::-1] if reverse else list(range(T)))
-    assert order[0].h_index is None and order[0].previous == initial_slot(T, reverse, saved)
-    for before, after in pairwise(order):
+    order = Order(T, reverse=reverse)
+    steps = list(order.steps(saved))
+    assert [step.t for step in steps] == (list(range(T))[::-1] if reverse else list(range(T)))
+    assert steps[0].h_index is None and steps[0].previous == order.initial_slot(saved)
+    for before, after in pairwise(steps):
         assert after.h_index == before.t and after.previous == before.current
-    assert order[-1].current == final_slot(T, reverse, saved)
-    slots = {order[0].previous, *(step.current for step in order)}
+    assert steps[-1].current == order.final_slot(saved)
+    slots = {steps[0].previous, *(step.current for step in steps)}
     assert slots == (set(range(T + 1)) if saved else {0})
 
 
 @given(st.integers(0, 100_000), st.integers(1, 100_000), st.sampled_from(SUPPORTED_DTYPES))
-def test_plans_are_legal(B, H, dtype):
-    plan = matmul_plan(B, H, dtype)
-    blocks = (plan.block_b, plan.block_u, plan.block_k)
-    assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
-    assert (
-        plan.num_stages * plan.block_k * (plan.block_b + plan.block_u) * torch.empty(0, dtype=dtype).element_size()
-        < 99 * 1024
-    )
-    elementwise = elementwise_plan(H)
+def test_block_sizes_are_legal(B, H, dtype):
+    blocks = matmul_blocks(B, H, dtype)
+    assert all(size >= 16 and size & (size - 1) == 0 for size in (blocks.block_b, blocks.block_u, blocks.block_k))
+    assert blocks.num_stages * blocks.block_k * (blocks.block_b + blocks.block_u) * dtype.itemsize < 99 * 1024
+    elementwise = elementwise_blocks(H)
     assert elementwise.block_b * elementwise.block_u == 512
     assert accumulator_dtype(dtype) == (torch.float64 if dtype == torch.float64 else torch.float32)

@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_triton
 from lstm_triton import LSTMSpec, aten, reference
-from lstm_triton.functional import group_layers
+from lstm_triton.parameters import group_layers
 from lstm_triton.ragged import Packing
 from tests.support.composes import close, loss
 

@@ -1,4 +1,4 @@
-"""What the host knows of persistent launches: which of them gave up, and whose turn it is on a device."""
+"""What the host knows of persistent launches: which of them timed out, and whose turn it is on a device."""
 
 import importlib.util
 import threading
@@ -7,30 +7,33 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lstm_triton_kernels import watch
-from lstm_triton_kernels.watch import WORDS, Flags
+from lstm_triton_kernels.watch import WORDS, ErrorWords
 
 import lstm_triton
 
 CPU, CUDA, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
-IN_VAIN = "programs of a persistent launch waited for each other in vain; the results are invalid: "
+TIMED_OUT = (
+    "a persistent launch timed out waiting for the other thread blocks; the results are invalid; often another "
+    "process holds multiprocessors: "
+)
 
 
 @pytest.fixture(autouse=True)
 def no_flags(monkeypatch):
     """No test sees the flags of another."""
-    monkeypatch.setattr(watch, "_flags", {})
+    monkeypatch.setattr(watch, "_error_words", {})
 
 
 def said(flags):
     with pytest.raises(RuntimeError) as raised:
         flags.check()
     text = str(raised.value)
-    assert text.startswith(IN_VAIN)
-    return text.removeprefix(IN_VAIN)
+    assert text.startswith(TIMED_OUT)
+    return text.removeprefix(TIMED_OUT)
 
 
 def test_a_word_is_one_zero_that_a_launch_can_write():
-    flags = Flags(CPU)
+    flags = ErrorWords(CPU)
     word = flags.take("first")
     assert word.shape == (1,) and word.dtype == torch.int32 and word.item() == 0
     assert word.data_ptr() != flags.take("second").data_ptr()
@@ -48,13 +51,13 @@ def test_a_word_is_one_zero_that_a_launch_can_write():
     ],
 )
 def test_the_bits_are_told_in_words(code, words):
-    flags = Flags(CPU)
+    flags = ErrorWords(CPU)
     flags.take("a launch").fill_(code)
     assert said(flags) == f"a launch ({words})"
 
 
 def test_a_failure_is_told_once():
-    flags = Flags(CPU)
+    flags = ErrorWords(CPU)
     word = flags.take("a launch")
     word.fill_(2)
     said(flags)
@@ -66,7 +69,7 @@ def test_a_failure_is_told_once():
 
 
 def test_several_failures_are_told_together_in_the_order_of_launches():
-    flags = Flags(CPU)
+    flags = ErrorWords(CPU)
     words = [flags.take(f"launch {n}") for n in range(5)]
     words[3].fill_(1)
     words[1].fill_(2)
@@ -75,7 +78,7 @@ def test_several_failures_are_told_together_in_the_order_of_launches():
 
 
 def test_words_are_used_again_after_so_many_launches_and_named_anew():
-    flags = Flags(CPU)
+    flags = ErrorWords(CPU)
     words = [flags.take(f"launch {n}") for n in range(WORDS + 3)]
     assert len({word.data_ptr() for word in words}) == WORDS
     assert all(words[n].data_ptr() == words[WORDS + n].data_ptr() for n in range(3))
@@ -90,14 +93,14 @@ def test_words_are_used_again_after_so_many_launches_and_named_anew():
 def test_the_bits_are_those_that_the_kernels_write():
     from lstm_triton_kernels import sync
 
-    assert set(watch.GAVE_UP) == {sync.GAVE_UP_COUNT.value, sync.GAVE_UP_DATA.value}
-    assert "count" in watch.GAVE_UP[sync.GAVE_UP_COUNT.value]
+    assert set(watch.TIMED_OUT) == {sync.TIMED_OUT_COUNT.value, sync.TIMED_OUT_DATA.value}
+    assert "count" in watch.TIMED_OUT[sync.TIMED_OUT_COUNT.value]
 
 
 def test_a_device_has_its_flags_once(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **k: torch.full(shape, int(pin_memory), **k))
-    host, first, second = watch.flags_of(CPU), watch.flags_of(CUDA), watch.flags_of(OTHER)
-    assert watch.flags_of(CUDA) is first and watch.flags_of(CPU) is host and len({host, first, second}) == 3
+    host, first, second = watch.error_words_of(CPU), watch.error_words_of(CUDA), watch.error_words_of(OTHER)
+    assert watch.error_words_of(CUDA) is first and watch.error_words_of(CPU) is host and len({host, first, second}) == 3
     assert host.words[0, 0] == 0 and first.words[0, 0] == 1, "the words of a GPU are in pinned memory"
     assert len(first.words) == WORDS
 
@@ -105,10 +108,10 @@ def test_a_device_has_its_flags_once(monkeypatch):
 def test_check_launches_asks_every_device():
     lstm_triton.check_launches()
     assert lstm_triton.check_launches is watch.check_launches
-    watch._flags.update({CUDA: Flags(CPU), OTHER: Flags(CPU)})
+    watch._error_words.update({CUDA: ErrorWords(CPU), OTHER: ErrorWords(CPU)})
     lstm_triton.check_launches()
     for device in (OTHER, CUDA):
-        watch.flags_of(device).take(f"a launch on {device}").fill_(1)
+        watch.error_words_of(device).take(f"a launch on {device}").fill_(1)
         with pytest.raises(RuntimeError, match=f"a launch on {device} "):
             lstm_triton.check_launches()
         lstm_triton.check_launches()
@@ -118,7 +121,7 @@ def test_check_launches_asks_every_device():
 
 
 def give_up(name="the forward pass of 7 units"):
-    watch.flags_of(CPU).take(name).fill_(1)
+    watch.error_words_of(CPU).take(name).fill_(1)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -126,7 +129,7 @@ def test_the_next_call_of_a_layer_raises(grad):
     layer, x = lstm_triton.LSTM(3, 4, peephole="full").requires_grad_(grad), torch.randn(2, 1, 3)
     expected = layer(x)[0]
     give_up()
-    with pytest.raises(RuntimeError, match=r"the results are invalid: the forward pass of 7 units \(a count"):
+    with pytest.raises(RuntimeError, match=r"holds multiprocessors: the forward pass of 7 units \(a count"):
         layer(x)
     torch.testing.assert_close(layer(x)[0], expected)
 
@@ -219,7 +222,7 @@ def ends(function, seconds=5.0):
 
 
 def take_turn(own, device=CUDA):
-    with own.turn(device):
+    with own.one_at_a_time(device):
         pass
 
 
@@ -231,7 +234,7 @@ def test_on_the_cpu_a_turn_is_nothing(own, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, asked)
 
     def nested():
-        with own.turn(CPU), own.turn(CPU):
+        with own.one_at_a_time(CPU), own.one_at_a_time(CPU):
             pass
 
     assert ends(nested)
@@ -249,7 +252,7 @@ def test_another_stream_waits_for_the_last_launch(own, cuda):
     first, second, third = Stream(), Stream(), Stream()
     for stream in (first, first, second, second, third, first):
         cuda.stream = stream
-        with own.turn(CUDA):
+        with own.one_at_a_time(CUDA):
             stream.before = (len(stream.waited), len(stream.recorded))
     assert second.waited == [first.recorded[1]]
     assert third.waited == [second.recorded[1]]
@@ -289,7 +292,7 @@ def test_a_launch_that_fails_leaves_the_turn_to_others(own, cuda, capturing):
     cuda.stream = first
     take_turn(own)
     cuda.capturing = capturing
-    with pytest.raises(ZeroDivisionError), own.turn(CUDA):
+    with pytest.raises(ZeroDivisionError), own.one_at_a_time(CUDA):
         raise ZeroDivisionError
     assert len(first.recorded) == 1
     cuda.stream, cuda.capturing = second, False
@@ -299,26 +302,26 @@ def test_a_launch_that_fails_leaves_the_turn_to_others(own, cuda, capturing):
 
 def test_a_launch_takes_its_word_within_its_turn(own, cuda):
     """`sequence_persistent` makes the arguments of a launch inside its turn, the word for errors among them."""
-    own._flags[CUDA] = own.Flags(CPU)
+    own._error_words[CUDA] = own.ErrorWords(CPU)
 
     def launch():
-        with own.turn(CUDA):
-            own.flags_of(CUDA).take("a launch")
+        with own.one_at_a_time(CUDA):
+            own.error_words_of(CUDA).take("a launch")
 
     assert ends(launch, seconds=2.0), "the turn and the flags wait for each other"
-    assert own._flags[CUDA].names[0] == "a launch"
+    assert own._error_words[CUDA].names[0] == "a launch"
 
 
 def test_two_threads_launch_one_after_the_other(own, cuda):
     inside, entered, leave = threading.Event(), threading.Event(), threading.Event()
 
     def first():
-        with own.turn(CUDA):
+        with own.one_at_a_time(CUDA):
             inside.set()
             leave.wait(5.0)
 
     def second():
-        with own.turn(CUDA):
+        with own.one_at_a_time(CUDA):
             entered.set()
 
     threads = [threading.Thread(target=f, daemon=True) for f in (first, second)]

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lstm_triton import dispatch
+from lstm_triton import routing
 
-if not dispatch.TRITON_INSTALLED:
+if not routing.TRITON_INSTALLED:
     pytest.skip("needs triton", allow_module_level=True)
 
-from lstm_triton_kernels.plan import matmul_precision
+from lstm_triton_kernels.sizes import matmul_precision
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
 
@@ -60,8 +60,8 @@ each_of_each = pytest.mark.parametrize("spec, strategy", OF_EACH, ids=lambda v: 
 
 
 @pytest.fixture(autouse=True)
-def nothing_gives_up():
-    """After each test, no launch has waited in vain."""
+def nothing_times_out():
+    """After each test, no launch has timed out."""
     yield
     torch._dynamo.reset()
     if torch.cuda.is_available():

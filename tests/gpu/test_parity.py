@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lstm_triton_kernels.plan import matmul_precision
+from lstm_triton_kernels.sizes import matmul_precision
 
 import lstm_triton
-from lstm_triton import VARIANTS, LSTMSpec, dispatch
+from lstm_triton import VARIANTS, LSTMSpec, routing
 from tests.support.gpu import NEEDS_GPU, TYPES, assert_as_near_as_cudnn, strategies
 from tests.support.parity import Case, call, errors, expected_results, random_inputs, results
 from tests.support.rounding import rounded_results
@@ -94,4 +94,4 @@ def test_rounding_alone_errs_on_the_gpu_as_on_the_cpu(precision):
 
 
 def test_auto_chooses_the_kernels():
-    assert dispatch.choose(torch.device("cuda", 0), torch.bfloat16).name == "triton"
+    assert routing.choose_backend(torch.device("cuda", 0), torch.bfloat16).name == "triton"

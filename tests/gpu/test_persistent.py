@@ -1,4 +1,4 @@
-"""On a GPU: the persistent kernels are right by both waits, in graphs and beside other work, and no launch gives up."""
+"""On a GPU: the persistent kernels are right by both waits, in graphs and beside other work, and never time out."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lstm_triton import dispatch
+from lstm_triton import routing
 
-if not dispatch.TRITON_INSTALLED:
+if not routing.TRITON_INSTALLED:
     pytest.skip("needs triton", allow_module_level=True)
 
 from dataclasses import replace
 
 from lstm_triton_kernels import sequence_persistent
 from lstm_triton_kernels.gpus import GPUS, gpu_of
-from lstm_triton_kernels.persistent_plan import Preference, installed_release, persistent_plan
-from lstm_triton_kernels.plan import next_power_of_2
+from lstm_triton_kernels.plan import Preference, ranked_plans
+from lstm_triton_kernels.sizes import next_power_of_2
 
 import lstm_triton
-from lstm_triton import LSTMSpec, functional, layer, persistent, selection
+from lstm_triton import LSTMSpec, functional
 from tests.support import persistent as layers
 from tests.support.gpu import (
     NEEDS_GPU,
@@ -90,28 +90,25 @@ def no_plan(case: Case, precision: str, wanted: Preference) -> bool:
 
 
 def plans(case: Case, precision: str, wanted: Preference, gpu):
-    """The plans of both passes, or a sentence where there is none."""
-    sizes = layer_of(case, precision)
-    works = [selection.recurrence(sizes, backward) for backward in (False, True)]
-    return [persistent_plan(work, gpu, wanted, installed_release()) for work in works]
+    """The ranked plans of both passes, or a sentence where there is none."""
+    return [ranked_plans(layer_of(case, precision), backward, gpu, wanted) for backward in (False, True)]
 
 
 @contextmanager
 def planned(case: Case, precision: str, wanted: Preference):
     """Inside, plans are as wanted; skips where this GPU has none."""
-    found = plans(case, precision, wanted, gpu_of(torch.device(case.device)))
-    for plan in found:
-        if isinstance(plan, str):
-            pytest.skip(f"{torch.cuda.get_device_name()}: {plan}")
-        assert plan.alone == (wanted.wait is None)
-        assert wanted.block_b is None or plan.blocks_per_program > 1
+    for found in plans(case, precision, wanted, gpu_of(torch.device(case.device))):
+        if isinstance(found, str):
+            pytest.skip(f"{torch.cuda.get_device_name()}: {found}")
+        assert all(plan.alone == (wanted.wait is None) for plan in found)
+        assert wanted.block_b is None or all(plan.blocks_per_program > 1 for plan in found)
     with sequence_persistent.prefer(wanted):
         yield
 
 
 @pytest.fixture(autouse=True)
-def nothing_gives_up():
-    """After each test, no launch has waited in vain."""
+def nothing_times_out():
+    """After each test, no launch has timed out."""
     yield
     if torch.cuda.is_available():
         for n in range(torch.cuda.device_count()):
@@ -263,14 +260,14 @@ def test_every_device_computes_the_same(wait):
 
 
 @pytest.mark.parametrize("wait", WAITS)
-def test_a_launch_that_gives_up_ends_and_is_named(wait, monkeypatch):
-    """A test of the test: with no patience at all, some program looks before the others have stored."""
+def test_a_launch_that_times_out_ends_and_is_named(wait, monkeypatch):
+    """A test of the test: with no max_polls at all, some program looks before the others have stored."""
     with planned(ODD, "bfloat16", Preference(wait)), monkeypatch.context() as patch:
-        patch.setattr(sequence_persistent, "TURNS", 0)
+        patch.setattr(sequence_persistent, "POLLS", 0)
         with torch.no_grad():
             call(ODD, *Pass(ODD, call).inputs.values())
         torch.cuda.synchronize()
-        with pytest.raises(RuntimeError, match=r"in vain.*the forward pass of 500 units, 33 steps of 12 rows"):
+        with pytest.raises(RuntimeError, match=r"timed out.*the forward pass of 500 units, 33 steps of 12 rows"):
             lstm_triton.check_launches()
     compute = Pass(ODD, call)
     assert all(tensor.isfinite().all() for tensor in compute().values())
@@ -291,7 +288,7 @@ def test_rows_of_their_own_length_and_resets(spec, precision, wait):
     inputs = layers.inputs_of(case)
     wanted = layers.expected(case, inputs)
     with sequence_persistent.prefer(Preference(wait)):
-        found = [result.cpu() for result in layer_results(case, inputs)]
+        found = [result.cpu() for result in layers.both_passes(case, on_gpu(inputs))]
     same = Case(
         spec, T=T, B=B, I=33, H=H, bidirectional=True, dtype=TYPES[precision], device="cuda",
         lengths=True, resets=True, states=True,
@@ -301,25 +298,9 @@ def test_rows_of_their_own_length_and_resets(spec, precision, wait):
     assert not wrong, f"{case}: beyond {allowed:.1e}: {wrong}"
 
 
-def layer_results(case, inputs):
-    """Results and gradients as `layers.expected` has them, by both passes on the GPU."""
-    on_gpu = inputs.map(lambda tensor: tensor.cuda())
-    lengths, resets = inputs.lengths.cuda(), inputs.resets.cuda()
-    names = list(case.spec.parameter_names(case.bias))
-    needs = layer.Needs(True, True, True, [names] * case.plan.directions)
-    arguments = (on_gpu.x, on_gpu.h_0, on_gpu.c_0, on_gpu.weights)
-    grad_output, grad_cells, grad_h_n, grad_c_n = on_gpu.gradients
-    with torch.no_grad():
-        result = persistent.forward(*arguments, case.spec, layer.Keep(save=True, states=True), lengths, resets)
-        saved = (result.output, result.gates, result.cells)
-        gradients = persistent.backward(
-            grad_output, grad_h_n, grad_c_n, grad_cells, *arguments, *saved, case.spec, needs, lengths, resets
-        )
-    by_name = [side[name] for side in gradients.weights for name in names]
-    return [
-        result.output, result.states, result.h_n, result.c_n,
-        gradients.x, gradients.h_0, gradients.c_0, *by_name,
-    ]  # fmt: skip
+def on_gpu(inputs):
+    """The tensors of a layer, moved to the GPU."""
+    return replace(inputs.map(lambda tensor: tensor.cuda()), lengths=inputs.lengths.cuda(), resets=inputs.resets.cuda())
 
 
 def call_recomputing(case, x, h_0, c_0, *weights):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lstm_triton_kernels import sync
-from lstm_triton_kernels.gates import INTERPRETED
+from lstm_triton_kernels.operands import INTERPRETED
 
 from benchmarks import micro, micro_kernels
 from tests.support.concurrent import concurrent_programs
@@ -43,10 +43,10 @@ def test_buffers_can_be_used_again(method):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # what never came is NaN
 @pytest.mark.parametrize("method", sync.WAIT_METHODS)
-def test_a_wait_that_gives_up_is_an_error_that_names_the_launch(method):
-    """The programs run one after another here, so the first one waits in vain."""
+def test_a_wait_that_times_out_is_an_error_that_names_the_launch(method):
+    """The programs run one after another here, so the first one times out."""
     buffers = micro.WaitBuffers(CPU, rounds=6, programs=2)
-    with pytest.raises(RuntimeError, match=rf"wait_kernel \(method {method}, 2 programs, 4 rounds\): .* in vain"):
+    with pytest.raises(RuntimeError, match=rf"wait_kernel \(method {method}, 2 programs, 4 rounds\): .*timed out"):
         micro.wait_for_all(buffers, method, 4, None, exchange=True, limit=3)
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import lstm_triton
-from lstm_triton import LSTMSpec
-from lstm_triton.dispatch import choose
+from lstm_triton import LSTMSpec, routing
 from tests.support.operators import check_operators
 from tests.support.parity import Case, call, errors, expected_results, random_inputs, results
 
@@ -44,11 +43,11 @@ def test_compiles_into_one_graph(spec):
 
 def test_cpu_tensors_go_to_the_kernels_only_when_asked():
     cpu = torch.device("cpu")
-    assert choose(cpu, torch.float32).name == "torch"
+    assert routing.choose_backend(cpu, torch.float32).name == "torch"
     with lstm_triton.backend("triton"):
-        assert choose(cpu, torch.float32) == ("triton", "asked for")
+        assert routing.choose_backend(cpu, torch.float32) == ("triton", "asked for")
         with pytest.raises(RuntimeError, match=r"'triton' cannot run here: the kernels compute in .* got torch.int64"):
-            choose(cpu, torch.int64)
+            routing.choose_backend(cpu, torch.int64)
 
 
 def test_inference_and_empty_batch():

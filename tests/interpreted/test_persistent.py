@@ -138,15 +138,15 @@ def test_nan_and_infinity_flow_through_and_stall_nobody(wait):
 
 @pytest.mark.parametrize("wait", ["counter", "data"])
 def test_a_launch_that_waits_in_vain_is_named_at_the_next_call(wait, monkeypatch):
-    """One of three programs does nothing: the others give up, all of the launch ends, the host is told."""
-    monkeypatch.setattr(sequence_persistent, "TURNS", 200)
+    """One of three programs does nothing: the others time out, all of the launch ends, the host is told."""
+    monkeypatch.setattr(sequence_persistent, "POLLS", 200)
     case = LayerCase(STANDARD, plan_of(2, 19, wait=wait), 30, 2, 19, dtype=torch.float32)
     inputs = inputs_of(case)
     monkeypatch.setattr(persistent_forward, "exchange_store", store_of_all_but_one)
     monkeypatch.setattr(persistent_forward, "exchange_arrive", arrival_of_all_but_one)
     monkeypatch.setattr(persistent_backward, "exchange_load", none_published)
     computed(case, inputs, concurrently(delay=0.0, deadline=60))
-    with pytest.raises(RuntimeError, match=r"in vain.*the forward pass of 19 units, 30 steps of 2 rows, 3 programs"):
+    with pytest.raises(RuntimeError, match=r"timed out.*the forward pass of 19 units, 30 steps of 2 rows, 3 programs"):
         lstm_triton.LSTM(2, 3, coupled=True)(torch.randn(2, 1, 2))
     check_launches()  # told once
 
@@ -188,21 +188,21 @@ def arrival_of_all_but_one(counter_ptr, WAIT: tl.constexpr):
 
 
 @triton.jit
-def none_published(pointers, masks, patience, error_ptr, WAIT: tl.constexpr):
+def none_published(pointers, masks, max_polls, error_ptr, WAIT: tl.constexpr):
     blocks = ()
     for n in tl.static_range(len(pointers)):
         blocks = blocks + (tl.load(pointers[n], mask=masks[n], other=0.0),)  # noqa: RUF005
-    return blocks, patience
+    return blocks, max_polls
 
 
 @triton.jit
-def no_wait(counter_ptr, target, patience, error_ptr, WAIT: tl.constexpr):
-    return patience
+def no_wait(counter_ptr, target, max_polls, error_ptr, WAIT: tl.constexpr):
+    return max_polls
 
 
 @triton.jit
-def an_epoch_behind(counter_ptr, target, patience, error_ptr, WAIT: tl.constexpr):
-    return wait_for_count(counter_ptr, target - tl.num_programs(0), patience, error_ptr)
+def an_epoch_behind(counter_ptr, target, max_polls, error_ptr, WAIT: tl.constexpr):
+    return wait_for_count(counter_ptr, target - tl.num_programs(0), max_polls, error_ptr)
 
 
 @triton.jit

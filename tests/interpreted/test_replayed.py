@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lstm_triton_kernels import sequence_replayed
+from lstm_triton_kernels.sizes import Layer
 
 import lstm_triton
 from lstm_triton import VARIANTS, LSTMSpec
@@ -22,7 +23,7 @@ def captures(monkeypatch):
 
     monkeypatch.setattr(sequence_replayed, "STEPS", 2)
     monkeypatch.setattr(sequence_replayed, "capture", capture)
-    monkeypatch.setattr(sequence_replayed, "pays", lambda device, T, *rest: T >= 2)
+    monkeypatch.setattr(sequence_replayed, "pays", lambda layer, device: layer.T >= 2)
     monkeypatch.setattr(sequence_replayed, "_chunks", type(sequence_replayed._chunks)())
     return captured
 
@@ -121,6 +122,6 @@ def test_when_it_pays(sizes, capturing, expected, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(sequence_replayed, "gpu_of", lambda device: GPUS["h100"])
-    options = dict(**sizes, spec=LSTMSpec(), dtype=torch.bfloat16)
-    assert sequence_replayed.pays(torch.device("cuda"), **options) == expected
-    assert not sequence_replayed.pays(torch.device("cpu"), **options)
+    layer = Layer(LSTMSpec(), D=1, dtype=torch.bfloat16, **sizes)
+    assert sequence_replayed.pays(layer, torch.device("cuda")) == expected
+    assert not sequence_replayed.pays(layer, torch.device("cpu"))

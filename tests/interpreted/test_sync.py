@@ -14,7 +14,7 @@ from lstm_triton_kernels.sync import (
     exchange_wait,
     load_when_published,
     publish,
-    raise_if_gave_up,
+    raise_if_timed_out,
     unpublish,
 )  # fmt: skip
 
@@ -42,7 +42,7 @@ def recurrence_kernel(
     every = tl.arange(0, UNITS)
     step_size = tl.num_programs(1) * UNITS
     counter_ptr = counters_ptr + group
-    patience = limit
+    max_polls = limit
     if tl.program_id(0) != absent:
         for t in range(T):
             target = t * PROGRAMS
@@ -51,12 +51,12 @@ def recurrence_kernel(
             if FAULT == "a program short":
                 target -= 1
             if FAULT != "no wait":
-                patience = exchange_wait(counter_ptr, target, patience, error_ptr, WAIT)
+                max_polls = exchange_wait(counter_ptr, target, max_polls, error_ptr, WAIT)
             source = h_ptr + t * step_size + group * UNITS + every
             if FAULT == "no wait":
                 h = tl.load(source)
             else:
-                (h,), patience = exchange_load((source,), (every < UNITS,), patience, error_ptr, WAIT)
+                (h,), max_polls = exchange_load((source,), (every < UNITS,), max_polls, error_ptr, WAIT)
             total = tl.sum(h.to(tl.float32), 0).to(tl.int32)
             result = ((total * (unit + 1) + t) % MODULUS).to(tl.float32)
             out = h_ptr + (t + 1) * step_size + group * UNITS + unit
@@ -69,7 +69,7 @@ def recurrence_kernel(
             else:
                 exchange_store(out, result, unit < UNITS, WAIT)
                 exchange_arrive(counter_ptr, WAIT)
-    tl.store(patience_ptr + group * PROGRAMS + tl.program_id(0), patience)
+    tl.store(patience_ptr + group * PROGRAMS + tl.program_id(0), max_polls)
 
 
 class Recurrence:
@@ -80,13 +80,13 @@ class Recurrence:
         self.h = torch.zeros(T + 1, groups, programs * block, dtype=dtype)
         unpublish(self.h)
         self.h[0] = torch.arange(self.h[0].numel()).reshape(self.h[0].shape) % MODULUS
-        self.patience = torch.zeros(groups, programs, dtype=torch.int32)
+        self.max_polls = torch.zeros(groups, programs, dtype=torch.int32)
         self.counters = torch.zeros(groups, dtype=torch.int32)
         self.error = torch.zeros(1, dtype=torch.int32)
 
     def run(self, *, fault=None, absent=-1, **options):
         arguments = dict(
-            h_ptr=self.h, patience_ptr=self.patience, counters_ptr=self.counters, error_ptr=self.error,
+            h_ptr=self.h, patience_ptr=self.max_polls, counters_ptr=self.counters, error_ptr=self.error,
             T=self.T, limit=self.limit, absent=absent,
             PROGRAMS=self.programs, BLOCK=self.block, MODULUS=MODULUS, WAIT=self.wait, FAULT=fault,
         )  # fmt: skip
@@ -105,7 +105,7 @@ class Recurrence:
     def check(self):
         assert self.is_right()
         assert self.error.item() == 0
-        assert (self.patience == self.limit).all()
+        assert (self.max_polls == self.limit).all()
         assert (self.counters == (self.programs * self.T if self.wait == "counter" else 0)).all()
 
 
@@ -135,27 +135,27 @@ def test_without_delays(wait):
 
 @pytest.mark.parametrize("wait", sync.WAIT_METHODS)
 def test_waits_for_a_program_that_never_arrives_give_up(wait):
-    """All later waits give up at once: if each of the 60 took its 300 turns, the deadline would pass."""
+    """All later waits end at once: if each of the 60 took its 300 polls, the deadline would pass."""
     recurrence = Recurrence(wait, 4, T=60, limit=300)
     recurrence.run(absent=2, delay=0.0, deadline=15)
-    code = {"counter": sync.GAVE_UP_COUNT, "data": sync.GAVE_UP_DATA}[wait].value
+    code = {"counter": sync.TIMED_OUT_COUNT, "data": sync.TIMED_OUT_DATA}[wait].value
     assert recurrence.error.item() == code
-    assert recurrence.patience.tolist() == [[0, 0, 300, 0]]
-    with pytest.raises(RuntimeError, match=r"^my launch: .* in vain"):
-        raise_if_gave_up(recurrence.error, "my launch")
+    assert recurrence.max_polls.tolist() == [[0, 0, 300, 0]]
+    with pytest.raises(RuntimeError, match=r"^my launch: .*timed out"):
+        raise_if_timed_out(recurrence.error, "my launch")
 
 
 def test_groups_do_not_wait_for_each_other():
-    """A group whose count is not reached gives up; the other does not notice."""
+    """A group whose count is not reached times out; the other does not notice."""
     recurrence = Recurrence("counter", 2, groups=2, limit=500)
     recurrence.counters[1] = -1000
     recurrence.run(delay=0.0)
-    assert recurrence.patience.tolist() == [[500, 500], [0, 0]]
+    assert recurrence.max_polls.tolist() == [[500, 500], [0, 0]]
     assert (recurrence.h[:, 0].double() == recurrence.expected()[:, 0]).all()
 
 
 def test_a_launch_that_did_not_give_up_raises_nothing():
-    raise_if_gave_up(torch.zeros(1, dtype=torch.int32), "my launch")
+    raise_if_timed_out(torch.zeros(1, dtype=torch.int32), "my launch")
 
 
 @triton.jit(do_not_specialize=["limit"])
@@ -258,7 +258,7 @@ def test_a_buffer_that_was_not_unpublished_is_seen():
 
 def test_a_result_that_looks_unpublished_is_seen():
     _, error = run_pass_on(special_bits(torch.float16), torch.float16, canonical=False, limit=50)
-    assert error == sync.GAVE_UP_DATA.value
+    assert error == sync.TIMED_OUT_DATA.value
 
 
 @triton.jit

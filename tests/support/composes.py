@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lstm_triton_kernels.spec import LSTMWeights
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 import lstm_triton
-from lstm_triton import LSTM, LSTMSpec, functional, reference
-from lstm_triton.spec import LSTMWeights
+from lstm_triton import LSTM, LSTMSpec, reference
+from lstm_triton.parameters import group_layers
 
 EVERYTHING = ("lengths", "resets", "states")
 """All that a call may ask for beside `torch.nn.LSTM`'s arguments."""
@@ -71,7 +72,7 @@ def by_reference(
     """`tensors` of what the module computes from zero states, by the reference; x (T, B, I)."""
     weights = list((parameters or dict(module.named_parameters())).values())
     D = 2 if module.bidirectional else 1
-    layers = functional.group_layers(weights, module.spec, D, module.bias, module.proj_size)
+    layers = group_layers(weights, module.spec, D, module.bias, module.proj_size)
     h_0 = x.new_zeros(D * module.num_layers, x.shape[1], module.proj_size or module.hidden_size)
     c_0 = x.new_zeros(D * module.num_layers, x.shape[1], module.hidden_size)
     *results, states = reference.lstm(x, h_0, c_0, layers, module.spec, lengths, resets)

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from lstm_triton_kernels.gpus import GPUS
-from lstm_triton_kernels.plan import ceil_div, matmul_precision
+from lstm_triton_kernels.sizes import Layer, ceil_div, matmul_precision
 from torch import Tensor
 
 import lstm_triton
-from lstm_triton import VARIANTS, LSTMSpec, dispatch, selection
+from lstm_triton import VARIANTS, LSTMSpec, routing
 from tests.support.parity import Case, call_reference, expected_results, laid_out, random_inputs, results
 from tests.support.rounding import rounded_results
 
@@ -23,7 +23,7 @@ def why_no_gpu() -> str | None:
     """Why these tests cannot run here; None where they can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return dispatch.why_not_triton(torch.device("cuda"), torch.float32)
+    return routing.why_not_triton(torch.device("cuda"), torch.float32)
 
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(why_no_gpu() is not None, reason=f"needs a GPU: {why_no_gpu()}")]
@@ -168,11 +168,11 @@ def assert_as_near_as_cudnn(case: Case, function: Callable[..., tuple[Tensor, ..
     assert not wrong, f"{case}: (error, allowed) {wrong}"
 
 
-def layer_of(case: Case, precision: str) -> selection.Layer:
+def layer_of(case: Case, precision: str) -> Layer:
     """The sizes of each layer of the case, in training; precision as in TYPES."""
     float32 = "tf32" if precision.endswith("tf32") else "ieee"
-    return selection.Layer(
-        case.spec, case.T, case.B, case.H, case.D, case.proj_size > 0, case.dtype, float32, training=True,
+    return Layer(
+        case.spec, case.T, case.B, case.H, case.D, case.dtype, float32, P=case.proj_size, training=True,
         ragged=case.lengths or case.resets,
     )  # fmt: skip
 
@@ -181,8 +181,8 @@ def strategies(case: Case, precision: str) -> tuple[str, ...]:
     """What is worth testing of "stepwise" and "auto": both where `auto` is another thing, on an H100."""
     if case.cell:
         return ("stepwise",)
-    chosen = selection.kernels("auto", layer_of(case, precision), GPUS["h100"])
-    return ("stepwise", "auto") if chosen.name == "persistent" else ("stepwise",)
+    chosen = routing.kernels("auto", layer_of(case, precision), GPUS["h100"])
+    return ("stepwise", "auto") if chosen.engine == "persistent" else ("stepwise",)
 
 
 class Pass:
@@ -218,6 +218,6 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def finish(device: torch.device | str = "cuda") -> None:
-    """Wait for the device; raises RuntimeError if a launch on it gave up waiting."""
+    """Wait for the device; raises RuntimeError if a launch on it timed out."""
     torch.cuda.synchronize(device)
     lstm_triton.check_launches()

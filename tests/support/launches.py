@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from lstm_triton_kernels import cell, gates, sequence_stepwise
+from lstm_triton_kernels.order import Order
 
 from lstm_triton import VARIANTS, LSTMSpec, layer
-from lstm_triton.autograd import group
+from lstm_triton.directions import OneByOne
 from tests.support.compiling import Launch, record_launches
 
 KERNELS = {
@@ -33,15 +34,17 @@ def launch_layer(
 ) -> None:  # fmt: skip
     """Run one layer through the launchers; the values are of no interest."""
     shapes = spec.parameter_shapes(H, H, bias)
-    weights = group([torch.zeros(shape, dtype=dtype) for shape in shapes.values()], spec, bias, False)
+    call = layer.Call(spec.name, bias, False, "stepwise", save=save)
+    weights = call.group([torch.zeros(shape, dtype=dtype) for shape in shapes.values()])
     x, state = torch.zeros(T, B, H, dtype=dtype), torch.zeros(1, B, H, dtype=dtype)
-    rows = (None, torch.zeros(T, B, dtype=torch.bool) if resets else None)
-    result = layer.forward(x, state, state, weights, spec, layer.Keep(save), *rows, steps=sequence_stepwise)
+    order = Order(T, None, torch.zeros(T, B, dtype=torch.bool) if resets else None)
+    loop = OneByOne(sequence_stepwise)
+    result = layer.forward(x, state, state, weights, order, call, loop)
     if save:
         needs = layer.Needs(False, False, False, [[]])
-        grad_output = result.output if grad else None
-        arguments = (x, state, state, weights, result.output, result.gates, result.cells, spec, needs)
-        layer.backward(grad_output, None, None, None, *arguments, *rows, steps=sequence_stepwise)
+        grads = layer.Gradients(result.output if grad else None, None, None, None)
+        saved = (result.output, result.gates, result.cells)
+        layer.backward(grads, x, state, state, weights, *saved, order, call, needs, loop)
 
 
 @functools.cache

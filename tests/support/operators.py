@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lstm_triton import LSTMSpec, autograd
+from lstm_triton.layer import Call
 from tests.support.parity import Case, random_inputs
 
 
@@ -15,15 +16,15 @@ def check_operators(spec: LSTMSpec, backend: str) -> None:
         x, h_0, c_0, *weights = (t.detach() for t in random_inputs(case).values())
         ragged = (torch.tensor([2, 1]), torch.tensor([[True, False], [False, True]])) if case.bias else (None, None)
         inputs = (x, h_0, c_0, weights, *ragged)
-        parameters = (spec.name, case.bias, case.proj_size > 0, {"triton": "stepwise"}.get(backend, backend))
+        call = Call(spec.name, case.bias, case.proj_size > 0, {"triton": "stepwise", "torch": "eager"}[backend])
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         for save in (True, False):
-            torch.library.opcheck(
-                autograd.layer_forward, (*inputs, *parameters, save, False, not save), test_utils=checks
-            )
-        output, h_n, c_n, states, gates, cells = autograd.layer_forward(*inputs, *parameters, True, False, True)
-        saved = (*inputs, output, gates, cells)
+            asked = call._replace(save=save, states=not save)
+            torch.library.opcheck(autograd.layer_forward, (*inputs, *asked), test_utils=checks)
+        call = call._replace(save=True, states=True)
+        output, h_n, c_n, states, gates, cells = autograd.layer_forward(*inputs, *call)
         everything = [True] * (3 + len(weights))
         some = [n % 2 == 0 for n in range(3 + len(weights))]
         for grads, needs in (((output, h_n, c_n, states), everything), ((None, h_n, None, None), some)):
-            torch.library.opcheck(autograd.layer_backward, (*grads, *saved, *parameters, needs), test_utils=checks)
+            arguments = (*grads, output, gates, cells, needs, *inputs, *call)
+            torch.library.opcheck(autograd.layer_backward, arguments, test_utils=checks)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from lstm_triton_kernels.spec import state_dict_name
 from torch import Tensor
 
 import lstm_triton
-from lstm_triton import LSTMSpec, functional, reference
+from lstm_triton import LSTMSpec, functional, parameters, reference
 
 BOUND = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """||actual - expected|| / ||expected|| allowed on the CPU, T up to 64 (the numerics contract)."""
@@ -62,7 +63,7 @@ class Case:
     def parameter_names(self) -> list[str]:
         if self.cell:
             return list(self.spec.parameter_names(self.bias))
-        return functional.state_dict_names(self.spec, self.L, self.bidirectional, self.bias, self.proj_size)
+        return parameters.state_dict_names(self.spec, self.L, self.bidirectional, self.bias, self.proj_size)
 
 
 def random_inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ def random_inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
         shapes = case.spec.parameter_shapes(size, case.H, case.bias, case.proj_size)
         for direction in range(case.D):
             for name, shape in shapes.items():
-                key = name if case.cell else lstm_triton.spec.state_dict_name(name, layer, direction)
+                key = name if case.cell else state_dict_name(name, layer, direction)
                 inputs[key] = uniform(*shape, bound=2.0 / case.H**0.5)
     return inputs
 
@@ -125,7 +126,7 @@ def call(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> t
 def call_reference(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The same by the reference."""
     x = laid_out(case, x)
-    layers = functional.group_layers(weights, case.spec, case.D, case.bias, case.proj_size)
+    layers = parameters.group_layers(weights, case.spec, case.D, case.bias, case.proj_size)
     if case.cell:
         return reference.cell(x, h_0, c_0, layers[0][0], case.spec)
     *results, states = reference.lstm(x, h_0, c_0, layers, case.spec, **ragged(case))

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from lstm_triton_kernels import sequence_persistent
-from lstm_triton_kernels.persistent_plan import PersistentPlan
+from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.plan import PersistentPlan
+from lstm_triton_kernels.spec import LSTMWeights
 from torch import Tensor
 
 from lstm_triton import VARIANTS, LSTMSpec, layer, persistent, reference
-from lstm_triton.spec import LSTMWeights
 
 SERVED = [spec for spec in VARIANTS if not (spec.full and spec.output_current)]
 """The variants that have persistent kernels."""
@@ -45,6 +46,7 @@ def plan_of(
         num_warps=4,
         wait=wait,
         exact=False,
+        accumulator_bytes=0,
         shared_bytes=0,
         estimate_us=0.0,
     )
@@ -140,18 +142,23 @@ def expected(case: LayerCase, inputs: Inputs) -> list[Tensor]:
 
 
 def computed(case: LayerCase, inputs: Inputs, launching: Any = None) -> list[Tensor]:
-    """By the persistent kernels; `launching`: a context manager around the launches."""
+    """By the persistent kernels on the case's plan; `launching`: a context manager around the launches."""
+    with planned(case.plan), launching or nullcontext():
+        return both_passes(case, inputs)
+
+
+def both_passes(case: LayerCase, inputs: Inputs) -> list[Tensor]:
+    """All results and gradients, in the order of `names`, by the persistent kernels."""
     needs = layer.Needs(True, True, True, [list(case.spec.parameter_names(case.bias))] * case.plan.directions)
     grad_output, grad_cells, grad_h_n, grad_c_n = inputs.gradients
+    grads = layer.Gradients(grad_output, grad_h_n, grad_c_n, grad_cells)
     arguments = (inputs.x, inputs.h_0, inputs.c_0, inputs.weights)
-    with torch.no_grad(), planned(case.plan), launching or nullcontext():
-        keep = layer.Keep(save=True, recompute=case.recompute, states=True)
-        result = persistent.forward(*arguments, case.spec, keep, inputs.lengths, inputs.resets)
+    order = Order(case.T, inputs.lengths, inputs.resets)
+    call = layer.Call(case.spec.name, case.bias, False, "persistent", True, case.recompute, states=True)
+    with torch.no_grad():
+        result = layer.forward(*arguments, order, call, persistent)
         saved = (result.output, result.gates, result.cells)
-        gradients = persistent.backward(
-            grad_output, grad_h_n, grad_c_n, grad_cells, *arguments, *saved, case.spec, needs, inputs.lengths,
-            inputs.resets,
-        )  # fmt: skip
+        gradients = layer.backward(grads, *arguments, *saved, order, call, needs, persistent)
     by_name = [side[name] for side in gradients.weights for name in case.spec.parameter_names(case.bias)]
     return [result.output, result.states, result.h_n, result.c_n, gradients.x, gradients.h_0, gradients.c_0, *by_name]
 
@@ -160,7 +167,7 @@ def computed(case: LayerCase, inputs: Inputs, launching: Any = None) -> list[Ten
 def planned(plan: PersistentPlan) -> Iterator[None]:
     """Both passes on this plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(persistent, "plan", lambda *_, **__: plan)
+        patch.setattr(sequence_persistent, "plan_of", lambda launch: plan)
         yield
 
 

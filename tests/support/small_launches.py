@@ -12,7 +12,7 @@ import sys
 
 import torch
 from lstm_triton_kernels import sequence_persistent
-from lstm_triton_kernels.persistent_plan import ANY, Preference
+from lstm_triton_kernels.plan import ANY, Preference
 
 import lstm_triton
 

@@ -11,34 +11,39 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lstm_triton_kernels import gpus
+from lstm_triton_kernels import plan as planner
 from lstm_triton_kernels.gpus import GPU, GPUS, INTERPRETER, KIB, gpu_of, nominal_constants
-from lstm_triton_kernels.limit import Work, least_us_per_step
-from lstm_triton_kernels.persistent_plan import (
+from lstm_triton_kernels.limit import least_us_per_step
+from lstm_triton_kernels.plan import (
     ANY,
     MOST_CHUNKS,
     PERSISTENT_DTYPES,
     PersistentPlan,
     Preference,
-    Recurrence,
     candidates,
-    persistent_plan,
-    spilling_keys,
+    exchanged_bytes,
+    ranked_plans,
     usual_wait,
     why_not,
 )
+from lstm_triton_kernels.sizes import Layer
 
 from lstm_triton import VARIANTS, LSTMSpec
+from tests.support.persistent import SERVED
 
 H100 = GPUS["h100"]
-ANCHOR = Recurrence(16, 768, 1, 4, 0, torch.bfloat16, "ieee", backward=False)
+STANDARD, COUPLED = LSTMSpec(), LSTMSpec(coupled=True)
+ANCHOR = Layer(STANDARD, 1024, 16, 768, 1, torch.bfloat16)
 
-works = st.builds(
-    Recurrence,
+layers = st.builds(
+    Layer,
+    spec=st.sampled_from(SERVED), T=st.integers(1, 1000),
     B=st.one_of(st.integers(1, 64), st.integers(1, 5000)),
-    H=st.one_of(st.integers(1, 140), st.integers(1, 1100), st.integers(1, 5000)),
-    D=st.sampled_from((1, 2)), gates=st.sampled_from((3, 4)), matrices=st.sampled_from((0, 2, 3)),
-    dtype=st.sampled_from(PERSISTENT_DTYPES), precision=st.sampled_from(("ieee", "tf32")), backward=st.booleans(),
+    H=st.one_of(st.integers(1, 140), st.integers(1, 1100), st.integers(1, 5000)), D=st.sampled_from((1, 2)),
+    dtype=st.sampled_from(PERSISTENT_DTYPES), precision=st.sampled_from(("ieee", "tf32")), I=st.just(0), P=st.just(0),
+    training=st.booleans(), ragged=st.booleans(),
 )  # fmt: skip
+passes = st.booleans()
 machines = st.sampled_from((*GPUS.values(), INTERPRETER))
 thorough = settings(max_examples=250, deadline=None, derandomize=True)
 
@@ -51,7 +56,7 @@ def units_of(plan: PersistentPlan, part: int, H: int) -> list[int]:
 def row_blocks_of(plan: PersistentPlan, group: int) -> list[int]:
     """The row blocks that programs with this second index work through, by the time loop's arithmetic."""
     blocks = 1 if plan.blocks_per_program == 1 else -(-(plan.row_blocks - group) // plan.row_programs)
-    return [group + turn * plan.row_programs for turn in range(blocks)]
+    return [group + n * plan.row_programs for n in range(blocks)]
 
 
 def rows_of(plan: PersistentPlan, block: int, B: int) -> list[int]:
@@ -59,62 +64,62 @@ def rows_of(plan: PersistentPlan, block: int, B: int) -> list[int]:
     return [row for n in range(plan.block_b) if n < plan.rows and (row := block * plan.rows + n) < B]
 
 
-def broken_rules(plan: PersistentPlan, work: Recurrence, gpu: GPU) -> list[str]:
+def broken_rules(plan: PersistentPlan, layer: Layer, gpu: GPU) -> list[str]:
     """What the kernels and the GPU demand, and the plan does not keep."""
     sizes = (plan.block_u, plan.block_b, plan.block_k, plan.split, plan.num_warps)
     chunk = plan.split * plan.block_k
     columns = plan.chunks * chunk
-    tiles = columns * plan.block_u * (work.gates + work.matrices) * work.element_bytes
+    tiles = columns * plan.block_u * (layer.gates + layer.matrices) * layer.element_bytes
     rules = {
         "powers of two": all(size == 2 ** round(math.log2(size)) for size in sizes),
         "large enough for a product": min(plan.block_b, plan.block_k) >= 16 and plan.block_u >= 8,
-        "columns": columns >= work.H and columns - work.H < chunk,
+        "columns": columns >= layer.H and columns - layer.H < chunk,
         "group": 1 <= plan.group <= plan.chunks <= MOST_CHUNKS and plan.chunks % plan.group == 0,
         "warps": 1 <= plan.num_warps <= 8 and plan.split in (1, plan.num_warps),
         "shared memory": tiles < plan.shared_bytes <= gpu.shared_bytes,
         "resident": plan.alone or plan.programs <= gpu.multiprocessors,
-        "directions": plan.directions == work.D,
+        "directions": plan.directions == layer.D,
         "waits": plan.wait in ("counter", "data") if plan.unit_programs > 1 else plan.wait is None,
-        "no idle program": plan.row_programs <= plan.row_blocks and (plan.unit_programs - 1) * plan.block_u < work.H,
-        "exact": plan.exact == (work.dtype == torch.float32 and work.precision == "ieee"),
+        "no idle program": plan.row_programs <= plan.row_blocks and (plan.unit_programs - 1) * plan.block_u < layer.H,
+        "exact": plan.exact == (layer.dtype == torch.float32 and layer.precision == "ieee"),
         "estimate": 0 < plan.estimate_us < math.inf,
     }
     return [rule for rule, kept in rules.items() if not kept]
 
 
 @thorough
-@given(works, machines)
-def test_every_unit_and_every_row_has_exactly_one_program(work, gpu):
-    for plan in candidates(work, gpu):
-        units = [unit for part in range(plan.unit_programs) for unit in units_of(plan, part, work.H)]
-        assert sorted(units) == list(range(work.H)), plan
+@given(layers, passes, machines)
+def test_every_unit_and_every_row_has_exactly_one_program(layer, backward, gpu):
+    for plan in candidates(layer, backward, gpu):
+        units = [unit for part in range(plan.unit_programs) for unit in units_of(plan, part, layer.H)]
+        assert sorted(units) == list(range(layer.H)), plan
         blocks = [block for group in range(plan.row_programs) for block in row_blocks_of(plan, group)]
         assert sorted(blocks) == list(range(plan.row_blocks)), plan
-        rows = [row for block in blocks for row in rows_of(plan, block, work.B)]
-        assert sorted(rows) == list(range(work.B)), plan
-        assert all(rows_of(plan, block, work.B) for block in blocks), f"an empty block of rows: {plan}"
+        rows = [row for block in blocks for row in rows_of(plan, block, layer.B)]
+        assert sorted(rows) == list(range(layer.B)), plan
+        assert all(rows_of(plan, block, layer.B) for block in blocks), f"an empty block of rows: {plan}"
 
 
 @thorough
-@given(works, machines)
-def test_the_loops_over_row_blocks_agree(work, gpu):
-    """The initial states are published by a `range` with a step; the time loop counts turns."""
-    for plan in candidates(work, gpu):
+@given(layers, passes, machines)
+def test_the_loops_over_row_blocks_agree(layer, backward, gpu):
+    """The initial states are published by a `range` with a step; the time loop counts iterations."""
+    for plan in candidates(layer, backward, gpu):
         by_group = [list(range(group, plan.row_blocks, plan.row_programs)) for group in range(plan.row_programs)]
         assert by_group == [row_blocks_of(plan, group) for group in range(plan.row_programs)]
         assert plan.blocks_per_program == max(map(len, by_group))
 
 
 @thorough
-@given(works, machines)
-def test_every_candidate_keeps_within_the_limits(work, gpu):
-    for plan in candidates(work, gpu):
-        assert not broken_rules(plan, work, gpu), plan
+@given(layers, passes, machines)
+def test_every_candidate_keeps_within_the_limits(layer, backward, gpu):
+    for plan in candidates(layer, backward, gpu):
+        assert not broken_rules(plan, layer, gpu), plan
 
 
 def test_a_broken_rule_is_seen():
     """Test of the test: a plan that is wrong in one field breaks a rule."""
-    plan = persistent_plan(ANCHOR, H100)
+    plan = ranked_plans(ANCHOR, False, H100)[0]
     assert not broken_rules(plan, ANCHOR, H100)
     wrong = [
         dict(block_u=12), dict(block_k=8), dict(chunks=2), dict(chunks=4), dict(group=2), dict(num_warps=16),
@@ -125,42 +130,34 @@ def test_a_broken_rule_is_seen():
         assert broken_rules(replace(plan, **fields), ANCHOR, H100), fields
 
 
-def offered(work: Recurrence, gpu: GPU, release: str | None = None) -> list[PersistentPlan]:
-    """The candidates that do not spill."""
-    spilling = spilling_keys(release, gpu.capability, work)
-    return [plan for plan in candidates(work, gpu) if plan.key not in spilling]
-
-
 @thorough
-@given(works, machines)
-def test_the_plan_is_the_fastest_of_the_usual_candidates_each_time(work, gpu):
-    plan = persistent_plan(work, gpu)
-    plans = offered(work, gpu)
-    if isinstance(plan, str):
-        assert not plans and plan.strip()
-        assert "MiB" in plan or any(candidates(work, gpu))
+@given(layers, passes, machines)
+def test_all_candidates_are_ranked_by_their_estimate_the_usual_wait_first_each_time(layer, backward, gpu):
+    plans, every = ranked_plans(layer, backward, gpu), list(candidates(layer, backward, gpu))
+    if isinstance(plans, str):
+        assert not every and "MiB" in plans
     else:
-        usual = [p for p in plans if p.alone or p.wait == usual_wait(work, p)] or plans  # none may be left of them
-        assert plan in usual
-        assert plan.estimate_us == min(p.estimate_us for p in usual)
-    persistent_plan.cache_clear()
-    assert persistent_plan(work, gpu) == plan
+        assert sorted(plans, key=repr) == sorted(every, key=repr)
+        ranks = [(p.wait not in (None, usual_wait(p, backward)), p.estimate_us) for p in plans]
+        assert ranks == sorted(ranks)
+    planner._ranked_plans.cache_clear()
+    assert ranked_plans(layer._replace(T=7, I=3, training=True), backward, gpu) == plans
 
 
 @thorough
-@given(works, machines)
-def test_a_larger_gpu_never_loses_a_plan(work, gpu):
-    assume(any(candidates(work, gpu)))
+@given(layers, passes, machines)
+def test_a_larger_gpu_never_loses_a_plan(layer, backward, gpu):
+    assume(any(candidates(layer, backward, gpu)))
     for more in (dict(multiprocessors=2 * gpu.multiprocessors), dict(shared_bytes=gpu.shared_bytes + 64 * KIB)):
-        assert any(candidates(work, replace(gpu, **more))), more
+        assert any(candidates(layer, backward, replace(gpu, **more))), more
 
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", PERSISTENT_DTYPES, ids=str)
 def test_no_size_below_one_that_fits_is_left_out(dtype, backward):
     """An H100 has room for 1024 units in every type; so it has for fewer."""
-    work = replace(ANCHOR, dtype=dtype, precision="tf32", backward=backward)
-    without = [H for H in range(1, 1025) if not any(candidates(replace(work, H=H), H100))]
+    layer = ANCHOR._replace(dtype=dtype, precision="tf32")
+    without = [H for H in range(1, 1025) if not any(candidates(layer._replace(H=H), backward, H100))]
     assert not without, f"{len(without)} sizes from {without[0]} to {without[-1]}"
 
 
@@ -173,60 +170,68 @@ preferences = st.builds(
 
 
 @thorough
-@given(works, machines, preferences)
-def test_a_preference_is_honoured_or_refused(work, gpu, preference):
-    plan = persistent_plan(work, gpu, preference)
+@given(layers, passes, machines, preferences)
+def test_a_preference_is_honoured_or_refused(layer, backward, gpu, preference):
+    plans = ranked_plans(layer, backward, gpu, preference)
     wanted = {name: value for name, value in dataclasses.asdict(preference).items() if value is not None}
-    as_wanted = [p for p in offered(work, gpu) if all(getattr(p, name) == value for name, value in wanted.items())]
-    if isinstance(plan, str):
+    as_wanted = [
+        p for p in candidates(layer, backward, gpu) if all(getattr(p, name) == value for name, value in wanted.items())
+    ]
+    if isinstance(plans, str):
         assert not as_wanted
-        assert preference == ANY or repr(preference) in plan or "spills" in plan
+        assert preference == ANY or repr(preference) in plans
     else:
-        assert plan in as_wanted
-        assert plan.estimate_us <= min(p.estimate_us for p in as_wanted if p.wait == plan.wait)
+        assert sorted(plans, key=repr) == sorted(as_wanted, key=repr)
 
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("wait", ["counter", "data"])
 def test_either_wait_can_be_had(wait, backward):
-    plan = persistent_plan(replace(ANCHOR, backward=backward), H100, Preference(wait=wait))
-    assert plan.wait == wait
+    assert {plan.wait for plan in ranked_plans(ANCHOR, backward, H100, Preference(wait=wait))} == {wait}
 
 
-@given(works, machines)
-def test_float64_and_no_rows_are_refused_with_a_reason(work, gpu):
-    assert why_not(work) is None
-    assert persistent_plan(replace(work, dtype=torch.float64), gpu).startswith("float64 has no persistent kernel")
-    assert persistent_plan(replace(work, B=0), gpu) == "there are no rows"
+REFUSED = [
+    (dict(dtype=torch.float64), "float64 has no persistent kernel"),
+    (dict(B=0), "there are no rows"),
+    (dict(P=3), "a projection needs a product between two steps"),
+    (dict(spec=LSTMSpec(False, "full", "current")), "a full peephole on c_t needs a product within the step"),
+]
+
+
+@pytest.mark.parametrize("fields, reason", REFUSED, ids=str)
+@given(layers, passes, machines)
+def test_what_no_gpu_can_is_refused_with_a_reason(fields, reason, layer, backward, gpu):
+    assert why_not(layer) is None
+    assert ranked_plans(layer._replace(**fields), backward, gpu).startswith(reason)
 
 
 @pytest.mark.parametrize("gpu", [H100, INTERPRETER], ids=lambda gpu: gpu.name)
 def test_no_units_are_refused_with_a_reason(gpu):
     """`LSTMCell(3, 0)` is allowed, and asks for a plan."""
-    assert isinstance(persistent_plan(replace(ANCHOR, H=0), gpu), str)
+    assert isinstance(ranked_plans(ANCHOR._replace(H=0), False, gpu), str)
 
 
 @pytest.mark.parametrize("H, B", [(16, 2_200_000), (32, 3_000_000), (128, 2_100_000)])
 def test_a_launch_has_no_more_programs_than_its_axis_takes(H, B):
     """CUDA allows 65,535 on all axes of a grid but the first."""
     for dtype in (torch.float16, torch.float32):
-        plan = persistent_plan(replace(ANCHOR, H=H, B=B, dtype=dtype), H100)
-        assert isinstance(plan, str) or max(plan.row_programs, plan.directions) <= 65_535
+        plans = ranked_plans(ANCHOR._replace(H=H, B=B, dtype=dtype), False, H100)
+        assert isinstance(plans, str) or max(max(p.row_programs, p.directions) for p in plans) <= 65_535
 
 
 @pytest.mark.parametrize("H, B", [(128, 5_000_000), (768, 800_000), (1024, 600_000)])
 def test_offsets_within_a_step_fit_32_bits(H, B):
     """A persistent kernel computes row · G · H in 32 bits."""
-    plan = persistent_plan(replace(ANCHOR, H=H, B=B), H100)
-    assert isinstance(plan, str) or B * ANCHOR.gates * H <= 2**31
+    plans = ranked_plans(ANCHOR._replace(H=H, B=B), False, H100)
+    assert isinstance(plans, str) or B * ANCHOR.gates * H <= 2**31
 
 
 def test_a_plan_is_a_value():
-    plan = persistent_plan(ANCHOR, H100)
-    persistent_plan.cache_clear()
-    again = persistent_plan(ANCHOR, H100)
-    assert plan is not again and plan == again and len({plan, again}) == 1 and plan.key == again.key
-    for value, field in ((plan, "rows"), (ANCHOR, "B"), (ANY, "wait"), (H100, "shared_bytes")):
+    first = ranked_plans(ANCHOR, False, H100)[0]
+    planner._ranked_plans.cache_clear()
+    again = ranked_plans(ANCHOR, False, H100)[0]
+    assert first is not again and first == again and len({first, again}) == 1
+    for value, field in ((first, "rows"), (ANY, "wait"), (H100, "shared_bytes")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, field, 1)
     assert len({H100, replace(H100), INTERPRETER}) == 2
@@ -246,41 +251,42 @@ KNOWN = [
     ("h100", dict(H=128, B=64), (1, 4, 1), dict(block_u=128, block_b=16, row_blocks=4, wait=None, num_warps=8)),
     ("h100", dict(H=64, B=64, D=2), (1, 4, 2), dict(block_u=64, block_k=64, split=1, wait=None, num_warps=4)),
     ("h100", dict(H=1, B=1), (1, 1, 1), dict(block_u=16, block_k=16, wait=None)),
-    ("h100", dict(H=2048, gates=3), (128, 1, 1), dict(block_u=16, group=1, chunks=4)),
+    ("h100", dict(H=2048, spec=COUPLED), (128, 1, 1), dict(block_u=16, group=1, chunks=4)),
     ("l4", dict(H=512), (32, 1, 1), dict(block_u=16, row_blocks=1)),
 ]
 
 
-@pytest.mark.parametrize("name, work, grid, fields", KNOWN, ids=lambda value: str(value))
-def test_known_plans(name, work, grid, fields):
-    plan = persistent_plan(replace(ANCHOR, **work), GPUS[name])
+@pytest.mark.parametrize("name, changed, grid, fields", KNOWN, ids=str)
+def test_known_plans(name, changed, grid, fields):
+    backward = "backward" in changed
+    layer = ANCHOR._replace(**{k: v for k, v in changed.items() if k != "backward"})
+    plan = ranked_plans(layer, backward, GPUS[name])[0]
     assert (plan.unit_programs, plan.row_programs, plan.directions) == grid
     assert {field: getattr(plan, field) for field in fields} == fields
 
 
 def test_many_rows_are_worked_through_in_turns():
-    plan = persistent_plan(replace(ANCHOR, B=4096), H100)
+    plan = ranked_plans(ANCHOR._replace(B=4096), False, H100)[0]
     assert plan.programs <= 132 and plan.rows == plan.block_b and plan.blocks_per_program > 1
     assert plan.wait == "counter"
 
 
 @pytest.mark.parametrize(
-    "name, work, said",
+    "name, changed, said",
     [
         ("h100", dict(H=2048), r"the recurrent weights, 32\.0 MiB, .* 132 programs.* 29\.3 MiB"),
-        ("h100", dict(H=2048, D=2, gates=3), r"48\.0 MiB"),
+        ("h100", dict(H=2048, D=2, spec=COUPLED), r"48\.0 MiB"),
         ("h100", dict(H=5000), r"190\.7 MiB"),
         ("l4", dict(H=1024), r"8\.0 MiB, .* 58 programs.* 5\.6 MiB"),
     ],
 )
-def test_weights_that_fit_nowhere_are_told_in_numbers(name, work, said):
-    plan = persistent_plan(replace(ANCHOR, **work), GPUS[name])
-    assert isinstance(plan, str)
-    assert re.search(said, plan), plan
+def test_weights_that_fit_nowhere_are_told_in_numbers(name, changed, said):
+    reason = ranked_plans(ANCHOR._replace(**changed), False, GPUS[name])
+    assert isinstance(reason, str) and re.search(said, reason), reason
 
 
 def test_the_estimate_of_the_anchor_by_hand():
-    plan = persistent_plan(ANCHOR, H100)
+    plan = ranked_plans(ANCHOR, False, H100)[0]
     reading = 768 * 8 * 4 * 2 / (128 * 1.83e3)  # each program its tiles from shared memory
     multiplying = 2 * (2 * 16 * 8 * 768 * 4) / (989e6 / 132)  # at half of the rate: the longer of the two, just
     states = 96 * 16 * 768 * 2 / (132 * 40 * 1.83e3)  # all h through L2
@@ -291,18 +297,20 @@ def test_the_estimate_of_the_anchor_by_hand():
 
 
 @pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
-def test_a_variant_as_work(spec):
-    work = Recurrence.of(spec, 3, 5, 2, torch.float32, "tf32", True)
-    assert (work.B, work.H, work.D, work.backward) == (3, 5, 2, True)
-    assert work.gates == (3 if spec.coupled else 4)
-    assert work.matrices == (0 if spec.peephole != "full" else 2 if spec.coupled else 3)
-    assert work.exchanged_bytes == work.gates * 5 * 4
-    assert replace(work, backward=False).exchanged_bytes == 5 * (8 if spec.full else 4)
+def test_what_follows_from_the_sizes(spec):
+    layer = Layer(spec, 9, 3, 5, 2, torch.float32, "tf32", P=2)
+    assert layer.gates == (3 if spec.coupled else 4)
+    assert layer.matrices == (0 if spec.peephole != "full" else 2 if spec.coupled else 3)
+    assert exchanged_bytes(layer, True) == layer.gates * 5 * 4
+    assert exchanged_bytes(layer, False) == 5 * (8 if spec.full else 4)
+    elements = layer.gates * 5 * 2 + layer.matrices * 5 * 5
+    assert layer.recurrent_bytes == 4 * elements and layer.recurrent_operations == 2 * 3 * elements
+    assert layer._replace(P=0).recurrent_elements == (layer.gates + layer.matrices) * 25
 
 
 def test_rates_are_named_as_in_the_limit():
     def rates(dtype):
-        return [replace(ANCHOR, dtype=dtype, precision=precision).rate for precision in ("ieee", "tf32")]
+        return [ANCHOR._replace(dtype=dtype, precision=precision).rate for precision in ("ieee", "tf32")]
 
     assert rates(torch.float32) == ["float32", "tf32"]
     assert rates(torch.bfloat16) == ["bfloat16"] * 2 and rates(torch.float16) == ["float16"] * 2
@@ -314,18 +322,17 @@ def test_a_cpu_is_the_interpreter():
 
 
 @thorough
-@given(works, preferences)
-def test_the_interpreter_never_gets_a_plan_that_waits(work, preference):
-    plan = persistent_plan(work, INTERPRETER, preference)
-    assert isinstance(plan, str) or (plan.alone and plan.unit_programs == 1)
-    assert all(plan.alone for plan in candidates(work, INTERPRETER))
+@given(layers, passes, preferences)
+def test_the_interpreter_never_gets_a_plan_that_waits(layer, backward, preference):
+    plans = ranked_plans(layer, backward, INTERPRETER, preference)
+    assert isinstance(plans, str) or all(plan.alone and plan.unit_programs == 1 for plan in plans)
+    assert all(plan.alone for plan in candidates(layer, backward, INTERPRETER))
 
 
 def test_small_layers_run_in_the_interpreter():
     for spec in (LSTMSpec(), LSTMSpec(coupled=True, peephole="full")):
         for H, backward in ((1, False), (16, True), (33, True), (64, True)):
-            work = Recurrence.of(spec, 100, H, 2, torch.float32, "ieee", backward)
-            assert persistent_plan(work, INTERPRETER).alone
+            assert ranked_plans(Layer(spec, 5, 100, H, 2, torch.float32), backward, INTERPRETER)[0].alone
 
 
 @pytest.mark.parametrize(
@@ -362,7 +369,7 @@ def test_nominal_constants_are_those_of_the_gpu(gpu):
     assert constants.copy_gb_per_s == gpu.memory_gb_per_s
     assert constants.l2_read_gb_per_s > gpu.memory_gb_per_s
     assert constants.wait_us == gpus.WAIT_US
-    every = {replace(ANCHOR, dtype=d, precision=p).rate for d in PERSISTENT_DTYPES for p in ("ieee", "tf32")}
+    every = {ANCHOR._replace(dtype=d, precision=p).rate for d in PERSISTENT_DTYPES for p in ("ieee", "tf32")}
     assert every | {"float64"} == constants.matmul_tflop_per_s.keys()
     assert gpu.tflop_per_s["float16"] >= gpu.tflop_per_s["tf32"] >= gpu.tflop_per_s["float32"]
 
@@ -370,8 +377,14 @@ def test_nominal_constants_are_those_of_the_gpu(gpu):
 @pytest.mark.parametrize("H", [256, 512, 768, 1024])
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
 def test_no_estimate_is_below_the_limit_from_the_same_constants(gpu, H):
-    work = replace(ANCHOR, H=H)
-    plan = persistent_plan(work, gpu)
-    if isinstance(plan, PersistentPlan):
-        least = Work(T=10**9, B=16, I=1, H=H, L=1, D=1, dtype="bfloat16", element_bytes=2)
-        assert 0 < least_us_per_step(least, nominal_constants(gpu)) <= plan.estimate_us
+    layer = ANCHOR._replace(T=10**9, I=1, H=H)
+    plans = ranked_plans(layer, False, gpu)
+    if not isinstance(plans, str):
+        assert 0 < least_us_per_step(layer, nominal_constants(gpu)) <= plans[0].estimate_us
+
+
+def test_a_plan_in_few_words():
+    plan = replace(ranked_plans(ANCHOR._replace(B=12), False, H100)[0], wait="data")
+    assert plan.describe() == "U8 R12/16 K32x8x3 96x1x1 data"
+    assert replace(plan, group=1, row_blocks=4).describe() == "U8 R12/16 K32x8x3 by 1 96x1x1 of 4 data"
+    assert replace(plan, wait=None, unit_programs=1).describe() == "U8 R12/16 K32x8x3 1x1x1 alone"

@@ -1,3 +1,5 @@
+"""What `lstm-triton info --hidden N` says of a layer."""
+
 import re
 from dataclasses import replace
 from io import StringIO
@@ -7,22 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lstm_triton_kernels.gpus import GPUS, nominal_constants
-from lstm_triton_kernels.limit import Work, least_us_per_step
-from lstm_triton_kernels.persistent_plan import PersistentPlan
+from lstm_triton_kernels.limit import least_us_per_step
+from lstm_triton_kernels.plan import ranked_plans
 from rich.console import Console
 
-from lstm_triton import VARIANTS, cli, dispatch, selection
-from lstm_triton.cli import app, info, plans
+from lstm_triton import VARIANTS, cli, routing
+from lstm_triton.cli import app, explain, info
 from lstm_triton.cli.errors import UserError
 
-H100 = plans.Target(GPUS["h100"])
-BF16 = plans.question(768, dtype="bf16")
+H100 = explain.Target(GPUS["h100"])
+BF16 = explain.question(768, dtype="bf16")
 PASSES = {"forward": False, "backward": True}
 
 
 @pytest.fixture(autouse=True)
 def nothing_asked_for(monkeypatch):
-    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "auto")
+    monkeypatch.setattr(routing, "FROM_ENVIRONMENT", "auto")
 
 
 @pytest.fixture
@@ -45,18 +47,19 @@ def cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    monkeypatch.setattr(plans, "gpu_of", lambda device: gpu)
+    monkeypatch.setattr(explain, "gpu_of", lambda device: gpu)
+    monkeypatch.setattr(routing, "gpu_of", lambda device: gpu)
     return gpu
 
 
 def facts(asked, target=H100, backward=False):
-    return dict(plans.pass_facts(asked, target, backward))
+    return dict(explain.pass_facts(asked, target, backward))
 
 
 def plan_of(asked, target=H100, name="forward"):
-    plan = selection.plans(asked.layer, target.gpu)[name]
-    assert isinstance(plan, PersistentPlan), plan
-    return plan
+    plans = ranked_plans(asked, PASSES[name], target.gpu)
+    assert not isinstance(plans, str), plans
+    return plans[0]
 
 
 def numbers(text):
@@ -82,17 +85,19 @@ def cells(output):
 @pytest.mark.parametrize(
     "asked",
     [
-        plans.question(500, dtype="bf16"),
-        plans.question(300, batch=1, dtype="tf32", variant="coupled"),
-        plans.question(200, batch=200, dtype="fp16", variant="full", bidirectional=True),
-        plans.question(64, batch=5000, dtype="bf16", variant="diagonal+current"),
+        explain.question(500, dtype="bf16"),
+        explain.question(300, batch=1, dtype="tf32", variant="coupled"),
+        explain.question(200, batch=200, dtype="fp16", variant="full", bidirectional=True),
+        explain.question(64, batch=5000, dtype="bf16", variant="diagonal+current"),
     ],
     ids=["bf16", "coupled", "full", "alone"],
 )
 def test_the_words_say_what_the_plan_says(asked, name, backward, gpu):
-    target = plans.Target(GPUS[gpu])
+    target = explain.Target(GPUS[gpu])
     plan = plan_of(asked, target, name)
-    layer, said = asked.layer, facts(asked, target, backward)
+    layer, said = asked, facts(asked, target, backward)
+    others = ranked_plans(asked, backward, target.gpu)[1:4]
+    assert all(other.describe() in said["then"] for other in others) and "without spilling" in said["then"]
 
     programs, units, rows, directions, multiprocessors = numbers(said["programs"])[:5]
     assert programs == units * rows * directions == plan.programs
@@ -137,7 +142,7 @@ def test_the_words_say_what_the_plan_says(asked, name, backward, gpu):
     ],
 )
 def test_what_a_program_keeps(options, backward, per_unit, accumulators):
-    asked = plans.question(**options, dtype="bf16")
+    asked = explain.question(**options, dtype="bf16")
     plan = plan_of(asked, name="backward" if backward else "forward")
     said = facts(asked, backward=backward)
     padded = plan.chunks * plan.split * plan.block_k
@@ -145,12 +150,12 @@ def test_what_a_program_keeps(options, backward, per_unit, accumulators):
     assert said["weights"].startswith(f"{resident / 1024:g} KiB stay in a program")
     in_layer = per_unit * 500 * 500 * 2 / 2**20
     assert said["weights"].endswith(f"{in_layer:.1f} MiB in the layer")
-    elements = (accumulators * plan.split + len(asked.layer.spec.gates)) * plan.block_b * plan.block_u
+    elements = (accumulators * plan.split + len(asked.spec.gates)) * plan.block_b * plan.block_u
     assert numbers(said["registers"])[0] == elements * 4 // (plan.num_warps * 32)
 
 
 def test_alone_on_more_programs_than_multiprocessors():
-    asked = plans.question(32, batch=8192, dtype="bf16")
+    asked = explain.question(32, batch=8192, dtype="bf16")
     plan = plan_of(asked)
     assert plan.alone and plan.programs > 132
     assert "so some share one or run after others" in facts(asked)["programs"]
@@ -167,22 +172,21 @@ def test_alone_on_more_programs_than_multiprocessors():
         (dict(hidden=500, batch=400), False, "counter: .* other blocks of rows meanwhile"),
     ],
 )
-def test_why_programs_wait_as_they_do(options, backward, reason, monkeypatch):
-    monkeypatch.setattr(selection, "installed_release", lambda: "3.8")  # which plans spill depends on it
-    assert re.search(reason, facts(plans.question(**options, dtype="bf16"), backward=backward)["wait"])
+def test_why_programs_wait_as_they_do(options, backward, reason):
+    assert re.search(reason, facts(explain.question(**options, dtype="bf16"), backward=backward)["wait"])
 
 
 @pytest.mark.parametrize("backward, wait, blocks", [(False, "data", 1), (False, "data", 2), (True, "data", 1)])
 def test_a_wait_that_is_not_the_usual_one_is_the_only_one(backward, wait, blocks):
     plan = plan_of(BF16, name="backward" if backward else "forward")
     other = replace(plan, wait=wait, row_blocks=plan.row_programs * blocks)
-    words = plans.wait_words(selection.recurrence(BF16.layer, backward), other)
+    words = explain.wait_words(BF16, backward, other)
     assert words.startswith(f"{wait}: ")
     assert words.endswith("the usual way to wait has no plan here")
 
 
 def test_units_and_rows_that_do_not_divide():
-    said = facts(plans.question(501, batch=16 * 200 + 5, dtype="bf16"))
+    said = facts(explain.question(501, batch=16 * 200 + 5, dtype="bf16"))
     parts, part, last = numbers(said["units"])[1:]
     assert (parts - 1) * part + last == 501
     batch, blocks, used, _, last, _ = numbers(said["rows"])
@@ -190,18 +194,17 @@ def test_units_and_rows_that_do_not_divide():
 
 
 def test_exact_float32_uses_no_tensor_cores():
-    assert facts(plans.question(200, dtype="fp32"))["product"].endswith("without tensor cores")
-    assert facts(plans.question(200, dtype="tf32"))["product"].endswith("on tensor cores")
+    assert facts(explain.question(200, dtype="fp32"))["product"].endswith("without tensor cores")
+    assert facts(explain.question(200, dtype="tf32"))["product"].endswith("on tensor cores")
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("directions", [1, 2])
 def test_the_limit_is_that_of_the_model(training, directions):
     both = directions == 2
-    asked = plans.question(384, 24, inputs=100, steps=7, bidirectional=both, dtype="tf32", variant="coupled+full")
-    work = Work(7, 24, 100, 384, 1, directions, "tf32", 4, gates=3, full_peephole_blocks=2, training=training)
-    least = directions * least_us_per_step(work, nominal_constants(GPUS["l4"]))
-    said = facts(asked, plans.Target(GPUS["l4"]), backward=training)["limit"]
+    asked = explain.question(384, 24, inputs=100, steps=7, bidirectional=both, dtype="tf32", variant="coupled+full")
+    least = directions * least_us_per_step(asked._replace(training=training), nominal_constants(GPUS["l4"]))
+    said = facts(asked, explain.Target(GPUS["l4"]), backward=training)["limit"]
     passes = "forward and backward together" if training else "forward alone"
     assert said.startswith(f"{least:.2f} us a step at least, {passes}")
     assert said.endswith("from data sheet and assumptions, nothing measured")
@@ -210,13 +213,14 @@ def test_the_limit_is_that_of_the_model(training, directions):
 # Which strategy, and why
 
 
-def test_the_strategy_and_its_reason_are_those_of_the_selection():
+def test_the_engine_and_its_reason_are_those_of_the_router():
     for hidden in (1, 500, 768, 4096):
-        for target in map(plans.Target, GPUS.values()):
+        for target in map(explain.Target, GPUS.values()):
             for variant in ("standard", "coupled", "full+current"):
-                asked = plans.question(hidden, dtype="bf16", variant=variant)
-                name, reason = selection.strategy_of("auto", asked.layer, target.gpu, cudnn_may=True)
-                said = dict(plans.strategy_facts(asked, target))
+                asked = explain.question(hidden, dtype="bf16", variant=variant)
+                no_operator = routing.why_not_operator(torch.device("cuda"), asked, ())
+                name, reason = routing.decide(routing.Facts(asked, target.gpu, no_operator=no_operator))
+                said = dict(explain.engine_facts(asked, target))
                 assert said["auto takes"].startswith(f"{name}: ")
                 assert said["why"] == reason
                 assert (facts(asked, target).get("runs") == "yes") == (name == "persistent")
@@ -229,21 +233,21 @@ def test_the_strategy_and_its_reason_are_those_of_the_selection():
             dict(hidden=4096, batch=4096, dtype="bf16"),
             "h100",
             "no tiles of the recurrent weights, 128.0 MiB, fit",
-            "cudnn",
+            "operator",
         ),
-        (dict(hidden=2000, dtype="fp32", variant="coupled"), "l4", "no tiles of the recurrent weights", "cudnn"),
+        (dict(hidden=2000, dtype="fp32", variant="coupled"), "l4", "no tiles of the recurrent weights", "operator"),
         (dict(hidden=2000, dtype="fp32", variant="diagonal"), "l4", "no tiles of the recurrent weights", "stepwise"),
-        (dict(hidden=64, dtype="float64"), "rtx4090", "float64 has no persistent kernel", "cudnn"),
+        (dict(hidden=64, dtype="float64"), "rtx4090", "float64 has no persistent kernel", "operator"),
         (dict(hidden=64, dtype="fp64", variant="diagonal"), "a100", "float64 has no persistent kernel", "stepwise"),
         (dict(hidden=64, variant="coupled+full+current"), "h100", "a full peephole on c_t needs a product", "stepwise"),
-        (dict(hidden=64, proj=8), "b200", "a projection needs a product between two steps", "cudnn"),
-        (dict(hidden=64, proj=8, variant="coupled"), "b200", "a projection needs a product", "cudnn"),
+        (dict(hidden=64, proj=8), "b200", "a projection needs a product between two steps", "operator"),
+        (dict(hidden=64, proj=8, variant="coupled"), "b200", "a projection needs a product", "operator"),
         (dict(hidden=4096, proj=8, variant="coupled+diagonal"), "h100", "a projection needs a product", "stepwise"),
     ],
 )
 def test_why_there_is_no_plan_and_what_runs_instead(options, gpu, reason, instead):
     for backward in (False, True):
-        said = facts(plans.question(**options), plans.Target(GPUS[gpu]), backward)
+        said = facts(explain.question(**options), explain.Target(GPUS[gpu]), backward)
         assert list(said) == ["plan", "why", "instead", "limit"]
         assert said["plan"] == "there is no persistent plan"
         assert said["why"].startswith(reason) or reason in said["why"]
@@ -252,33 +256,36 @@ def test_why_there_is_no_plan_and_what_runs_instead(options, gpu, reason, instea
 
 
 def test_a_plan_that_auto_does_not_take_is_shown_and_said_to_wait_for_a_wish():
-    asked = plans.question(64, steps=1, dtype="bf16")
-    assert dict(plans.strategy_facts(asked, H100))["why"].endswith("a single step has no weights to keep")
+    asked = explain.question(64, steps=1, dtype="bf16")
+    assert dict(explain.engine_facts(asked, H100))["why"].endswith(
+        "a single step reads the weights once, whatever computes it"
+    )
     said = facts(asked)
-    assert said["runs"].startswith("not with auto, which takes cudnn")
+    assert said["runs"].startswith("not with auto, which takes operator")
     assert "programs" in said
 
 
 def test_a_plan_of_one_pass_does_not_run_where_the_other_has_none(monkeypatch):
-    genuine = selection.plans
-    monkeypatch.setattr(selection, "plans", lambda *sizes: genuine(*sizes) | {"backward": "there is no room"})
+    no_backward = lambda layer, backward, gpu: "there is no room" if backward else ranked_plans(layer, backward, gpu)  # noqa: E731
+    monkeypatch.setattr(routing, "ranked_plans", no_backward)
+    monkeypatch.setattr(explain, "ranked_plans", no_backward)
     assert facts(BF16)["runs"].startswith("no: both passes")
-    assert facts(BF16)["runs"].endswith("cudnn runs")
+    assert facts(BF16)["runs"].endswith("operator runs")
     assert "why" not in facts(BF16)
     assert facts(BF16, backward=True)["why"] == "there is no room"
 
 
 def test_sections():
-    titles = [section.title for section in plans.sections(BF16, [H100, plans.Target(GPUS["l4"])])]
+    titles = [section.title for section in explain.sections(BF16, [H100, explain.Target(GPUS["l4"])])]
     of_gpu = ["what runs", "forward pass", "backward pass"]
     assert titles == ["the layer", *(f"{name}: {title}" for name in ("H100 SXM", "L4") for title in of_gpu)]
-    alone = plans.question(768, inference=True)
-    assert [s.title for s in plans.sections(alone, [H100])] == titles[:3]
+    alone = explain.question(768, inference=True)
+    assert [s.title for s in explain.sections(alone, [H100])] == titles[:3]
 
 
 def test_layer_facts():
-    asked = plans.question(12, 1, 3, 1, bidirectional=True, dtype="tf32", variant="coupled", proj=5, inference=True)
-    said = dict(plans.layer_facts(asked))
+    asked = explain.question(12, 1, 3, 1, bidirectional=True, dtype="tf32", variant="coupled", proj=5, inference=True)
+    said = dict(explain.layer_facts(asked))
     assert said["variant"] == "coupled"
     assert said["sizes"] == "12 hidden units, 3 inputs"
     assert said["projection"] == "to 5"
@@ -286,16 +293,16 @@ def test_layer_facts():
     assert said["directions"] == "two"
     assert "tf32" in said["dtype"]
     assert said["for"].startswith("inference")
-    assert "projection" not in dict(plans.layer_facts(BF16))
-    ragged = plans.question(12, 2, ragged=True)
-    assert dict(plans.layer_facts(ragged))["sequence"] == "2 batch rows of up to 512 steps, with lengths or resets"
-    assert ragged.layer.ragged and not asked.layer.ragged
+    assert "projection" not in dict(explain.layer_facts(BF16))
+    ragged = explain.question(12, 2, ragged=True)
+    assert dict(explain.layer_facts(ragged))["sequence"] == "2 batch rows of up to 512 steps, with lengths or resets"
+    assert ragged.ragged and not asked.ragged
 
 
 @pytest.mark.parametrize("name, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp64", "float64")])
 def test_both_names_of_a_type_are_one(name, dtype):
-    assert plans.question(8, dtype=name) == plans.question(8, dtype=dtype)
-    assert plans.question(8, dtype=name).layer.dtype == getattr(torch, dtype)
+    assert explain.question(8, dtype=name) == explain.question(8, dtype=dtype)
+    assert explain.question(8, dtype=name).dtype == getattr(torch, dtype)
 
 
 # The GPU
@@ -303,48 +310,51 @@ def test_both_names_of_a_type_are_one(name, dtype):
 
 def test_without_a_device_one_is_assumed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    chosen, note = plans.targets([])
+    chosen, note = explain.targets([])
     assert chosen == [H100]
     assert note is not None and "no CUDA device here" in note and "h100" in note
 
 
 def test_names_are_taken_once_and_all_is_the_table():
-    assert plans.targets(["l4", "h100", "l4"]) == ([plans.Target(GPUS["l4"]), H100], None)
-    assert [target.gpu for target in plans.targets(["all", "h100"])[0]] == list(GPUS.values())
+    assert explain.targets(["l4", "h100", "l4"]) == ([explain.Target(GPUS["l4"]), H100], None)
+    assert [target.gpu for target in explain.targets(["all", "h100"])[0]] == list(GPUS.values())
 
 
 def test_the_device_that_is_here(cuda_device):
-    (target,), note = plans.targets([])
+    (target,), note = explain.targets([])
     assert (target.gpu, str(target.device), note) == (cuda_device, "cuda:1", None)
     assert numbers(facts(BF16, target)["programs"])[4] == 100
     assert facts(BF16, target)["runs"] == "yes"
-    huge = plans.question(4096)
-    assert plans.choice(huge, target).name == "cudnn"
+    huge = explain.question(4096)
+    assert explain.choice(huge, target).engine == "operator"
 
 
 def test_no_cudnn_on_the_device_that_is_here(cuda_device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
-    (target,), _ = plans.targets([])
-    assert plans.choice(plans.question(4096), target).name == "stepwise"
+    (target,), _ = explain.targets([])
+    assert explain.choice(explain.question(4096), target).engine == "stepwise"
 
 
 def test_the_backend_that_was_asked_for_decides_on_the_device_that_is_here(cuda_device, monkeypatch):
-    (target,), _ = plans.targets([])
-    with dispatch.backend("torch"):
-        assert plans.choice(BF16, target) == ("torch", "asked for")
-        assert facts(BF16, target)["runs"].startswith("no: no kernel of this library runs here (asked for)")
-        assert plans.choice(BF16, H100).name == "persistent"
-    with dispatch.backend("triton"):
-        assert plans.choice(plans.question(4096), target).name == "stepwise"
-    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", "tpu")
-    assert plans.choice(BF16, target).name == "none"
+    (target,), _ = explain.targets([])
+    with routing.backend("torch"):
+        assert explain.choice(BF16, target) == ("operator", "asked for")
+        assert facts(BF16, target)["runs"].startswith("not with auto, which takes operator")
+        assert explain.choice(BF16, H100).engine == "persistent"
+        peephole = explain.question(768, dtype="bf16", variant="diagonal")
+        assert explain.choice(peephole, target) == ("eager", "asked for")
+        assert facts(peephole, target)["runs"].startswith("no: no kernel of this library runs here (asked for)")
+    with routing.backend("triton"):
+        assert explain.choice(explain.question(4096), target).engine == "stepwise"
+    monkeypatch.setattr(routing, "FROM_ENVIRONMENT", "tpu")
+    assert explain.choice(BF16, target).engine == "none"
 
 
 def test_a_device_that_is_too_old(cuda_device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    (target,), _ = plans.targets([])
-    said = dict(plans.strategy_facts(BF16, target))
-    assert said["auto takes"].startswith("torch: ")
+    (target,), _ = explain.targets([])
+    said = dict(explain.engine_facts(BF16, target))
+    assert said["auto takes"].startswith("operator: ")
     assert "compute capability 7.5" in said["why"]
 
 
@@ -359,24 +369,50 @@ def test_info_of_a_layer(program):
     assert all(len(line) <= app.PLAIN_WIDTH for line in output.splitlines())
     assert "no CUDA device" not in output
     printed = cells(output)
-    for name, text in plans.pass_facts(BF16, H100, backward=True):
+    for name, text in explain.pass_facts(BF16, H100, backward=True):
         assert printed[name] == text
     assert printed["auto takes"].startswith("persistent: ")
 
 
 def test_every_option_reaches_the_question(program, monkeypatch):
     seen = []
-    genuine = plans.sections
-    monkeypatch.setattr(plans, "sections", lambda *arguments: seen.append(arguments) or genuine(*arguments))
+    genuine = explain.sections
+    monkeypatch.setattr(explain, "sections", lambda *arguments: seen.append(arguments) or genuine(*arguments))
     options = ["--batch=3", "--input=5", "--steps=7", "--bidirectional", "--dtype=tf32", "--variant=full", "--proj=2"]
     assert program("--hidden=9", *options, "--inference", "--ragged", "--gpu=l4", "--gpu=a100")[0] == 0
     assert program("--hidden=9", "--gpu=l4")[0] == 0
-    expected = plans.question(9, 3, 5, 7, True, "tf32", "full", 2, True, True)
-    assert seen[0] == (expected, [plans.Target(GPUS["l4"]), plans.Target(GPUS["a100"])])
+    expected = explain.question(9, 3, 5, 7, True, "tf32", "full", 2, True, True)
+    assert seen[0] == (expected, [explain.Target(GPUS["l4"]), explain.Target(GPUS["a100"])], False)
     assert seen[1] == (
-        plans.question(9, 16, 9, 512, False, "float32", "standard", 0, False),
-        [plans.Target(GPUS["l4"])],
+        explain.question(9, 16, 9, 512, False, "float32", "standard", 0, False),
+        [explain.Target(GPUS["l4"])],
+        False,
     )
+
+
+def compiled_rows(output):
+    return re.findall(r"U(\d+) R\S+ K\S+ \S+ (?:of \d+ )?(\w+): (\d+) registers, (\d+) spilled", output)
+
+
+def test_info_compiles_for_a_gpu_that_is_not_here(program):
+    code, output, errors = program("--hidden=136", "--dtype=bf16", "--gpu=h100", "--inference", "--compile")
+    assert (code, errors) == (0, "")
+    joined = re.sub(r" *│\n│ +│ ", " ", output)
+    found, plans = compiled_rows(joined), ranked_plans(explain.question(136, dtype="bf16"), False, GPUS["h100"])
+    assert [(int(u), wait) for u, wait, _, _ in found] == [(plan.block_u, plan.wait) for plan in plans[:4]]
+    assert all(0 < int(registers) <= 255 for _, _, registers, _ in found)
+    assert joined.count("this one is used") == 1
+
+
+def test_info_cannot_compile_without_triton(program, monkeypatch):
+    monkeypatch.setattr(routing, "TRITON_INSTALLED", False)
+    code, _, errors = program("--hidden=136", "--gpu=h100", "--compile")
+    assert code == 1 and errors == "error: --compile needs triton (pip install triton)\n"
+
+
+def test_info_compiles_nothing_where_there_is_no_plan(program):
+    code, output, _ = program("--hidden=4096", "--gpu=l4", "--compile")
+    assert code == 0 and "compiled" not in output
 
 
 def test_info_says_which_gpu_is_assumed(program, monkeypatch):
@@ -404,6 +440,7 @@ def test_info_without_hidden_is_as_ever(program):
         (["--batch=8", "--gpu=h100"], 1, "--batch, --gpu: add --hidden N"),
         (["--inference"], 1, "--inference: add --hidden N"),
         (["--ragged"], 1, "--ragged: add --hidden N"),
+        (["--compile"], 1, "--compile: add --hidden N"),
         (["--hidden=0"], 2, "--hidden"),
         (["--hidden=many"], 2, "--hidden"),
         (["--hidden=8", "--batch=0"], 2, "--batch"),
@@ -424,9 +461,9 @@ def test_bad_options_are_one_line(program, arguments, code, message):
 def test_bad_names_are_user_errors():
     for options in (dict(dtype="int8"), dict(variant="none"), dict(proj=9)):
         with pytest.raises(UserError):
-            plans.question(8, **options)
+            explain.question(8, **options)
     with pytest.raises(UserError):
-        plans.targets(["h100", "h1"])
+        explain.targets(["h100", "h1"])
 
 
 def render(found, width):
@@ -438,7 +475,7 @@ def render(found, width):
 
 @pytest.mark.parametrize("width", [40, 80, 110])
 def test_nothing_is_cut_off_in_a_narrow_terminal(width):
-    found = plans.sections(BF16, [H100])
+    found = explain.sections(BF16, [H100])
     output = render(found, width)
     assert max(map(len, output.splitlines())) <= width
     assert "…" not in output
@@ -446,7 +483,7 @@ def test_nothing_is_cut_off_in_a_narrow_terminal(width):
 
 
 def test_markup_in_a_text_is_printed_as_it_is():
-    assert "a [bold] wish [/]" in render([plans.Section("title", [("name", "a [bold] wish [/]")])], 80)
+    assert "a [bold] wish [/]" in render([explain.Section("title", [("name", "a [bold] wish [/]")])], 80)
 
 
 SIZES = st.integers(1, 5000)
@@ -458,7 +495,7 @@ SIZES = st.integers(1, 5000)
     batch=SIZES,
     steps=SIZES,
     bidirectional=st.booleans(),
-    dtype=st.sampled_from(list(plans.DTYPES)),
+    dtype=st.sampled_from(list(explain.DTYPES)),
     variant=st.sampled_from([spec.name for spec in VARIANTS]),
     projected=st.booleans(),
     inference=st.booleans(),
@@ -466,13 +503,13 @@ SIZES = st.integers(1, 5000)
     gpu=st.sampled_from(list(GPUS)),
 )
 def test_any_layer_on_any_gpu_is_explained(projected, gpu, hidden, **options):
-    asked = plans.question(hidden, proj=hidden // 2 if projected else 0, **options)
-    target = plans.Target(GPUS[gpu])
-    found = plans.sections(asked, [target])
+    asked = explain.question(hidden, proj=hidden // 2 if projected else 0, **options)
+    target = explain.Target(GPUS[gpu])
+    found = explain.sections(asked, [target])
     assert len(found) == 3 if options["inference"] else 4
     assert all(name and text for section in found for name, text in section.rows)
     assert max(map(len, render(found, 60).splitlines())) <= 60
-    name = plans.choice(asked, target).name
+    name = explain.choice(asked, target).engine
     for section in found[2:]:
         said = dict(section.rows)
         assert ("programs" in said) != ("instead" in said)
@@ -484,10 +521,10 @@ def test_any_layer_on_any_gpu_is_explained(projected, gpu, hidden, **options):
             assert registers <= most
 
 
-@pytest.mark.parametrize("size", [1, plans.LARGEST_SIZE])
+@pytest.mark.parametrize("size", [1, explain.LARGEST_SIZE])
 def test_the_smallest_and_the_largest_sizes_are_explained(size):
-    asked = plans.question(size, size, size, size, bidirectional=True, dtype="fp16")
-    assert len(plans.sections(asked, plans.targets(["all"])[0])) == 1 + 3 * len(GPUS)
+    asked = explain.question(size, size, size, size, bidirectional=True, dtype="fp16")
+    assert len(explain.sections(asked, explain.targets(["all"])[0])) == 1 + 3 * len(GPUS)
 
 
 @pytest.mark.parametrize(
@@ -502,9 +539,9 @@ def test_the_smallest_and_the_largest_sizes_are_explained(size):
     ],
 )
 def test_bytes_for_people(count, text):
-    assert plans.size(count) == text
+    assert explain.size(count) == text
 
 
 @pytest.mark.parametrize("us, text", [(1.234, "1.23 us"), (123.4, "123 us"), (12_345_678.0, "12,346 ms")])
 def test_microseconds_for_people(us, text):
-    assert plans.time(us) == text
+    assert explain.time(us) == text

@@ -1,0 +1,97 @@
+"""The sizes of a layer, its types, and what follows from them: bytes, operations, the rate of its products.
+
+Needs no triton and asks no device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lstm_triton_kernels.spec import LSTMSpec
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the cell state and of every accumulator: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matmul_precision() -> str:
+    """How float32 operands are multiplied: "tf32" or "ieee", as PyTorch's own switch for CUDA matmuls says."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n (n >= 1)."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+class Layer(NamedTuple):
+    """One layer over a sequence, all its directions, and what is asked of it.
+
+    - spec: the variant; T, B, H, D: time steps, batch rows, hidden units, directions
+    - dtype: of the storage; precision: of float32 products, "tf32" or "ieee"
+    - I, P: input features, and hidden size after projection; 0 where they do not matter or there is no projection
+    - training: whether a backward pass follows; ragged: whether rows have lengths or resets
+    """
+
+    spec: LSTMSpec
+    T: int
+    B: int
+    H: int
+    D: int
+    dtype: torch.dtype
+    precision: str = "ieee"
+    I: int = 0
+    P: int = 0
+    training: bool = False
+    ragged: bool = False
+
+    @property
+    def gates(self) -> int:
+        """Gate blocks, G."""
+        return len(self.spec.gates)
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of a full peephole, Q or 0."""
+        return len(self.spec.peephole_gates) if self.spec.full else 0
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of the storage type."""
+        return self.dtype.itemsize
+
+    @property
+    def rate(self) -> str:
+        """The name of the rate of its products, as in `limit.Constants`: "bfloat16", "tf32", "float32", ..."""
+        name = str(self.dtype).removeprefix("torch.")
+        return "tf32" if name == "float32" and self.precision == "tf32" else name
+
+    @property
+    def recurrent_elements(self) -> int:
+        """Elements of the recurrent weights of one direction."""
+        return self.H * ((self.P or self.H) * self.gates + self.H * self.matrices)
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Bytes of the recurrent weights of one direction."""
+        return self.recurrent_elements * self.element_bytes
+
+    @property
+    def recurrent_operations(self) -> int:
+        """Multiplications and additions with the recurrent weights in one step of one direction."""
+        return 2 * self.B * self.recurrent_elements
+
+    @property
+    def step_elements(self) -> int:
+        """The most elements that a row index times a row's elements reaches within a step."""
+        return self.B * self.H * max(self.gates, self.D)

@@ -1,0 +1,509 @@
+"""Who computes a layer, and why: the only module that decides it.
+
+The engines:
+
+- "persistent": the persistent kernels, one launch for all steps of a pass
+- "stepwise": the kernels of one step, launched step by step
+- "kernels": one of these two, chosen when a compiled graph runs, since the sizes are unknown while it is traced
+- "operator": PyTorch's own LSTM operator (cuDNN on CUDA)
+- "eager": the steps in PyTorch's own operators
+- "reference": the reference, for what differentiates in ways that none of the others are made for
+
+`decide` is a pure function of facts; `route` gathers them in this process: the backend that was asked for, the device,
+the transform at work. (Not named `backends`: torch.compile skips every file with `triton/backends` in its
+path, `lstm_triton/backends` too.)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from lstm_triton_kernels.gpus import GPU, gpu_of, product_us
+from lstm_triton_kernels.plan import ranked_plans
+from lstm_triton_kernels.sizes import SUPPORTED_DTYPES, Layer, matmul_precision
+from lstm_triton_kernels.spec import STANDARD, LSTMSpec
+
+from lstm_triton import onnx_node, transforms
+
+BACKENDS = ("auto", "triton", "torch")
+STRATEGIES = ("auto", "persistent", "stepwise", "cudnn")
+ENVIRONMENT_VARIABLE = "LSTM_TRITON_BACKEND"
+MINIMUM_CAPABILITY = (8, 0)
+NEEDS_CUDA = (
+    "it needs a CUDA device, move model and input there (model.to('cuda')); CPU tensors only with TRITON_INTERPRET=1, "
+    "set before the program starts"
+)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+FROM_ENVIRONMENT = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+"""Read once: at every call it would cost a tenth of a short one."""
+
+CPU_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+"""The types of PyTorch's operator on a CPU; of others it rounds the cell state at every step."""
+
+MOST_CUDNN_STEPS = 65_535
+"""cuDNN fails on longer sequences (github.com/pytorch/pytorch/issues/133751)."""
+
+STEPWISE_US = {False: 7.0, True: 10.0}
+"""A step forward (False) and backward (True) in two launches, replayed from a CUDA graph, without the time of the
+products: as measured on an H200 (benchmarks/NOTES.md)."""
+
+CUDNN_US = {
+    "persistent": {False: 1.96, True: 3.1},
+    "standard": {False: 6.0, True: 12.0},
+    "standard, capability 9.0": {False: 8.5, True: 17.0},
+    "standard, capability 9.0, packed": {False: 16.0, True: 29.0},
+}
+"""A step of cuDNN forward (False) and backward (True). Of its persistent kernel: H100, B=16, H=768, float16, from
+FlashRNN's published plot data; an H200 measured 2.03 forward. Of its standard algorithm, without the time of the
+product: an assumption; on capability 9.0 as an H200 measured it, the smaller of its times alone and taking turns with
+this library (benchmarks/results/h200-2026-11-26-gpu.csv, rows of anchor, core, odd and ragged)."""
+
+FASTER = 0.8
+"""`auto` takes the kernels in place of cuDNN where their estimate is below this part of cuDNN's: both are estimates."""
+
+COMPILED_FOR = (256, 16)
+"""The time steps and rows for which `auto` decides between cuDNN and the kernels inside of torch.compile."""
+
+_requested: list[str] = []  # innermost last; a plain list because torch.compile guards on it, and not on a ContextVar
+
+
+class Route(NamedTuple):
+    """The engine that computes a layer, and the reason in words."""
+
+    engine: str
+    reason: str
+
+
+class Backend(NamedTuple):
+    """A backend, "triton" or "torch", and the reason in words."""
+
+    name: str
+    reason: str
+
+
+class Facts(NamedTuple):
+    """What a decision rests on.
+
+    - layer: its sizes, variant and types; gpu: the GPU; None while a graph is traced, when T and B are unknown
+    - strategy, backend: what the user asked for
+    - no_kernels, no_operator, no_cudnn: what keeps the kernels, PyTorch's operator, or the operator by cuDNN from
+      computing it; None if nothing does
+    """
+
+    layer: Layer
+    gpu: GPU | None
+    strategy: str = "auto"
+    backend: str = "auto"
+    no_kernels: str | None = None
+    no_operator: str | None = None
+    no_cudnn: str | None = None
+
+    @property
+    def cudnn_may(self) -> bool:
+        """Whether `auto` may take cuDNN in place of the kernels."""
+        return self.backend == "auto" and self.no_operator is None and self.no_cudnn is None
+
+
+def decide(facts: Facts) -> Route:
+    """Return who computes a layer. Raises RuntimeError with the reason where what was asked for cannot run."""
+    layer, strategy, backend = facts.layer, facts.strategy, facts.backend
+    if strategy == "cudnn":
+        obstacle = facts.no_cudnn or facts.no_operator
+        if obstacle is None and backend == "triton":
+            obstacle = "backend 'triton' was asked for"
+        refuse(strategy, obstacle)
+        return Route("operator", "asked for")
+    if strategy != "auto":
+        obstacle = facts.no_kernels
+        if obstacle is None and backend == "torch":
+            obstacle = "backend 'torch' was asked for"
+        refuse(strategy, obstacle)
+        return Route(strategy, "asked for") if facts.gpu is None else kernels(strategy, layer, facts.gpu)
+    name, reason = backend_of(facts)
+    if name == "torch":
+        # A single step of the coupled variant takes the operator longer, since its weights are made first.
+        short = layer.spec.coupled and layer.T == 1 and not layer.dtype.is_complex
+        engine = "eager" if short or facts.no_operator is not None else "operator"
+        return Route(engine, reason)
+    if facts.gpu is None:
+        return Route("kernels", "chosen when the graph runs")
+    own = kernels("auto", layer, facts.gpu)
+    return unless_cudnn(own, layer, facts.gpu) if facts.cudnn_may and layer.B > 0 else own
+
+
+def backend_of(facts: Facts) -> Backend:
+    """Return the backend that computes. Raises RuntimeError where "triton" was asked for and cannot run."""
+    if facts.backend == "torch":
+        return Backend("torch", "asked for")
+    if facts.no_kernels is None:
+        return Backend("triton", "asked for" if facts.backend == "triton" else "the kernels can run here")
+    if facts.backend == "triton":
+        raise RuntimeError(f"backend 'triton' cannot run here: {facts.no_kernels}")
+    return Backend("torch", facts.no_kernels)
+
+
+def refuse(strategy: str, obstacle: str | None) -> None:
+    """Raise RuntimeError if there is an obstacle to the strategy that was asked for."""
+    if obstacle is not None:
+        raise RuntimeError(f"strategy {strategy!r} cannot run here: {obstacle}")
+
+
+# The kernels: persistent or stepwise.
+
+
+def kernels(strategy: str, layer: Layer, gpu: GPU) -> Route:
+    """Return which kernels compute a layer, for the strategy "auto", "persistent" or "stepwise".
+
+    Of an empty batch there is nothing to launch. Raises RuntimeError with the reason where "persistent" was asked for
+    and cannot run.
+    """
+    if layer.B == 0:
+        return Route("stepwise", "there are no rows")
+    return _kernels(strategy, layer._replace(T=min(layer.T, 2), I=0), gpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernels(strategy: str, layer: Layer, gpu: GPU) -> Route:
+    if strategy == "stepwise":
+        return Route("stepwise", "asked for")
+    obstacle = why_not_persistent(layer, gpu)
+    if strategy == "persistent":
+        refuse(strategy, obstacle)
+        return Route("persistent", "asked for")
+    obstacle = obstacle or why_rather_not_persistent(layer, gpu)
+    if obstacle is not None:
+        return Route("stepwise", obstacle)
+    return Route("persistent", "a plan fits, and by estimate nothing else is faster")
+
+
+def passes(layer: Layer) -> dict[str, bool]:
+    """Return the passes that are computed, by name: whether it is the backward pass."""
+    return {"forward": False, "backward": True} if layer.training else {"forward": False}
+
+
+def why_not_persistent(layer: Layer, gpu: GPU) -> str | None:
+    """Return what keeps the persistent kernels from computing a layer; None if nothing does."""
+    for name, backward in passes(layer).items():
+        plans = ranked_plans(layer, backward, gpu)
+        if isinstance(plans, str):
+            return plans if not backward else f"{name} pass: {plans}"
+    return None
+
+
+def why_rather_not_persistent(layer: Layer, gpu: GPU) -> str | None:
+    """Return why `auto` does without the persistent kernels where they could run; None if it does not."""
+    if layer.T == 1:
+        return "a single step reads the weights once, whatever computes it"
+    own, other = estimate_us("persistent", layer, gpu), estimate_us("stepwise", layer, gpu)
+    if own <= other:
+        return None
+    return f"{own:.1f} us a step by estimate ({' and '.join(passes(layer))}); step by step it takes {other:.1f} us"
+
+
+def estimate_us(engine: str, layer: Layer, gpu: GPU) -> float:
+    """Return the time of a step of a layer by an engine, "persistent", "stepwise" or "operator": an estimate.
+
+    Of all its directions, and of the backward pass as well if that follows; without the products outside of the loop.
+    """
+    return sum(_estimate_us(engine, layer, backward, gpu) for backward in passes(layer).values())
+
+
+def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
+    if engine == "persistent":
+        plans = ranked_plans(layer, backward, gpu)
+        return float("inf") if isinstance(plans, str) else plans[0].estimate_us
+    if engine == "operator" and cudnn_is_persistent(layer):
+        return CUDNN_US["persistent"][backward] * layer.D
+    step = STEPWISE_US[backward] if engine == "stepwise" else standard_us(layer, gpu)[backward]
+    return (step + product_us(layer, gpu)) * layer.D
+
+
+# cuDNN.
+
+
+def standard_us(layer: Layer, gpu: GPU) -> dict[bool, float]:
+    """Return the entry of CUDNN_US of the standard algorithm for a layer, whose rows are packed if they differ."""
+    measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
+    return CUDNN_US.get(measured, CUDNN_US["standard"])
+
+
+def unless_cudnn(own: Route, layer: Layer, gpu: GPU) -> Route:
+    """Return the route by the persistent kernels where they are faster than cuDNN by a margin; else by the operator."""
+    if own.engine != "persistent":
+        return Route("operator", f"it has this variant, and the persistent kernels are out: {own.reason}")
+    ours, other = estimate_us(own.engine, layer, gpu), estimate_us("operator", layer, gpu)
+    algorithm = "persistent" if cudnn_is_persistent(layer) else "standard"
+    compared = f"{ours:.1f} us a step, {other:.1f} us by cuDNN's {algorithm} algorithm; both are estimates"
+    if ours < FASTER * other:
+        return Route("persistent", compared)
+    return Route("operator", f"the persistent kernels would not take less than {FASTER} of its time: {compared}")
+
+
+def asks_for_large_persistent(dtype: torch.dtype, B: int, H: int, D: int, ragged: bool) -> bool:
+    """Return whether PyTorch asks cuDNN for its persistent kernel of many units, of one layer, I a multiple of 128.
+
+    As `get_algo` in ATen's native/cudnn/RNN.cpp decides it on a large GPU of compute capability 8.0 or 9.0.
+    """
+    return dtype == torch.float16 and D == 1 and not ragged and H <= 1024 and H % 128 == 0 and B <= 128 and B % 8 == 0
+
+
+def asks_for_small_persistent(H: int, training: bool) -> bool:
+    """Return whether PyTorch asks cuDNN for its persistent kernel of few units, in every type but float64.
+
+    Source as of `asks_for_large_persistent`.
+    """
+    most_units = 128 if training else 192
+    return most_units >= H
+
+
+def cudnn_is_persistent(layer: Layer) -> bool:
+    """Return whether PyTorch asks cuDNN for a persistent kernel, and cuDNN has one.
+
+    The numbers of layers and of input features are taken to be such that it asks. For bfloat16 it asks as well where
+    there are few units, but the profile of a run shows cuDNN's standard algorithm (benchmarks/results, -kernels.json).
+    """
+    if layer.ragged or layer.P or layer.dtype not in (torch.float16, torch.float32):
+        return False
+    large = asks_for_large_persistent(layer.dtype, layer.B, layer.H, layer.D, layer.ragged)
+    return large or asks_for_small_persistent(layer.H, layer.training)
+
+
+def why_not_cudnn(device: torch.device, spec: LSTMSpec) -> str | None:
+    """Return what keeps `torch.nn.LSTM`'s own operator from computing a variant with cuDNN; None if nothing does."""
+    if device.type != "cuda":
+        return f"it computes on CUDA devices, not on {device.type}"
+    if spec.peephole is not None:
+        return f"it has no peepholes, as {spec.name!r} has"
+    if not cudnn_is_on():
+        return "cuDNN is not available, or switched off"
+    return None
+
+
+def cudnn_is_on() -> bool:
+    """Return whether PyTorch has cuDNN and may use it. Dynamo cannot trace the question, and keeps the answer."""
+    return torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
+
+
+cudnn_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# What is true of the process, and the way from there to an engine.
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Compute every call inside the `with` block on the given backend.
+
+    - name: "triton" (the kernels; an error where they cannot run), "torch" (PyTorch's own operators), or "auto"
+      (the kernels for CUDA tensors of a supported type on compute capability 8.0 or newer, else PyTorch)
+
+    Holds for the whole process, whichever thread calls. Overrides the environment variable LSTM_TRITON_BACKEND, which
+    is read when the library is imported. Raises ValueError for another name.
+    """
+    _requested.append(check_backend(name, "backend"))
+    try:
+        yield
+    finally:
+        _requested.pop()
+
+
+def check_backend(name: str, source: str) -> str:
+    """Return the name, if it is a backend's. Raises ValueError if not."""
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+def check_strategy(strategy: Any, spec: LSTMSpec) -> None:
+    """Raise ValueError for an unknown name, and for a strategy that no device has for the variant."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    if strategy == "cudnn" and spec.peephole is not None:
+        raise ValueError(f"strategy 'cudnn' computes no peepholes, got the variant {spec.name!r}")
+
+
+def requested() -> str:
+    """Return the backend that was asked for: by the innermost `with backend(...)`, else by the environment."""
+    if _requested:
+        return _requested[-1]
+    return check_backend(FROM_ENVIRONMENT, ENVIRONMENT_VARIABLE)
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return what keeps the kernels from running on such tensors; None if nothing does."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed (pip install triton)"
+    if dtype not in SUPPORTED_DTYPES:
+        return f"the kernels compute in {', '.join(map(str, SUPPORTED_DTYPES))}, got {dtype}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            return f"{device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+        return None
+    if device.type == "cpu":
+        from lstm_triton_kernels.operands import INTERPRETED
+
+        return None if INTERPRETED else NEEDS_CUDA
+    return f"the kernels run on CUDA devices, not on {device.type}"
+
+
+def why_not_operator(device: torch.device, layer: Layer, asked: tuple[str, ...]) -> str | None:
+    """Return what keeps `torch.nn.LSTM`'s own operator from computing a call; None if nothing does.
+
+    asked: the arguments of the call that `torch.nn.LSTM` does not have.
+    """
+    if layer.spec.peephole is not None:
+        return f"it has no peepholes, as {layer.spec.name!r} has"
+    if device.type != "cuda" and layer.dtype not in CPU_DTYPES:
+        return f"in {layer.dtype} it rounds the cell state at every step"
+    if transforms.active() or transforms.forward_mode():
+        return "torch.func and forward-mode differentiation do not see through torch.nn.LSTM's operator"
+    if asked:
+        return f"torch.nn.LSTM's operator takes no {', '.join(asked)}"
+    if device.type == "cuda" and not torch.compiler.is_compiling() and layer.T > MOST_CUDNN_STEPS:
+        return f"cuDNN fails on more than {MOST_CUDNN_STEPS} steps, got {layer.T}"
+    return None
+
+
+def facts_of(layer: Layer, device: torch.device, strategy: str = "auto", asked: tuple[str, ...] = ()) -> Facts:
+    """Return what is true of a layer on a device in this process now; `asked` as of `why_not_operator`."""
+    name = requested()
+    if device.type != "cuda" and strategy == name == "auto":
+        no_kernels: str | None = f"the kernels run on CUDA devices, not on {device}"
+    else:
+        no_kernels = why_not_triton(device, layer.dtype)
+    gpu = None if torch.compiler.is_compiling() or no_kernels is not None else gpu_of(device)
+    asks = strategy == "cudnn" or (no_kernels is None and not torch.compiler.is_compiling())  # see cudnn_when_compiled
+    no_cudnn = why_not_cudnn(device, layer.spec) if asks else None
+    return Facts(layer, gpu, strategy, name, no_kernels, why_not_operator(device, layer, asked), no_cudnn)
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the backend for tensors of a device and type, in this process now.
+
+    Raises RuntimeError where "triton" was asked for and cannot run, ValueError for an unknown name.
+    """
+    return backend_of(facts_of(Layer(STANDARD, 1, 1, 1, 1, dtype), device))
+
+
+def route(
+    layer: Layer, device: torch.device, strategy: str = "auto", asked: tuple[str, ...] = (), packed: bool = False
+) -> Route:
+    """Return who computes a call, in this process now. Raises RuntimeError where what was asked for cannot run.
+
+    asked: the arguments of the call that `torch.nn.LSTM` does not have; packed: whether rows are packed.
+    """
+    if (torch.compiler.is_compiling() or torch.jit.is_tracing()) and transforms.exporting_to_onnx():
+        return for_onnx(layer, asked, packed)
+    return _route(layer, device, strategy, asked, packed)
+
+
+def _route(
+    layer: Layer, device: torch.device, strategy: str = "auto", asked: tuple[str, ...] = (), packed: bool = False
+) -> Route:
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        layer = layer._replace(precision=matmul_precision())
+    facts = facts_of(layer, device, strategy, asked)
+    found = decide(facts)
+    if compiling:
+        found = when_compiled(found, facts, device, packed)
+    if transforms.unfit_for_operators():
+        if strategy != "auto" or facts.backend == "triton":
+            raise RuntimeError(
+                "forward-mode differentiation, and torch.func inside of torch.compile, are for strategy 'auto' with "
+                "backend 'auto' or 'torch'"
+            )
+        return Route("reference", "a transform differentiates in a way that no operator is made for")
+    if found.engine == "eager" and layer.T == 1 and not asked and not packed:
+        return Route("reference", found.reason)  # a single step has nothing to prepare for others
+    return found
+
+
+def for_onnx(layer: Layer, asked: tuple[str, ...], packed: bool) -> Route:
+    """Return the engine whose layers become ONNX's LSTM nodes. Raises RuntimeError with a way out where they cannot.
+
+    The exporter with dynamo=True translates a layer's operator by `onnx_node`; the older one knows PyTorch's own.
+    """
+    onnx_node.check(layer.spec, layer.P > 0, asked)
+    traced = torch.jit.is_tracing()
+    if traced and (layer.spec.peephole or "lengths" in asked):
+        raise RuntimeError(
+            f"this LSTM ({layer.spec.name}) cannot be exported to ONNX by TorchScript, which has no peepholes or "
+            "lengths: use torch.onnx.export(..., dynamo=True)"
+        )
+    if packed and not traced:
+        raise RuntimeError("a PackedSequence cannot be exported to ONNX: give a padded input and lengths")
+    return Route("operator" if traced else "kernels", "ONNX has a node for it")
+
+
+def when_compiled(found: Route, facts: Facts, device: torch.device, packed: bool) -> Route:
+    """Return the route of a call that torch.compile or torch.export traces.
+
+    An exported program holds PyTorch's operator as that of `torch.nn.LSTM` does, so that it needs nothing of this
+    library; but of a number of steps that is not fixed that would fix it. In a compiled graph the operator stands
+    inside of one of this library: "operator inside". Of a packing it would read the batch sizes while it is traced.
+    """
+    layer = facts.layer
+    if found.engine == "kernels" and facts.cudnn_may and not packed:
+        sizes = (layer.spec.name, layer.D, layer.H, layer.P, layer.training)
+        if cudnn_when_compiled(device, layer.dtype, *sizes):
+            found = Route("operator", "faster by estimate")
+    if found.engine != "operator":
+        return found
+    in_place = transforms.exporting() and not torch.compiler.is_dynamo_compiling() and not packed
+    if in_place and isinstance(layer.T, int):
+        return found
+    if not packed and not transforms.unfit_for_operators():
+        return Route("operator inside", found.reason)
+    if facts.strategy == "cudnn":
+        raise RuntimeError("strategy 'cudnn' cannot run here: not with packed rows or torch.func in torch.compile")
+    return Route("eager", "PyTorch's operator cannot be traced with packed rows or torch.func")
+
+
+def cudnn_when_compiled(
+    device: torch.device, dtype: torch.dtype, variant: str, D: int, H: int, P: int, training: bool
+) -> bool:
+    """Return whether `auto` leaves a layer to cuDNN inside of torch.compile, where T and B may be unknown.
+
+    It decides as for COMPILED_FOR. Dynamo does not trace this function, but calls it once and keeps the result.
+    """
+    T, B = COMPILED_FOR
+    spec = LSTMSpec.parse(variant)
+    if why_not_cudnn(device, spec) is not None:
+        return False
+    layer = Layer(spec, T, B, H, D, dtype, matmul_precision(), P=P, training=training)
+    return decide(Facts(layer, gpu_of(device))).engine == "operator"
+
+
+cudnn_when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def now(engine: str, layer: Layer, device: torch.device) -> str:
+    """Return the engine of a call whose sizes are known: of "kernels" the one that is chosen; others as they are."""
+    if engine not in ("kernels", "persistent", "stepwise"):
+        return engine
+    strategy = "auto" if engine == "kernels" else engine
+    return kernels(strategy, layer, gpu_of(device)).engine
+
+
+def cell(layer: Layer, device: torch.device, plain: bool) -> Route:
+    """Return who computes one step of an LSTMCell: "operator" is PyTorch's own cell then. Raises as `route`.
+
+    plain: whether nothing but autograd looks at the tensors. PyTorch's cell takes the standard variant then, on a GPU
+    as well, unless the kernels were asked for: a step of ours takes Python 400 us to launch on the machine that was
+    measured, and PyTorch's takes 100 us in all (benchmarks/NOTES.md).
+    """
+    if plain and layer.spec.standard and requested() != "triton" and not transforms.active():
+        cuda = device.type == "cuda"
+        if layer.dtype in (SUPPORTED_DTYPES if cuda else CPU_DTYPES) and not (cuda and transforms.forward_mode()):
+            return Route("operator", "PyTorch's own cell is the quickest for a single step")
+    found = _route(layer, device, asked=("cells",))
+    return Route("reference", found.reason) if found.engine == "eager" else found

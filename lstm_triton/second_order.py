@@ -1,0 +1,121 @@
+"""The reference as an engine, for what differentiates in other ways than the operators do: again, or in a batch.
+
+Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), L layers,
+D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.sizes import accumulator_dtype
+from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
+from torch import Tensor
+
+from lstm_triton import reference, transforms
+from lstm_triton.layer import Call, Gradients
+from lstm_triton.ragged import Packing
+
+
+def forward(
+    x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], spec: LSTMSpec, order: Order
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute a stack by the reference: output (T, B, D·P), h_n (D·L, B, P), c_n (D·L, B, H), c_t (T, B, D·H).
+
+    x (T, B, I), h_0 (D·L, B, P), c_0 (D·L, B, H). In the accumulator type, like the operators, whatever autocast is
+    around.
+    """
+    dtype = accumulator_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        wide = [[w.map(lambda weight: weight.to(dtype)) for w in weights] for weights in layers]
+        inputs = (x.to(dtype), h_0.to(dtype), c_0.to(dtype))
+        results = reference.lstm(*inputs, wide, spec, order.lengths, order.resets)
+    output, h_n, c_n, cells = (result.to(x.dtype) for result in results)
+    return output, h_n, c_n, cells
+
+
+def single_step(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute a layer of one step by the reference: x (B, I) -> output (1, B, D·P), h_n (D, B, P), c_n (D, B, H)."""
+    states = zip(h_0.unbind(0), c_0.unbind(0), weights, strict=True)
+    steps = [cell(x, h, c, w, spec) for h, c, w in states]
+    if len(steps) == 1:
+        h, c = steps[0]
+        return h.unsqueeze(0), torch.stack([h]), c.unsqueeze(0)
+    hidden, cells = zip(*steps, strict=True)
+    return torch.cat(hidden, -1).unsqueeze(0), torch.stack(hidden), torch.stack(cells)
+
+
+def cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) -> tuple[Tensor, Tensor]:
+    """Compute one step by the reference, x (B, I), h (B, P), c (B, H), in the accumulator type as the kernels do."""
+    dtype = accumulator_dtype(x.dtype)
+    if dtype == x.dtype:
+        return reference.cell(x, h, c, weights, spec)
+    with torch.autocast(x.device.type, enabled=False):
+        h_next, c_next = reference.cell(x.to(dtype), h.to(dtype), c.to(dtype), weights.map(lambda w: w.to(dtype)), spec)
+    return h_next.to(x.dtype), c_next.to(x.dtype)
+
+
+def backward(
+    grads: Gradients,
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    call: Call,
+    layers: tuple[int, int],
+    order: Order,
+    packing: Optional[Packing] = None,
+) -> list[Optional[Tensor]]:
+    """Return gradients that can be differentiated again, or in a batch: those of the reference, recomputed.
+
+    - inputs: x, h_0, c_0 and the flat weights; `needs` says whose gradient is wanted
+    - layers: how many there are, and how many directions each has
+    - packing: how x and output are packed, if they are
+    """
+    given = [n for n, grad in enumerate(grads) if grad is not None]
+    wanted_grads = [grads[n] for n in given]
+
+    def results(*wanted: Tensor) -> list[Tensor]:
+        """The results whose gradients are given, from the inputs whose gradients are wanted."""
+        left = iter(wanted)
+        x, h_0, c_0, *flat = (next(left) if needed else t for t, needed in zip(inputs, needs, strict=True))
+        grouped = call.group(flat)
+        L, D = layers
+        own = order
+        if packing is not None:
+            x, own = packing.pad(x), Order(packing.T, packing.lengths)
+        stack = [grouped[n : n + D] for n in range(0, L * D, D)]
+        output, h_n, c_n, cells = forward(x, h_0, c_0, stack, call.spec, own)
+        every = (packing.pack(output) if packing is not None else output, h_n, c_n, cells)
+        return [every[n] for n in given]
+
+    # Views: the graph from the gradients back to the inputs must start at tensors of this call alone. A tensor whose
+    # gradient only a transform wanted that has ended requires none any more.
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+        views = [t.view_as(t) for t, needed in zip(inputs, needs, strict=True) if needed]
+        wanted = [t if t.requires_grad or transforms.active() else t.detach().requires_grad_() for t in views]
+        if transforms.active():
+            computed = iter(torch.func.vjp(results, *wanted)[1](wanted_grads))
+            return [next(computed) if needed else None for needed in needs]
+        return gradients_where_needed(results(*wanted), wanted_grads, wanted, needs, create_graph=again)
+
+
+def gradients_where_needed(
+    results: Sequence[Any],
+    grads: Sequence[Optional[Tensor]],
+    wanted: Sequence[Any],
+    needs: Sequence[bool],
+    **options: bool,
+) -> list[Optional[Tensor]]:
+    """Return `torch.autograd.grad` of the results whose gradient is given, by `wanted`, where `needs` says so.
+
+    Both are tensors or the edges of a graph.
+    """
+    given = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+    outputs, grad_outputs = zip(*given, strict=True)
+    computed = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options))
+    return [next(computed) if needed else None for needed in needs]
