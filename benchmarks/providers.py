@@ -274,7 +274,7 @@ class LstmTriton(Provider):
             return ""
         if self.how.strategy == "auto" and self.how.backend == "auto":
             asked = ("lengths",) if self.how.lengths else ()
-            engine = routing.decide(routing.facts_of(case.layer, device, "auto", asked)).engine
+            engine = routing.decide(routing.facts_of(case.layer, device, "auto", asked)).name
             if engine != "persistent":
                 return "cudnn" if engine == "operator" else engine
         elif self.how.strategy != "persistent":

@@ -86,10 +86,7 @@ def regime(case: Case, device_type: str) -> str:
     """
     if device_type == "cpu":
         return CPU
-    large = routing.asks_for_large_persistent(STORAGE[case.dtype], case.B, case.H, case.D, case.ragged)
-    large = large and case.L == 1 and case.I % 128 == 0
-    small = routing.asks_for_small_persistent(case.H, training=case.mode == TRAINING)
-    return PERSISTENT if large or small else STANDARD
+    return PERSISTENT if routing.asks_for_persistent(case.layer, case.L) else STANDARD
 
 
 def _anchor() -> Iterator[Case]:

@@ -51,7 +51,7 @@ class OneByOne:
             self._forward(x, of_gates, initial, w.map(Tensor.contiguous), call, own, out, cells[n])
             h_n[n] = own.last(out)
             c_n[n] = own.last(own.cells_written(cells[n]) if every else cells[n])
-        return States(output, h_n, c_n, cells)
+        return output, h_n, c_n, cells
 
     def _forward(
         self, x: Tensor, gates: Tensor | None, h_0: Tensor, w: LSTMWeights, call: Call, order: Order, output: Tensor,
@@ -103,7 +103,7 @@ class OneByOne:
             given = (of_output, of_states, dh, dc[n])
             out = (d_gates[n], None if d_hidden is None else d_hidden[n])
             self._backward(*given, w.map(Tensor.contiguous), call.spec, own, gates[n], cells[n], *out)
-        return StepGradients(d_gates, d_hidden, dc)
+        return d_gates, d_hidden, dc
 
     def _backward(
         self, grad_output: Tensor | None, grad_states: Tensor | None, dh: Tensor, dc: Tensor, w: LSTMWeights,

@@ -60,7 +60,7 @@ def lstm_cell(
     plain = dtype is None and both and type(weight_ih) in autograd.PLAIN
     sizes = Layer(spec, 1, 1, weight_hh.shape[-1], 1, dtype or input.dtype)
     route = routing.cell(sizes, input.device, plain)
-    if route.engine == "operator":
+    if route.name == "operator":
         checks.cell_arguments(input, hx)
         return aten.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     flat = [w for w in weights if w is not None]
@@ -80,11 +80,11 @@ def lstm_cell(
     checks.cell_dtypes(x, (h, c, *flat))
     checks.same_device(x.device, (h, c), flat)
 
-    if route.engine == "reference":
+    if route.name == "reference":
         checks.computed_dtype(x.dtype)
         h, c = second_order.cell(x, h, c, weights, spec)
     else:
-        call = Call(spec.name, bias_ih is not None, False, route.engine)
+        call = Call(spec.name, bias_ih is not None, False, route.name)
         _, h_n, c_n, _ = autograd.lstm_layer(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), [weights], Order(1), call)
         h, c = h_n[0], c_n[0]
     return (h, c) if batched else (h[0], c[0])
@@ -177,7 +177,7 @@ def lstm(
         training=recorded and torch.is_grad_enabled(),
     )  # fmt: skip
     asked = tuple([name for name, present in beyond_torch.items() if present])
-    engine = routing.route(of_layer, x.device, strategy, asked, packing is not None).engine
+    engine = routing.route(of_layer, x.device, strategy, asked, packing is not None).name
     if not engine.startswith("operator"):
         checks.computed_dtype(x.dtype)
     if steps is not None:

@@ -109,29 +109,13 @@ class LayerGradients(NamedTuple):
     weights: list[dict[str, Tensor]]
 
 
-class States(NamedTuple):
-    """What the steps leave: output (T, B, D·P), h_n (D, B, P), c_n (D, B, H).
+States = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""output (T, B, D·P), h_n (D, B, P), c_n (D, B, H), and cells (D, T + 1, B, H) in the accumulator type, see `Order`,
+which may be anything where they are not kept."""
 
-    cells: (D, T + 1, B, H) accumulator type, see `Order`; anything where they are not kept.
-    """
-
-    output: Tensor
-    h_n: Tensor
-    c_n: Tensor
-    cells: Tensor | None
-
-
-class StepGradients(NamedTuple):
-    """What the steps leave, backward.
-
-    - gates: (D, T, B, G·H) gradients of the pre-activations
-    - hidden: (D, T, B, P) gradients of h_t, with a projection; else None
-    - c_0: (D, B, H) accumulator type
-    """
-
-    gates: Tensor
-    hidden: Tensor | None
-    c_0: Tensor
+StepGradients = tuple[Tensor, Tensor | None, Tensor]
+"""The gradients of the pre-activations (D, T, B, G·H), with a projection those of h_t (D, T, B, P), and those of c_0
+(D, B, H) in the accumulator type."""
 
 
 class Loop(Protocol):

@@ -26,17 +26,11 @@ def forward(
 ) -> States:
     """Compute all steps, as `layer.Loop.forward`."""
     assert gates is not None
-    states = sequence_persistent.forward(
-        gates,
-        h_0.contiguous(),
-        c_0.contiguous(),
-        *recurrent_weights(weights),
-        call.spec,
-        order,
-        save=call.every_cell,
-        save_gates=call.save_gates,
-    )
-    return States(states.hidden[: order.T], states.h_n, states.c_n, states.cells)
+    layer = sequence_persistent.layer_of(gates, c_0.shape[2], call.spec, order)
+    tensors = (gates, h_0.contiguous(), c_0.contiguous(), *recurrent_weights(weights))
+    launch = sequence_persistent.forward(layer, *tensors, order, save=call.every_cell, save_gates=call.save_gates)
+    found = sequence_persistent.run(launch)
+    return found["hidden_ptr"][: order.T], found["h_n_ptr"], found["c_n_ptr"], found["cells_ptr"]
 
 
 def backward(
@@ -45,13 +39,15 @@ def backward(
     """Compute all steps backward, as `layer.Loop.backward`."""
     spec = call.spec
     output, h_n, c_n, states = (None if gradient is None else gradient.contiguous() for gradient in grads)
-    given = (output, states, h_n, c_n)
-    d_gates, dc = sequence_persistent.backward(*given, gates, cells, *recurrent_weights(weights), spec, order)
+    layer = sequence_persistent.layer_of(gates, cells.shape[3], spec, order)
+    tensors = (output, states, h_n, c_n, gates, cells, *recurrent_weights(weights))
+    found = sequence_persistent.run(sequence_persistent.backward(layer, *tensors, order))
+    d_gates, dc = found["d_gates_ptr"], found["dc_ptr"]
     for n, w in enumerate(weights):
         if spec.full and w.weight_ch is not None:  # the kernel leaves out what the first step adds
             own = order.direction(n)
             dc[n] += own.read_first(own.first(d_gates[n])) @ spec.previous_peephole(w.weight_ch)
-    return StepGradients(d_gates, None, dc)
+    return d_gates, None, dc
 
 
 def recurrent_weights(weights: Sequence[LSTMWeights]) -> tuple[Tensor, Tensor | None]:

@@ -47,6 +47,8 @@ FROM_ENVIRONMENT = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 CPU_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 """The types of PyTorch's operator on a CPU; of others it rounds the cell state at every step."""
 
+CUDNN_PERSISTENT_DTYPES = (torch.float16, torch.float32)
+
 MOST_CUDNN_STEPS = 65_535
 """cuDNN fails on longer sequences (github.com/pytorch/pytorch/issues/133751)."""
 
@@ -74,15 +76,8 @@ COMPILED_FOR = (256, 16)
 _requested: list[str] = []  # innermost last; a plain list because torch.compile guards on it, and not on a ContextVar
 
 
-class Route(NamedTuple):
-    """The engine that computes a layer, and the reason in words."""
-
-    engine: str
-    reason: str
-
-
-class Backend(NamedTuple):
-    """A backend, "triton" or "torch", and the reason in words."""
+class Choice(NamedTuple):
+    """A chosen engine or backend, and the reason in words."""
 
     name: str
     reason: str
@@ -111,7 +106,7 @@ class Facts(NamedTuple):
         return self.backend == "auto" and self.no_operator is None and self.no_cudnn is None
 
 
-def decide(facts: Facts) -> Route:
+def decide(facts: Facts) -> Choice:
     """Return who computes a layer. Raises RuntimeError with the reason where what was asked for cannot run."""
     layer, strategy, backend = facts.layer, facts.strategy, facts.backend
     if strategy == "cudnn":
@@ -119,34 +114,34 @@ def decide(facts: Facts) -> Route:
         if obstacle is None and backend == "triton":
             obstacle = "backend 'triton' was asked for"
         refuse(strategy, obstacle)
-        return Route("operator", "asked for")
+        return Choice("operator", "asked for")
     if strategy != "auto":
         obstacle = facts.no_kernels
         if obstacle is None and backend == "torch":
             obstacle = "backend 'torch' was asked for"
         refuse(strategy, obstacle)
-        return Route(strategy, "asked for") if facts.gpu is None else kernels(strategy, layer, facts.gpu)
+        return Choice(strategy, "asked for") if facts.gpu is None else kernels(strategy, layer, facts.gpu)
     name, reason = backend_of(facts)
     if name == "torch":
         # A single step of the coupled variant takes the operator longer, since its weights are made first.
         short = layer.spec.coupled and layer.T == 1 and not layer.dtype.is_complex
         engine = "eager" if short or facts.no_operator is not None else "operator"
-        return Route(engine, reason)
+        return Choice(engine, reason)
     if facts.gpu is None:
-        return Route("kernels", "chosen when the graph runs")
+        return Choice("kernels", "chosen when the graph runs")
     own = kernels("auto", layer, facts.gpu)
     return unless_cudnn(own, layer, facts.gpu) if facts.cudnn_may and layer.B > 0 else own
 
 
-def backend_of(facts: Facts) -> Backend:
+def backend_of(facts: Facts) -> Choice:
     """Return the backend that computes. Raises RuntimeError where "triton" was asked for and cannot run."""
     if facts.backend == "torch":
-        return Backend("torch", "asked for")
+        return Choice("torch", "asked for")
     if facts.no_kernels is None:
-        return Backend("triton", "asked for" if facts.backend == "triton" else "the kernels can run here")
+        return Choice("triton", "asked for" if facts.backend == "triton" else "the kernels can run here")
     if facts.backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot run here: {facts.no_kernels}")
-    return Backend("torch", facts.no_kernels)
+    return Choice("torch", facts.no_kernels)
 
 
 def refuse(strategy: str, obstacle: str | None) -> None:
@@ -158,29 +153,29 @@ def refuse(strategy: str, obstacle: str | None) -> None:
 # The kernels: persistent or stepwise.
 
 
-def kernels(strategy: str, layer: Layer, gpu: GPU) -> Route:
+def kernels(strategy: str, layer: Layer, gpu: GPU) -> Choice:
     """Return which kernels compute a layer, for the strategy "auto", "persistent" or "stepwise".
 
     Of an empty batch there is nothing to launch. Raises RuntimeError with the reason where "persistent" was asked for
     and cannot run.
     """
     if layer.B == 0:
-        return Route("stepwise", "there are no rows")
+        return Choice("stepwise", "there are no rows")
     return _kernels(strategy, layer._replace(T=min(layer.T, 2), I=0), gpu)
 
 
 @functools.lru_cache(maxsize=4096)
-def _kernels(strategy: str, layer: Layer, gpu: GPU) -> Route:
+def _kernels(strategy: str, layer: Layer, gpu: GPU) -> Choice:
     if strategy == "stepwise":
-        return Route("stepwise", "asked for")
+        return Choice("stepwise", "asked for")
     obstacle = why_not_persistent(layer, gpu)
     if strategy == "persistent":
         refuse(strategy, obstacle)
-        return Route("persistent", "asked for")
+        return Choice("persistent", "asked for")
     obstacle = obstacle or why_rather_not_persistent(layer, gpu)
     if obstacle is not None:
-        return Route("stepwise", obstacle)
-    return Route("persistent", "a plan fits, and by estimate nothing else is faster")
+        return Choice("stepwise", obstacle)
+    return Choice("persistent", "a plan fits, and by estimate nothing else is faster")
 
 
 def passes(layer: Layer) -> dict[str, bool]:
@@ -219,60 +214,45 @@ def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
     if engine == "persistent":
         plans = ranked_plans(layer, backward, gpu)
         return float("inf") if isinstance(plans, str) else plans[0].estimate_us
-    if engine == "operator" and cudnn_is_persistent(layer):
+    if engine == "stepwise":
+        return (STEPWISE_US[backward] + product_us(layer, gpu)) * layer.D
+    if cudnn_is_persistent(layer):
         return CUDNN_US["persistent"][backward] * layer.D
-    step = STEPWISE_US[backward] if engine == "stepwise" else standard_us(layer, gpu)[backward]
-    return (step + product_us(layer, gpu)) * layer.D
-
-
-# cuDNN.
-
-
-def standard_us(layer: Layer, gpu: GPU) -> dict[bool, float]:
-    """Return the entry of CUDNN_US of the standard algorithm for a layer, whose rows are packed if they differ."""
     measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
-    return CUDNN_US.get(measured, CUDNN_US["standard"])
+    return (CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + product_us(layer, gpu)) * layer.D
 
 
-def unless_cudnn(own: Route, layer: Layer, gpu: GPU) -> Route:
+def unless_cudnn(own: Choice, layer: Layer, gpu: GPU) -> Choice:
     """Return the route by the persistent kernels where they are faster than cuDNN by a margin; else by the operator."""
-    if own.engine != "persistent":
-        return Route("operator", f"it has this variant, and the persistent kernels are out: {own.reason}")
-    ours, other = estimate_us(own.engine, layer, gpu), estimate_us("operator", layer, gpu)
+    if own.name != "persistent":
+        return Choice("operator", f"it has this variant, and the persistent kernels are out: {own.reason}")
+    ours, other = estimate_us(own.name, layer, gpu), estimate_us("operator", layer, gpu)
     algorithm = "persistent" if cudnn_is_persistent(layer) else "standard"
     compared = f"{ours:.1f} us a step, {other:.1f} us by cuDNN's {algorithm} algorithm; both are estimates"
     if ours < FASTER * other:
-        return Route("persistent", compared)
-    return Route("operator", f"the persistent kernels would not take less than {FASTER} of its time: {compared}")
+        return Choice("persistent", compared)
+    return Choice("operator", f"the persistent kernels would not take less than {FASTER} of its time: {compared}")
 
 
-def asks_for_large_persistent(dtype: torch.dtype, B: int, H: int, D: int, ragged: bool) -> bool:
-    """Return whether PyTorch asks cuDNN for its persistent kernel of many units, of one layer, I a multiple of 128.
+def asks_for_persistent(layer: Layer, layers: int = 1) -> bool:
+    """Return whether PyTorch asks cuDNN for a persistent kernel for a stack that begins with this layer.
 
-    As `get_algo` in ATen's native/cudnn/RNN.cpp decides it on a large GPU of compute capability 8.0 or 9.0.
+    As `get_algo` in ATen's native/cudnn/RNN.cpp decides it on a large GPU of compute capability 8.0 or 9.0: for few
+    units in every type but float64; for many in float16.
     """
-    return dtype == torch.float16 and D == 1 and not ragged and H <= 1024 and H % 128 == 0 and B <= 128 and B % 8 == 0
-
-
-def asks_for_small_persistent(H: int, training: bool) -> bool:
-    """Return whether PyTorch asks cuDNN for its persistent kernel of few units, in every type but float64.
-
-    Source as of `asks_for_large_persistent`.
-    """
-    most_units = 128 if training else 192
-    return most_units >= H
+    most_units = 128 if layer.training else 192
+    many = layer.H <= 1024 and layer.H % 128 == layer.I % 128 == 0 and layer.B <= 128 and layer.B % 8 == 0
+    one = layers == layer.D == 1 and not layer.ragged
+    return most_units >= layer.H or (many and one and layer.dtype == torch.float16)
 
 
 def cudnn_is_persistent(layer: Layer) -> bool:
     """Return whether PyTorch asks cuDNN for a persistent kernel, and cuDNN has one.
 
-    The numbers of layers and of input features are taken to be such that it asks. For bfloat16 it asks as well where
-    there are few units, but the profile of a run shows cuDNN's standard algorithm (benchmarks/results, -kernels.json).
+    For bfloat16 it asks as well where there are few units, but the profile of a run shows cuDNN's standard algorithm
+    (benchmarks/results, -kernels.json).
     """
-    if layer.ragged or layer.P or layer.dtype not in (torch.float16, torch.float32):
-        return False
-    large = asks_for_large_persistent(layer.dtype, layer.B, layer.H, layer.D, layer.ragged)
-    return large or asks_for_small_persistent(layer.H, layer.training)
+    return asks_for_persistent(layer) and not (layer.ragged or layer.P) and layer.dtype in CUDNN_PERSISTENT_DTYPES
 
 
 def why_not_cudnn(device: torch.device, spec: LSTMSpec) -> str | None:
@@ -385,7 +365,7 @@ def facts_of(layer: Layer, device: torch.device, strategy: str = "auto", asked: 
     return Facts(layer, gpu, strategy, name, no_kernels, why_not_operator(device, layer, asked), no_cudnn)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+def choose_backend(device: torch.device, dtype: torch.dtype) -> Choice:
     """Return the backend for tensors of a device and type, in this process now.
 
     Raises RuntimeError where "triton" was asked for and cannot run, ValueError for an unknown name.
@@ -395,7 +375,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
 
 def route(
     layer: Layer, device: torch.device, strategy: str = "auto", asked: tuple[str, ...] = (), packed: bool = False
-) -> Route:
+) -> Choice:
     """Return who computes a call, in this process now. Raises RuntimeError where what was asked for cannot run.
 
     asked: the arguments of the call that `torch.nn.LSTM` does not have; packed: whether rows are packed.
@@ -407,7 +387,7 @@ def route(
 
 def _route(
     layer: Layer, device: torch.device, strategy: str = "auto", asked: tuple[str, ...] = (), packed: bool = False
-) -> Route:
+) -> Choice:
     compiling = torch.compiler.is_compiling()
     if not compiling:
         layer = layer._replace(precision=matmul_precision())
@@ -421,13 +401,13 @@ def _route(
                 "forward-mode differentiation, and torch.func inside of torch.compile, are for strategy 'auto' with "
                 "backend 'auto' or 'torch'"
             )
-        return Route("reference", "a transform differentiates in a way that no operator is made for")
-    if found.engine == "eager" and layer.T == 1 and not asked and not packed:
-        return Route("reference", found.reason)  # a single step has nothing to prepare for others
+        return Choice("reference", "a transform differentiates in a way that no operator is made for")
+    if found.name == "eager" and layer.T == 1 and not asked and not packed:
+        return Choice("reference", found.reason)  # a single step has nothing to prepare for others
     return found
 
 
-def for_onnx(layer: Layer, asked: tuple[str, ...], packed: bool) -> Route:
+def for_onnx(layer: Layer, asked: tuple[str, ...], packed: bool) -> Choice:
     """Return the engine whose layers become ONNX's LSTM nodes. Raises RuntimeError with a way out where they cannot.
 
     The exporter with dynamo=True translates a layer's operator by `onnx_node`; the older one knows PyTorch's own.
@@ -441,10 +421,10 @@ def for_onnx(layer: Layer, asked: tuple[str, ...], packed: bool) -> Route:
         )
     if packed and not traced:
         raise RuntimeError("a PackedSequence cannot be exported to ONNX: give a padded input and lengths")
-    return Route("operator" if traced else "kernels", "ONNX has a node for it")
+    return Choice("operator" if traced else "kernels", "ONNX has a node for it")
 
 
-def when_compiled(found: Route, facts: Facts, device: torch.device, packed: bool) -> Route:
+def when_compiled(found: Choice, facts: Facts, device: torch.device, packed: bool) -> Choice:
     """Return the route of a call that torch.compile or torch.export traces.
 
     An exported program holds PyTorch's operator as that of `torch.nn.LSTM` does, so that it needs nothing of this
@@ -452,20 +432,20 @@ def when_compiled(found: Route, facts: Facts, device: torch.device, packed: bool
     inside of one of this library: "operator inside". Of a packing it would read the batch sizes while it is traced.
     """
     layer = facts.layer
-    if found.engine == "kernels" and facts.cudnn_may and not packed:
+    if found.name == "kernels" and facts.cudnn_may and not packed:
         sizes = (layer.spec.name, layer.D, layer.H, layer.P, layer.training)
         if cudnn_when_compiled(device, layer.dtype, *sizes):
-            found = Route("operator", "faster by estimate")
-    if found.engine != "operator":
+            found = Choice("operator", "faster by estimate")
+    if found.name != "operator":
         return found
     in_place = transforms.exporting() and not torch.compiler.is_dynamo_compiling() and not packed
     if in_place and isinstance(layer.T, int):
         return found
     if not packed and not transforms.unfit_for_operators():
-        return Route("operator inside", found.reason)
+        return Choice("operator inside", found.reason)
     if facts.strategy == "cudnn":
         raise RuntimeError("strategy 'cudnn' cannot run here: not with packed rows or torch.func in torch.compile")
-    return Route("eager", "PyTorch's operator cannot be traced with packed rows or torch.func")
+    return Choice("eager", "PyTorch's operator cannot be traced with packed rows or torch.func")
 
 
 def cudnn_when_compiled(
@@ -480,7 +460,7 @@ def cudnn_when_compiled(
     if why_not_cudnn(device, spec) is not None:
         return False
     layer = Layer(spec, T, B, H, D, dtype, matmul_precision(), P=P, training=training)
-    return decide(Facts(layer, gpu_of(device))).engine == "operator"
+    return decide(Facts(layer, gpu_of(device))).name == "operator"
 
 
 cudnn_when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -491,10 +471,10 @@ def now(engine: str, layer: Layer, device: torch.device) -> str:
     if engine not in ("kernels", "persistent", "stepwise"):
         return engine
     strategy = "auto" if engine == "kernels" else engine
-    return kernels(strategy, layer, gpu_of(device)).engine
+    return kernels(strategy, layer, gpu_of(device)).name
 
 
-def cell(layer: Layer, device: torch.device, plain: bool) -> Route:
+def cell(layer: Layer, device: torch.device, plain: bool) -> Choice:
     """Return who computes one step of an LSTMCell: "operator" is PyTorch's own cell then. Raises as `route`.
 
     plain: whether nothing but autograd looks at the tensors. PyTorch's cell takes the standard variant then, on a GPU
@@ -504,6 +484,6 @@ def cell(layer: Layer, device: torch.device, plain: bool) -> Route:
     if plain and layer.spec.standard and requested() != "triton" and not transforms.active():
         cuda = device.type == "cuda"
         if layer.dtype in (SUPPORTED_DTYPES if cuda else CPU_DTYPES) and not (cuda and transforms.forward_mode()):
-            return Route("operator", "PyTorch's own cell is the quickest for a single step")
+            return Choice("operator", "PyTorch's own cell is the quickest for a single step")
     found = _route(layer, device, asked=("cells",))
-    return Route("reference", found.reason) if found.engine == "eager" else found
+    return Choice("reference", found.reason) if found.name == "eager" else found

@@ -27,21 +27,6 @@ from lstm_triton_kernels.spec import LSTMSpec
 from lstm_triton_kernels.sync import COUNTER_STRIDE, POLLS, unpublish
 from lstm_triton_kernels.watch import error_words_of, one_at_a_time
 
-
-class States(NamedTuple):
-    """What the forward pass leaves.
-
-    - hidden: (T + 1, B, D·H), h_t at index t; the last index is the kernel's own
-    - h_n, c_n: (D, B, H), in the input's type
-    - cells: (D, T + 1, B, H) accumulator type, see order.py; None unless saved
-    """
-
-    hidden: Tensor
-    h_n: Tensor
-    c_n: Tensor
-    cells: Tensor | None
-
-
 _preferences: list[Preference] = []
 
 
@@ -63,7 +48,8 @@ def preference() -> Preference:
 class Launch(NamedTuple):
     """One pass that is to be launched, on whatever plan.
 
-    - arguments: of the kernel on a plan, its buffers included
+    - arguments: makes the kernel's arguments for a plan, buffers for its results included
+    - exchanged: names of the buffers through which programs exchange values
     - flags: what decides, beside the layer, which kernel is compiled
     """
 
@@ -72,37 +58,24 @@ class Launch(NamedTuple):
     backward: bool
     device: torch.device
     arguments: Callable[[PersistentPlan], dict[str, Any]]
+    exchanged: tuple[str, ...]
     flags: tuple[bool, ...]
 
 
 def forward(
-    gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_ch: Tensor | None, spec: LSTMSpec, order: Order,
+    layer: Layer, gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_ch: Tensor | None, order: Order,
     *, save: bool, save_gates: bool,
-) -> States:  # fmt: skip
-    """Compute all steps forward.
+) -> Launch:  # fmt: skip
+    """Return the launch of all steps forward.
 
     - gates: (D, T, B, G·H), the input side of the gates; with `save_gates` the activated gates take its place
     - h_0, c_0: (D, B, H); w_hh: (D, G·H, H); w_ch: diagonal (D, Q·H), full (D, Q·H, H); all contiguous
     - order: of the first direction; beyond a row's length output and cells are zero, and h_n and c_n are the row's last
     - save: keep every c_t
+
+    Results, by the kernel's names: hidden_ptr (T + 1, B, D·H), h_t at index t, the last index is the kernel's own;
+    h_n_ptr, c_n_ptr (D, B, H); with `save` cells_ptr (D, T + 1, B, H) in the accumulator type, see order.py.
     """
-    layer = layer_of(gates, h_0.shape[2], spec, order)
-    launch = forward_launch(layer, gates, h_0, c_0, w_hh, w_ch, order, save=save, save_gates=save_gates)
-    plan = plan_of(launch)
-    given = launch.arguments(plan)
-    if plan.wait == "data":
-        unpublish(given["hidden_ptr"])
-        if spec.full:
-            unpublish(given["cells_ptr"])
-    run(launch, plan, given)
-    return States(given["hidden_ptr"], given["h_n_ptr"], given["c_n_ptr"], given["cells_ptr"] if save else None)
-
-
-def forward_launch(
-    layer: Layer, gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_ch: Tensor | None, order: Order,
-    *, save: bool, save_gates: bool,
-) -> Launch:  # fmt: skip
-    """Return the launch of `forward`."""
     D, T, B, H = layer.D, layer.T, layer.B, layer.H
 
     def arguments(plan: PersistentPlan) -> dict[str, Any]:
@@ -126,45 +99,31 @@ def forward_launch(
             **common_arguments(layer, plan, order, gates.device, f"the forward pass of {H} units"),
         )
 
-    return Launch(persistent_forward_kernel, layer, False, gates.device, arguments, (save, save_gates, *asked(order)))
+    exchanged = ("hidden_ptr", "cells_ptr") if layer.spec.full else ("hidden_ptr",)
+    flags = (save, save_gates, *asked(order))
+    return Launch(persistent_forward_kernel, layer, False, gates.device, arguments, exchanged, flags)
 
 
 def backward(
-    grad_output: Tensor | None, grad_cells: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None,
-    gates: Tensor, cells: Tensor, w_hh: Tensor, w_ch: Tensor | None, spec: LSTMSpec, order: Order,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute all steps backward; return the gradients of the pre-activations (D, T, B, G·H), and of c_0 (D, B, H).
-
-    The latter, in the accumulator type, lacks what a full peephole adds at the first step. Gradients of the results,
-    None where zero:
-
-    - grad_output, grad_cells: (T, B, D·H), of h_t and of c_t; grad_h_n, grad_c_n: (D, B, H); all contiguous
-    - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as `forward` saved them; the others as there
-    """
-    layer = layer_of(gates, w_hh.shape[2], spec, order)
-    grads = (grad_output, grad_cells, grad_h_n, grad_c_n)
-    launch = backward_launch(layer, *grads, gates, cells, w_hh, w_ch, order)
-    plan = plan_of(launch)
-    given = launch.arguments(plan)
-    if plan.wait == "data":
-        unpublish(given["d_gates_ptr"])
-    run(launch, plan, given)
-    return given["d_gates_ptr"], given["dc_ptr"]
-
-
-def backward_launch(
     layer: Layer, grad_output: Tensor | None, grad_cells: Tensor | None, grad_h_n: Tensor | None,
     grad_c_n: Tensor | None, gates: Tensor, cells: Tensor, w_hh: Tensor, w_ch: Tensor | None, order: Order,
 ) -> Launch:  # fmt: skip
-    """Return the launch of `backward`."""
-    D, B, H = layer.D, layer.B, layer.H
+    """Return the launch of all steps backward, from the gradients of the results, None where zero.
+
+    - grad_output, grad_cells: (T, B, D·H), of h_t and of c_t; grad_h_n, grad_c_n: (D, B, H); all contiguous
+    - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as the forward pass saved them; the others as there
+
+    Results: d_gates_ptr (D, T, B, G·H), the gradients of the pre-activations; dc_ptr (D, B, H) that of c_0, in the
+    accumulator type, without what a full peephole adds at the first step.
+    """
+    shape = (layer.D, layer.B, layer.H)
     given = [gradient is not None for gradient in (grad_output, grad_cells, grad_h_n, grad_c_n)]
 
     def arguments(plan: PersistentPlan) -> dict[str, Any]:
         dc = torch.zeros if plan.blocks_per_program > 1 else torch.empty
         return dict(
             d_gates_ptr=torch.empty_like(gates),
-            dc_ptr=dc(D, B, H, dtype=cells.dtype, device=gates.device),
+            dc_ptr=dc(shape, dtype=cells.dtype, device=gates.device),
             gates_ptr=gates,
             cells_ptr=cells,
             grad_output_ptr=grad_output,
@@ -177,10 +136,11 @@ def backward_launch(
             HAS_GRAD_CELLS=given[1],
             HAS_GRAD_H_N=given[2],
             HAS_GRAD_C_N=given[3],
-            **common_arguments(layer, plan, order, gates.device, f"the backward pass of {H} units"),
+            **common_arguments(layer, plan, order, gates.device, f"the backward pass of {layer.H} units"),
         )
 
-    return Launch(persistent_backward_kernel, layer, True, gates.device, arguments, (*given, *asked(order)))
+    flags = (*given, *asked(order))
+    return Launch(persistent_backward_kernel, layer, True, gates.device, arguments, ("d_gates_ptr",), flags)
 
 
 def layer_of(gates: Tensor, H: int, spec: LSTMSpec, order: Order) -> Layer:
@@ -245,15 +205,24 @@ def launch_without_data(layer: Layer, backward: bool) -> Launch:
     layer = layer._replace(T=T)
     if not backward:
         save = layer.training
-        return forward_launch(layer, gates, state, state, w_hh, w_ch, order, save=save, save_gates=save)
+        return forward(layer, gates, state, state, w_hh, w_ch, order, save=save, save_gates=save)
     cells = empty(D, T + 1, B, H, dtype=accumulator_dtype(layer.dtype))
-    return backward_launch(layer, sequence, None, state, state, gates, cells, w_hh, w_ch, order)
+    return backward(layer, sequence, None, state, state, gates, cells, w_hh, w_ch, order)
 
 
-def run(launch: Launch, plan: PersistentPlan, given: dict[str, Any]) -> None:
-    """Launch the kernel; programs that wait for each other after all such launches before it."""
+def run(launch: Launch) -> dict[str, Any]:
+    """Launch the kernel on its plan and return its arguments, the buffers of its results among them.
+
+    Programs that wait for each other are launched after all such launches before. Raises RuntimeError as `plan_of`.
+    """
+    plan = plan_of(launch)
+    given = launch.arguments(plan)
+    if plan.wait == "data":
+        for name in launch.exchanged:
+            unpublish(given[name])
     with one_at_a_time(launch.device) if not plan.alone else nullcontext():
         launch.kernel[grid(plan, launch.device)](**given)
+    return given
 
 
 def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:

@@ -392,7 +392,7 @@ def parse_variants(names: Sequence[str], output_current: bool) -> tuple[str, ...
     return found
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> routing.Backend:
+def choose_backend(device: torch.device, dtype: torch.dtype) -> routing.Choice:
     """The backend that will run. Raises UserError if the one asked for cannot."""
     try:
         return routing.choose_backend(device, dtype)

@@ -24,7 +24,7 @@ from lstm_triton_kernels.spec import VARIANTS, LSTMSpec
 
 from lstm_triton import routing
 from lstm_triton.cli.errors import UserError
-from lstm_triton.routing import Facts, Route
+from lstm_triton.routing import Choice, Facts
 
 DTYPES: dict[str, tuple[torch.dtype, str]] = {
     "bf16": (torch.bfloat16, "ieee"),
@@ -175,7 +175,7 @@ def dtype_words(layer: Layer) -> str:
     return f"{name}, multiplied in full precision (PyTorch's default); --dtype tf32 is faster"
 
 
-def choice(layer: Layer, target: Target) -> Route:
+def choice(layer: Layer, target: Target) -> Choice:
     """Return what `strategy="auto"` takes, and why; "none" where what was asked for cannot run.
 
     A GPU of the table is taken to have cuDNN and to run the kernels.
@@ -186,7 +186,7 @@ def choice(layer: Layer, target: Target) -> Route:
     try:
         return routing.decide(routing.facts_of(layer, target.device))
     except (RuntimeError, ValueError) as error:
-        return Route("none", str(error))
+        return Choice("none", str(error))
 
 
 def engine_facts(layer: Layer, target: Target) -> Rows:
@@ -196,7 +196,7 @@ def engine_facts(layer: Layer, target: Target) -> Rows:
     shared = size(gpu.shared_bytes)
     return [
         ("GPU", f"{gpu.multiprocessors} multiprocessors, up to {shared} of shared memory for a program"),
-        ("auto takes", f"{chosen.engine}: {ENGINE_WORDS[chosen.engine]}"),
+        ("auto takes", f"{chosen.name}: {ENGINE_WORDS[chosen.name]}"),
         ("why", chosen.reason),
     ]
 
@@ -210,7 +210,7 @@ def pass_facts(layer: Layer, target: Target, backward: bool) -> Rows:
         rows = [
             ("plan", "there is no persistent plan"),
             ("why", plans),
-            ("instead", f"{chosen.engine}: {ENGINE_WORDS[chosen.engine]}"),
+            ("instead", f"{chosen.name}: {ENGINE_WORDS[chosen.name]}"),
         ]
     else:
         rows = [
@@ -221,15 +221,15 @@ def pass_facts(layer: Layer, target: Target, backward: bool) -> Rows:
     return [*rows, ("limit", limit_words(layer, gpu, backward))]
 
 
-def runs(layer: Layer, gpu: GPU, chosen: Route) -> str:
+def runs(layer: Layer, gpu: GPU, chosen: Choice) -> str:
     """Say whether a plan that there is will run, and if not what would have to change."""
-    if chosen.engine == "persistent":
+    if chosen.name == "persistent":
         return "yes"
-    if chosen.engine in ("eager", "reference", "none"):
+    if chosen.name in ("eager", "reference", "none"):
         return f"no: no kernel of this library runs here ({chosen.reason})"
     if routing.why_not_persistent(layer, gpu) is not None:
-        return f"no: both passes of a layer have one engine, and the other pass has no plan; {chosen.engine} runs"
-    return f"not with auto, which takes {chosen.engine} (the reason is above); with strategy='persistent' it does"
+        return f"no: both passes of a layer have one engine, and the other pass has no plan; {chosen.name} runs"
+    return f"not with auto, which takes {chosen.name} (the reason is above); with strategy='persistent' it does"
 
 
 def ranked_words(plans: Sequence[PersistentPlan]) -> str:

@@ -326,13 +326,13 @@ def test_the_device_that_is_here(cuda_device):
     assert numbers(facts(BF16, target)["programs"])[4] == 100
     assert facts(BF16, target)["runs"] == "yes"
     huge = explain.question(4096)
-    assert explain.choice(huge, target).engine == "operator"
+    assert explain.choice(huge, target).name == "operator"
 
 
 def test_no_cudnn_on_the_device_that_is_here(cuda_device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     (target,), _ = explain.targets([])
-    assert explain.choice(explain.question(4096), target).engine == "stepwise"
+    assert explain.choice(explain.question(4096), target).name == "stepwise"
 
 
 def test_the_backend_that_was_asked_for_decides_on_the_device_that_is_here(cuda_device, monkeypatch):
@@ -340,14 +340,14 @@ def test_the_backend_that_was_asked_for_decides_on_the_device_that_is_here(cuda_
     with routing.backend("torch"):
         assert explain.choice(BF16, target) == ("operator", "asked for")
         assert facts(BF16, target)["runs"].startswith("not with auto, which takes operator")
-        assert explain.choice(BF16, H100).engine == "persistent"
+        assert explain.choice(BF16, H100).name == "persistent"
         peephole = explain.question(768, dtype="bf16", variant="diagonal")
         assert explain.choice(peephole, target) == ("eager", "asked for")
         assert facts(peephole, target)["runs"].startswith("no: no kernel of this library runs here (asked for)")
     with routing.backend("triton"):
-        assert explain.choice(explain.question(4096), target).engine == "stepwise"
+        assert explain.choice(explain.question(4096), target).name == "stepwise"
     monkeypatch.setattr(routing, "FROM_ENVIRONMENT", "tpu")
-    assert explain.choice(BF16, target).engine == "none"
+    assert explain.choice(BF16, target).name == "none"
 
 
 def test_a_device_that_is_too_old(cuda_device, monkeypatch):
@@ -509,7 +509,7 @@ def test_any_layer_on_any_gpu_is_explained(projected, gpu, hidden, **options):
     assert len(found) == 3 if options["inference"] else 4
     assert all(name and text for section in found for name, text in section.rows)
     assert max(map(len, render(found, 60).splitlines())) <= 60
-    name = explain.choice(asked, target).engine
+    name = explain.choice(asked, target).name
     for section in found[2:]:
         said = dict(section.rows)
         assert ("programs" in said) != ("instead" in said)

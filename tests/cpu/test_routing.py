@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_triton
 from lstm_triton import VARIANTS, CoupledLSTM, LSTMSpec, aten, autograd, functional, routing
-from lstm_triton.routing import CUDNN_US, FASTER, STEPWISE_US, Backend, Facts, Route, decide
+from lstm_triton.routing import CUDNN_US, FASTER, STEPWISE_US, Choice, Facts, decide
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 H100 = GPUS["h100"]
@@ -67,7 +67,7 @@ def test_the_users_choice_wins_or_is_an_error_and_auto_always_finds_something(
         assert strategy != "auto" or (backend == "triton" and no_kernels)
         assert "cannot run here: " in str(error)
         return
-    computed = {"persistent": "kernels", "stepwise": "kernels", "operator": "operator", "eager": "eager"}[found.engine]
+    computed = {"persistent": "kernels", "stepwise": "kernels", "operator": "operator", "eager": "eager"}[found.name]
     assert found.reason.strip()
     if computed == "kernels":
         assert no_kernels is None and backend != "torch"
@@ -90,7 +90,7 @@ def test_the_users_choice_wins_or_is_an_error_and_auto_always_finds_something(
     else:
         own = routing.kernels("auto", layer, gpu)
         faster = routing.estimate_us("persistent", layer, gpu) < FASTER * routing.estimate_us("operator", layer, gpu)
-        assert found.engine == ("persistent" if own.engine == "persistent" and faster else "operator")
+        assert found.name == ("persistent" if own.name == "persistent" and faster else "operator")
 
 
 @thorough
@@ -120,14 +120,14 @@ def test_what_keeps_the_persistent_kernels_from_running(fields, reason):
     with pytest.raises(RuntimeError, match=f"strategy 'persistent' cannot run here: {reason}"):
         routing.kernels("persistent", of(fields), H100)
     chosen = routing.kernels("auto", of(fields), H100)
-    assert chosen.engine == "stepwise" and re.match(reason, chosen.reason)
+    assert chosen.name == "stepwise" and re.match(reason, chosen.reason)
 
 
 @pytest.mark.parametrize("fields, reason", SLOW)
 def test_where_auto_does_without_them_they_can_be_had(fields, reason):
     assert routing.why_not_persistent(of(fields), H100) is None
     assert re.fullmatch(reason, routing.why_rather_not_persistent(of(fields), H100))
-    assert routing.kernels("auto", of(fields), H100).engine == "stepwise"
+    assert routing.kernels("auto", of(fields), H100).name == "stepwise"
     assert routing.kernels("persistent", of(fields), H100) == ("persistent", "asked for")
 
 
@@ -135,7 +135,7 @@ def test_where_auto_does_without_them_they_can_be_had(fields, reason):
 def test_auto_takes_the_persistent_kernels_where_a_plan_fits(spec):
     layer = of(dict(spec=spec, H=256, training=True))
     none = spec.full and spec.output_current
-    assert routing.kernels("auto", layer, H100).engine == ("stepwise" if none else "persistent")
+    assert routing.kernels("auto", layer, H100).name == ("stepwise" if none else "persistent")
 
 
 def test_a_pass_without_a_plan_is_named(monkeypatch):
@@ -203,13 +203,13 @@ def test_where_pytorch_asks_cudnn_for_the_standard_algorithm(fields):
 def test_the_kernels_must_be_faster_than_cudnn_by_a_margin(monkeypatch):
     layer = of(dict(training=True))
     ours, cudnn = routing.estimate_us("persistent", layer, H100), routing.estimate_us("operator", layer, H100)
-    own = Route("persistent", FITS)
+    own = Choice("persistent", FITS)
     text = f"{ours:.1f} us a step, {cudnn:.1f} us by cuDNN's standard algorithm; both are estimates"
     assert ours < FASTER * cudnn and routing.unless_cudnn(own, layer, H100) == ("persistent", text)
     monkeypatch.setattr(routing, "FASTER", ours / cudnn)
     chosen = routing.unless_cudnn(own, layer, H100)
-    assert chosen.engine == "operator" and chosen.reason.endswith(text)
-    stepwise = routing.unless_cudnn(Route("stepwise", "no plan"), layer, H100)
+    assert chosen.name == "operator" and chosen.reason.endswith(text)
+    stepwise = routing.unless_cudnn(Choice("stepwise", "no plan"), layer, H100)
     assert stepwise == ("operator", "it has this variant, and the persistent kernels are out: no plan")
 
 
@@ -236,7 +236,7 @@ def test_auto_never_takes_kernels_that_the_results_show_clearly_slower():
     assert len(measured) > 50
     for layer, ratio in measured:
         chosen = routing.unless_cudnn(routing.kernels("auto", layer, H100), layer, H100)
-        assert chosen.engine == "operator" or ratio > 0.8, (layer, ratio)
+        assert chosen.name == "operator" or ratio > 0.8, (layer, ratio)
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_what_keeps_pytorchs_operator_from_running():
 
 def test_a_sequence_too_long_for_cudnn_goes_to_the_kernels():
     facts = Facts(of(HALF | dict(T=70_000)), H100)
-    assert decide(facts).engine == "operator"
+    assert decide(facts).name == "operator"
     facts = facts._replace(no_operator=routing.why_not_operator(CUDA, facts.layer, ()))
     assert decide(facts) == ("persistent", FITS)
     with pytest.raises(RuntimeError, match="strategy 'cudnn' cannot run here: cuDNN fails on more than 65535 steps"):
@@ -338,13 +338,13 @@ def test_cudnn_and_auto_need_no_kernels(capability, cudnn, monkeypatch):
     with lstm_triton.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' was asked for"):
         routing.route(ANCHOR, CUDA, "cudnn")
     for device in (CPU, CUDA):
-        assert routing.route(of(dict(dtype=torch.complex64)), device).engine == "operator"
+        assert routing.route(of(dict(dtype=torch.complex64)), device).name == "operator"
 
 
 def test_auto_on_a_gpu(capability, cudnn):
     def routed(backend="auto", asked=(), packed=False, **fields):
         with lstm_triton.backend(backend):
-            return routing.route(of(fields), CUDA, "auto", asked, packed).engine
+            return routing.route(of(fields), CUDA, "auto", asked, packed).name
 
     for asked in ("resets", "lengths", "return_cell_states"):
         assert routed(asked=(asked,), **HALF) == "persistent"
@@ -358,7 +358,7 @@ def test_auto_on_a_gpu(capability, cudnn):
 
 
 def test_an_empty_batch_has_nothing_to_launch_and_nothing_to_refuse(capability):
-    assert routing.route(of(dict(B=0)), CUDA, "persistent").engine == "stepwise"
+    assert routing.route(of(dict(B=0)), CUDA, "persistent").name == "stepwise"
     for engine in ("kernels", "persistent", "stepwise"):
         assert routing.now(engine, of(dict(B=0)), CUDA) == "stepwise"
 
@@ -396,10 +396,10 @@ def test_the_backend_on_cuda(pair, dtype, name, reason, capability):
     chosen = routing.choose_backend(CUDA, dtype)
     assert chosen.name == name and re.search(reason, chosen.reason)
     with lstm_triton.backend("torch"):
-        assert routing.choose_backend(CUDA, dtype) == Backend("torch", "asked for")
+        assert routing.choose_backend(CUDA, dtype) == Choice("torch", "asked for")
     with lstm_triton.backend("triton"):
         if name == "triton":
-            assert routing.choose_backend(CUDA, dtype) == Backend("triton", "asked for")
+            assert routing.choose_backend(CUDA, dtype) == Choice("triton", "asked for")
         else:
             with pytest.raises(RuntimeError, match=reason):
                 routing.choose_backend(CUDA, dtype)
@@ -699,7 +699,7 @@ def test_a_gpu_computes_a_step_of_the_standard_cell_by_pytorchs_own(dtype, capab
     layer = Layer(STANDARD, 1, 1, 4, 1, dtype)
 
     def routed(plain=True, **fields):
-        return routing.cell(layer._replace(**fields), CUDA, plain).engine
+        return routing.cell(layer._replace(**fields), CUDA, plain).name
 
     assert routed() == "operator"
     assert routed(plain=False) == routed(spec=COUPLED) == "stepwise"

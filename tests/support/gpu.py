@@ -182,7 +182,7 @@ def strategies(case: Case, precision: str) -> tuple[str, ...]:
     if case.cell:
         return ("stepwise",)
     chosen = routing.kernels("auto", layer_of(case, precision), GPUS["h100"])
-    return ("stepwise", "auto") if chosen.engine == "persistent" else ("stepwise",)
+    return ("stepwise", "auto") if chosen.name == "persistent" else ("stepwise",)
 
 
 class Pass:
