@@ -31,8 +31,11 @@ from lstm_triton.batching import one_by_one
 from lstm_triton.directions import OneByOne
 from lstm_triton.layer import Call, Gradients, LayerGradients, LayerResult, Needs
 
-STEPS = {"stepwise": "lstm_triton_kernels.sequence_replayed", "eager": "lstm_triton.eager"}
-"""Engine to the module that computes the steps of one direction; imported when first used: triton may be missing."""
+LOOPS = {
+    "persistent": "lstm_triton.persistent", "stepwise": "lstm_triton_kernels.sequence_replayed",
+    "eager": "lstm_triton.eager",
+}  # fmt: skip
+"""Engine to the module that computes the steps, of all directions or of one; imported when first used."""
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Types of tensors whose operators nothing else looks at."""
@@ -56,23 +59,24 @@ class Inputs:
         return (self.x, self.h_0, self.c_0, *self.weights)
 
 
-def engine(
-    call: Call, inputs: Sequence[Tensor], ragged: bool
-) -> tuple[Callable[..., LayerResult], Callable[..., LayerGradients]]:
-    """Return the forward and the backward pass of a layer by the engine of a call; inputs: x, h_0, c_0.
-
-    What the one saves the other can read, whichever engine each of them is; but PyTorch's operator saves nothing.
-    """
-    x, h_0, c_0 = inputs
+def resolved(call: Call, x: Tensor, h_0: Tensor, c_0: Tensor, ragged: bool) -> Call:
+    """Return the call with the engine that computes it, now that its sizes are known."""
     D, B, H = c_0.shape
     P = h_0.shape[2] if call.projection else 0
     sizes = Layer(call.spec, x.shape[0], B, H, D, x.dtype, matmul_precision(), P=P, training=call.save, ragged=ragged)
-    name = routing.now(call.engine, sizes, x.device)
-    if name == "operator inside":
+    return call._replace(engine=routing.now(call.engine, sizes, x.device))
+
+
+def passes(engine: str) -> tuple[Callable[..., LayerResult], Callable[..., LayerGradients]]:
+    """Return the forward and the backward pass of a layer by an engine.
+
+    What the one saves the other can read, whichever engine each of them is; but PyTorch's operator saves nothing.
+    """
+    if engine == "operator inside":
         return aten.forward, aten.backward
-    loop: Any = (
-        import_module("lstm_triton.persistent") if name == "persistent" else OneByOne(import_module(STEPS[name]))
-    )
+    loop: Any = import_module(LOOPS[engine])
+    if engine != "persistent":
+        loop = OneByOne(loop)
     return partial(layer.forward, loop=loop), partial(layer.backward, loop=loop)
 
 
@@ -135,10 +139,10 @@ def forward_pass(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the fields of `layer.LayerResult`; arguments as of INPUTS and CALL."""
     check_launches()
     given = Inputs(arguments)
-    call, inputs = given.call, (given.x, given.h_0, given.c_0)
-    forward, _ = engine(call, inputs, given.order.ragged)
+    inputs = (given.x, given.h_0, given.c_0)
+    call = resolved(given.call, *inputs, given.order.ragged)
     with computing_on(given.x.device):
-        return forward(*inputs, call.group(given.weights), given.order, call)
+        return passes(call.engine)[0](*inputs, call.group(given.weights), given.order, call)
 
 
 layer_forward = torch.library.custom_op(
@@ -166,15 +170,15 @@ def backward_pass(
     """Compute the gradients of x, h_0, c_0 and each weight, of those for which `needs` (in that order) is true."""
     check_launches()
     given = Inputs(arguments)
-    call, inputs = given.call, (given.x, given.h_0, given.c_0)
+    inputs = (given.x, given.h_0, given.c_0)
+    call = resolved(given.call._replace(save=True), *inputs, given.order.ragged)
     names = call.spec.parameter_names(call.bias, call.projection)
-    _, backward = engine(call._replace(save=True), inputs, given.order.ragged)
     needed = [needs[n : n + len(names)] for n in range(3, len(needs), len(names))]
     wanted = Needs(needs[0], needs[1], needs[2], [list(compress(names, part)) for part in needed])
     grads = Gradients(grad_output, grad_h_n, grad_c_n, grad_states)
     saved = (output, gates, cells, given.order, call, wanted)
     with computing_on(given.x.device):
-        gradients = backward(grads, *inputs, call.group(given.weights), *saved)
+        gradients = passes(call.engine)[1](grads, *inputs, call.group(given.weights), *saved)
     flat = [gradients.x, gradients.h_0, gradients.c_0]
     flat += [direction.get(name) for direction in gradients.weights for name in names]
     distinct: list[Tensor] = []

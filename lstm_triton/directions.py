@@ -29,10 +29,6 @@ class OneByOne:
 
     steps: ModuleType
 
-    def fuses_input(self, T: int) -> bool:
-        """Return whether the input side of the gates is computed in the step."""
-        return self.steps.fuses_input(T)
-
     def forward(
         self, x: Tensor, gates: Tensor | None, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], order: Order,
         call: Call,
@@ -68,7 +64,7 @@ class OneByOne:
             if gates is not None and flipped is not None and call.save_gates:
                 gates.copy_(order.flip(flipped))
             return
-        gate_input = None if self.fuses_input(len(x)) else gates
+        gate_input = None if call.fused(len(x)) else gates
         saved = gates if call.save_gates else None
         whole = order._replace(lengths=None)
         self.steps.forward(x, gate_input, h_0, w, call.spec, whole, output, saved, cells)

@@ -30,11 +30,6 @@ tanh_backward = torch.ops.aten.tanh_backward.grad_input
 """(d, y, grad_input=out): d (1 - y^2) in one operator."""
 
 
-def fuses_input(T: int) -> bool:
-    """Return False: the input side of the gates is always computed before the steps."""
-    return False
-
-
 def forward(
     x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: LSTMWeights, spec: LSTMSpec, order: Order,
     output: Tensor, gates: Tensor | None, cells: Tensor,

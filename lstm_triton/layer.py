@@ -7,7 +7,7 @@ directions, G gate blocks. Plain functions on tensors, called inside the custom 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from lstm_triton_kernels.order import Order
@@ -49,6 +49,10 @@ class Call(NamedTuple):
     def every_cell(self) -> bool:
         """Whether every c_t is kept."""
         return self.save or self.states
+
+    def fused(self, T: int) -> bool:
+        """Return whether the input side of the gates is computed in the step's own matmul, not by a GEMM before it."""
+        return T == 1 and self.engine == "stepwise"
 
     def group(self, flat: Sequence[Any]) -> list[LSTMWeights]:
         """Return one LSTMWeights a direction from a flat list of the parameters of all directions."""
@@ -118,25 +122,13 @@ StepGradients = tuple[Tensor, Tensor | None, Tensor]
 (D, B, H) in the accumulator type."""
 
 
-class Loop(Protocol):
-    """An engine that computes the steps: all steps of all directions, forward and backward."""
+Loop = Any
+"""An engine that computes the steps of all directions: `persistent`, or `directions.OneByOne`. It has
 
-    def fuses_input(self, T: int) -> bool:
-        """Return whether the input side of the gates is computed in the steps, not by one GEMM before them."""
-
-    def forward(
-        self, x: Tensor, gates: Tensor | None, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], order: Order,
-        call: Call,
-    ) -> States:  # fmt: skip
-        """Compute all steps.
-
-        gates (D, T, B, G·H): the input side of the gates, unless that is fused; out: activated, where they are saved.
-        """
-
-    def backward(
-        self, grads: Gradients, gates: Tensor, cells: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call
-    ) -> StepGradients:
-        """Compute all steps backward, from the activated gates (D, T, B, G·H) and cells (D, T + 1, B, H)."""
+- forward(x, gates, h_0, c_0, weights, order, call) -> States; gates (D, T, B, G·H): their input side, unless the step
+  computes that from x, too (see `Call.fused`); out: activated, where they are saved
+- backward(grads, gates, cells, weights, order, call) -> StepGradients, from what the forward pass saved
+"""
 
 
 def result_shapes(
@@ -164,7 +156,7 @@ def forward(
     D, _, H = c_0.shape
     x = row_contiguous(x)
     gates = None
-    fused = loop.fuses_input(T)
+    fused = call.fused(T)
     if call.save_gates or not fused:  # where gates are saved, they replace the gate inputs in the same memory
         gates = x.new_empty(D, T, B, len(call.spec.gates) * H)
     if gates is not None and not fused:

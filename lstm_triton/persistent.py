@@ -16,11 +16,6 @@ from torch import Tensor
 from lstm_triton.layer import Call, Gradients, States, StepGradients, together
 
 
-def fuses_input(T: int) -> bool:
-    """Return False: the input side of the gates is always computed before the steps."""
-    return False
-
-
 def forward(
     x: Tensor, gates: Tensor | None, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call
 ) -> States:

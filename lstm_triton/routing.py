@@ -130,7 +130,7 @@ def decide(facts: Facts) -> Choice:
     if facts.gpu is None:
         return Choice("kernels", "chosen when the graph runs")
     own = kernels("auto", layer, facts.gpu)
-    return unless_cudnn(own, layer, facts.gpu) if facts.cudnn_may and layer.B > 0 else own
+    return unless_cudnn(own, layer._replace(T=0), facts.gpu) if facts.cudnn_may and layer.B > 0 else own
 
 
 def backend_of(facts: Facts) -> Choice:
@@ -222,6 +222,7 @@ def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
     return (CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + product_us(layer, gpu)) * layer.D
 
 
+@functools.lru_cache(maxsize=4096)
 def unless_cudnn(own: Choice, layer: Layer, gpu: GPU) -> Choice:
     """Return the route by the persistent kernels where they are faster than cuDNN by a margin; else by the operator."""
     if own.name != "persistent":

@@ -7,7 +7,7 @@ D directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from lstm_triton_kernels.order import Order
@@ -61,14 +61,9 @@ def cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) 
 
 
 def backward(
-    grads: Gradients,
-    inputs: Sequence[Tensor],
-    needs: Sequence[bool],
-    call: Call,
-    layers: tuple[int, int],
-    order: Order,
-    packing: Optional[Packing] = None,
-) -> list[Optional[Tensor]]:
+    grads: Gradients, inputs: Sequence[Tensor], needs: Sequence[bool], call: Call, layers: tuple[int, int],
+    order: Order, packing: Packing | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Return gradients that can be differentiated again, or in a batch: those of the reference, recomputed.
 
     - inputs: x, h_0, c_0 and the flat weights; `needs` says whose gradient is wanted
@@ -105,12 +100,9 @@ def backward(
 
 
 def gradients_where_needed(
-    results: Sequence[Any],
-    grads: Sequence[Optional[Tensor]],
-    wanted: Sequence[Any],
-    needs: Sequence[bool],
+    results: Sequence[Any], grads: Sequence[Tensor | None], wanted: Sequence[Any], needs: Sequence[bool],
     **options: bool,
-) -> list[Optional[Tensor]]:
+) -> list[Tensor | None]:  # fmt: skip
     """Return `torch.autograd.grad` of the results whose gradient is given, by `wanted`, where `needs` says so.
 
     Both are tensors or the edges of a graph.

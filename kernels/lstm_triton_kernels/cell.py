@@ -26,7 +26,6 @@ from lstm_triton_kernels.equations import (
     previous_cell_gradient,
     store_gates,
 )
-from lstm_triton_kernels.sizes import ceil_div
 from lstm_triton_kernels.spec import LSTMSpec
 
 
@@ -137,13 +136,6 @@ def cell_backward_kernel(
         tl.store(dc_ptr + state, dc_previous, mask=tile_mask)
 
 
-def launch_shape(B: int, H: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Return grid and compile-time block sizes of the elementwise kernels."""
-    blocks = elementwise_blocks(H)
-    grid = (ceil_div(B, blocks.block_b), ceil_div(H, blocks.block_u))
-    return grid, dict(BLOCK_B=blocks.block_b, BLOCK_U=blocks.block_u, num_warps=blocks.num_warps)
-
-
 def variant_constants(spec: LSTMSpec) -> dict[str, bool]:
     """Return the compile-time flags of the variant."""
     return dict(COUPLED=spec.coupled, DIAGONAL=spec.diagonal, OUTPUT_CURRENT=spec.diagonal and spec.output_current)
@@ -160,8 +152,8 @@ def cell_forward(
     or None; weight_ch diagonal (Q·H,) or None; resets (T, B) uint8 or None.
     """
     B, H = cells.shape[-2:]
-    grid, blocks = launch_shape(B, H)
-    cell_forward_kernel[grid](
+    blocks = elementwise_blocks(H)
+    cell_forward_kernel[blocks.grid(B, H)](
         preact_ptr=preact,
         cells_ptr=cells,
         hidden_ptr=hidden,
@@ -181,7 +173,7 @@ def cell_forward(
         UPDATE_CELL=update_cell,
         UPDATE_HIDDEN=update_hidden,
         **variant_constants(spec),
-        **blocks,
+        **blocks.constants(),
     )
 
 
@@ -196,8 +188,8 @@ def cell_backward(
     gates, d_gates (T, B, G·H); cells (T + 1, B, H); resets (T, B) uint8 or None.
     """
     B, H = cells.shape[-2:]
-    grid, blocks = launch_shape(B, H)
-    cell_backward_kernel[grid](
+    blocks = elementwise_blocks(H)
+    cell_backward_kernel[blocks.grid(B, H)](
         grad_output_ptr=grad_output,
         dh_ptr=dh,
         dc_ptr=dc,
@@ -218,5 +210,5 @@ def cell_backward(
         GRAD_HIDDEN=grad_hidden,
         GRAD_CELL=grad_cell,
         **variant_constants(spec),
-        **blocks,
+        **blocks.constants(),
     )

@@ -7,16 +7,13 @@ last block but one, o is the last.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lstm_triton_kernels.blocks import MatmulBlocks, matmul_blocks
+from lstm_triton_kernels.blocks import matmul_blocks
 from lstm_triton_kernels.operands import as_operand, multiply_add, product_constants
-from lstm_triton_kernels.sizes import ceil_div, matmul_precision
+from lstm_triton_kernels.sizes import matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
 
@@ -104,18 +101,6 @@ def output_peephole_kernel(
     tl.store(preact_ptr + tile, acc, mask=tile_mask)
 
 
-def matmul_constants(dtype: torch.dtype, blocks: MatmulBlocks) -> dict[str, Any]:
-    """Return the compile-time constants of a gate matmul on operands of the given type."""
-    return dict(
-        BLOCK_B=blocks.block_b,
-        BLOCK_U=blocks.block_u,
-        BLOCK_K=blocks.block_k,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        **product_constants(dtype, matmul_precision()),
-    )
-
-
 def gate_preactivations(
     preact: Tensor, x: Tensor | None, gate_input: Tensor | None, h: Tensor, cells: Tensor, weights: LSTMWeights,
     spec: LSTMSpec, t: int, h_index: int, c_slot: int,
@@ -130,8 +115,7 @@ def gate_preactivations(
     I = x.shape[-1] if x is not None else 0
     gates = len(spec.gates)
     blocks = matmul_blocks(B, max(I, P), h.dtype)
-    grid = (ceil_div(B, blocks.block_b), ceil_div(H, blocks.block_u), gates)
-    gate_preactivations_kernel[grid](
+    gate_preactivations_kernel[(*blocks.grid(B, H), gates)](
         preact_ptr=preact,
         x_ptr=x,
         w_ih_ptr=weights.weight_ih if x is not None else None,
@@ -157,7 +141,8 @@ def gate_preactivations(
         HAS_BIAS=x is not None and weights.bias_ih is not None,
         FULL=spec.full,
         OUTPUT_CURRENT=spec.full and spec.output_current,
-        **matmul_constants(h.dtype, blocks),
+        **blocks.constants(),
+        **product_constants(h.dtype, matmul_precision()),
     )
 
 
@@ -166,7 +151,7 @@ def add_output_peephole(preact: Tensor, cells: Tensor, weights: LSTMWeights, spe
     B, H = cells.shape[-2:]
     dtype = weights.weight_hh.dtype
     blocks = matmul_blocks(B, H, dtype)
-    output_peephole_kernel[(ceil_div(B, blocks.block_b), ceil_div(H, blocks.block_u))](
+    output_peephole_kernel[blocks.grid(B, H)](
         preact_ptr=preact,
         cells_ptr=cells,
         w_ch_ptr=weights.weight_ch,
@@ -174,5 +159,6 @@ def add_output_peephole(preact: Tensor, cells: Tensor, weights: LSTMWeights, spe
         H=H,
         c_slot=c_slot,
         GATES=len(spec.gates),
-        **matmul_constants(dtype, blocks),
+        **blocks.constants(),
+        **product_constants(dtype, matmul_precision()),
     )

@@ -86,6 +86,11 @@ class PersistentPlan:
         return self.wait is None
 
     @property
+    def grid(self) -> tuple[int, int, int]:
+        """Programs: parts of the units, groups of row blocks, directions."""
+        return self.unit_programs, self.row_programs, self.directions
+
+    @property
     def programs(self) -> int:
         """Programs of the launch."""
         return self.unit_programs * self.row_programs * self.directions
@@ -164,7 +169,7 @@ def why_not(layer: Layer) -> str | None:
         return "there are no rows"
     if layer.H < 1:
         return "there are no units"
-    if layer.step_elements >= 2**31:
+    if layer.B * layer.H * max(layer.gates, layer.D) >= 2**31:
         return f"a step of {layer.B} rows and {layer.H} units has more elements than 32-bit offsets reach"
     return None
 

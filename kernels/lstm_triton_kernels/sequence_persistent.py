@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +163,11 @@ def plan_of(launch: Launch) -> PersistentPlan:
     if isinstance(plans, str):
         raise RuntimeError(f"strategy 'persistent' cannot run here: {plans}")
     key = (key_of(launch.layer), launch.backward, wanted, launch.device, launch.flags)
-    return settled(key, plans, partial(usage_of, launch), launch.device)
+
+    def usage_of(plan: PersistentPlan) -> Usage | None:
+        return usage_on_device(launch.kernel, plan.grid, launch.arguments(plan))
+
+    return settled(key, plans, usage_of, launch.device)
 
 
 def plan_that_ran(layer: Layer, backward: bool, wanted: Preference = ANY) -> PersistentPlan | None:
@@ -179,15 +182,10 @@ def key_of(layer: Layer) -> Layer:
     return layer._replace(T=0, I=0, training=False)
 
 
-def usage_of(launch: Launch, plan: PersistentPlan) -> Usage | None:
-    """Compile a launch on a plan for its device; None where it does not fit the device."""
-    return usage_on_device(launch.kernel, grid(plan, launch.device), launch.arguments(plan))
-
-
 def usages(layer: Layer, backward: bool, gpu: GPU, plans: Sequence[PersistentPlan]) -> list[Usage]:
     """Compile the plans of a layer for a GPU that need not be here. Raises RuntimeError as `usage_elsewhere`."""
     launch = launch_without_data(layer, backward)
-    return [usage_elsewhere(launch.kernel, shape(plan), launch.arguments(plan), gpu.capability) for plan in plans]
+    return [usage_elsewhere(launch.kernel, plan.grid, launch.arguments(plan), gpu.capability) for plan in plans]
 
 
 def launch_without_data(layer: Layer, backward: bool) -> Launch:
@@ -235,12 +233,7 @@ def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:
             f"{plan.programs} programs that wait for each other do not fit the {gpu_of(device).multiprocessors} "
             f"multiprocessors of {device}"
         )
-    return shape(plan)
-
-
-def shape(plan: PersistentPlan) -> tuple[int, int, int]:
-    """Return the grid of a plan."""
-    return (plan.unit_programs, plan.row_programs, plan.directions)
+    return plan.grid
 
 
 def common_arguments(

@@ -24,11 +24,8 @@ from torch import Tensor
 from lstm_triton_kernels import sequence_stepwise
 from lstm_triton_kernels.gpus import gpu_of, product_us
 from lstm_triton_kernels.order import Order
-from lstm_triton_kernels.sequence_stepwise import fuses_input
 from lstm_triton_kernels.sizes import Layer, matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
-
-__all__ = ["backward", "forward", "fuses_input"]
 
 STEPS = 32
 """Steps of a chunk: the few launches around a replay are little beside them, and capturing takes milliseconds."""
@@ -94,13 +91,7 @@ def forward(
         b["h_0"].copy_(h_0)
         b["cells"][one.initial_slot(saved)] = cells[order.initial_slot(saved)]
         for now in chunks:
-            b["gate_input"].copy_(gate_input[now])
-            if order.resets is not None:
-                b["resets"].copy_(order.resets[now])
-            chunk.replay()
-            output[now] = b["output"]
-            if gates is not None:
-                gates[now] = b["gates"]
+            replay(chunk, b, now, dict(gate_input=gate_input, resets=order.resets), dict(output=output, gates=gates))
             if saved:
                 inner = slice(0, STEPS) if order.reverse else slice(1, STEPS + 1)
                 cells[now.start + inner.start : now.start + inner.stop] = b["cells"][inner]
@@ -143,18 +134,25 @@ def backward(
     with chunk.in_use() as b:
         b["dh"].copy_(dh)
         b["dc"].copy_(dc)
+        given = dict(grad_output=grad_output, grad_cells=grad_cells, resets=order.resets, gates=gates)
         for now in reversed(chunks):
-            for name, given in (("grad_output", grad_output), ("resets", order.resets), ("grad_cells", grad_cells)):
-                if given is not None:
-                    b[name].copy_(given[now])
-            b["gates"].copy_(gates[now])
             b["cells"].copy_(cells[now.start : now.stop + 1])
-            chunk.replay()
-            d_gates[now] = b["d_gates"]
-            if d_hidden is not None:
-                d_hidden[now] = b["d_hidden"]
+            replay(chunk, b, now, given, dict(d_gates=d_gates, d_hidden=d_hidden))
         dh.copy_(b["dh"])
         dc.copy_(b["dc"])
+
+
+def replay(
+    chunk: Chunk, buffers: dict[str, Tensor], now: slice, given: dict[str, Tensor | None], out: dict[str, Tensor | None]
+) -> None:
+    """Compute one chunk of a sequence: copy what is given into the buffers, replay, and copy the results out."""
+    for name, sequence in given.items():
+        if sequence is not None:
+            buffers[name].copy_(sequence[now])
+    chunk.replay()
+    for name, sequence in out.items():
+        if sequence is not None:
+            sequence[now] = buffers[name]
 
 
 def parts(order: Order) -> tuple[list[slice], slice | None]:

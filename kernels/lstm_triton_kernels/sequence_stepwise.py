@@ -15,11 +15,6 @@ from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
 
-def fuses_input(T: int) -> bool:
-    """Whether the input side of the gates is computed in the step's own matmul, not by one GEMM for all T."""
-    return T == 1
-
-
 def forward(
     x: Tensor, gate_input: Tensor | None, h_0: Tensor, weights: LSTMWeights, spec: LSTMSpec, order: Order,
     output: Tensor, gates: Tensor | None, cells: Tensor,

@@ -90,8 +90,3 @@ class Layer(NamedTuple):
     def recurrent_operations(self) -> int:
         """Multiplications and additions with the recurrent weights in one step of one direction."""
         return 2 * self.B * self.recurrent_elements
-
-    @property
-    def step_elements(self) -> int:
-        """The most elements that a row index times a row's elements reaches within a step."""
-        return self.B * self.H * max(self.gates, self.D)

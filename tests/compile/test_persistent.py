@@ -66,7 +66,7 @@ def chosen() -> list[Kernel]:
 def compiled(kernel: Kernel):
     """The kernel as Triton compiles it for the GPU, by the library's own launcher."""
     launch = sequence_persistent.launch_without_data(kernel.layer, kernel.backward)
-    grid = sequence_persistent.shape(kernel.plan)
+    grid = kernel.plan.grid
     with settle.absent_gpu(kernel.gpu.capability):
         return launch.kernel.run(grid=grid, warmup=True, **launch.arguments(kernel.plan))
 
@@ -134,7 +134,7 @@ def test_a_spill_is_told():
     plan = ranked_plans(ANCHOR, False, GPUS["h100"])[0]
     launch = sequence_persistent.launch_without_data(ANCHOR, False)
     squeezed = launch.arguments(plan) | dict(maxnreg=64)
-    usage = settle.usage_elsewhere(launch.kernel, sequence_persistent.shape(plan), squeezed, 90)
+    usage = settle.usage_elsewhere(launch.kernel, plan.grid, squeezed, 90)
     assert usage.registers <= 64 and usage.spilled > settle.MOST_SPILLED
 
 
