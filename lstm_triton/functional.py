@@ -55,7 +55,7 @@ def lstm_cell(
         check_launches()
     spec = LSTMSpec.of(coupled, peephole, output_peephole)
     weights = LSTMWeights(weight_ih, weight_hh, bias_ih, bias_hh, weight_ch=weight_ch)
-    dtype = autocast_dtype(input.device.type, input.dtype)
+    dtype = autocast_dtype(input)
     both = (bias_ih is None) == (bias_hh is None) and weight_ch is None
     plain = dtype is None and both and type(weight_ih) in autograd.PLAIN
     sizes = Layer(spec, 1, 1, weight_hh.shape[-1], 1, dtype or input.dtype)
@@ -143,13 +143,12 @@ def lstm(
     checks.flag("recompute", recompute)
     checks.flag("return_cell_states", return_cell_states)
     L, D = num_layers, 2 if bidirectional else 1
-    names = (spec, L, bidirectional, bias, proj_size)
-    checks.not_sharded(weights, lambda: parameters.state_dict_names(*names))
+    checks.not_sharded(weights, lambda: parameters.state_dict_names(spec, L, bidirectional, bias, proj_size))
     I, H, P = parameters.stack_sizes(spec, L, D, bias, proj_size, tuple([w.shape for w in weights]))  # noqa: E741
 
     checks.lstm_input(input)
     data = input.data if isinstance(input, PackedSequence) else input
-    dtype = autocast_dtype(data.device.type, data.dtype)
+    dtype = autocast_dtype(data)
     sizes = (I, H, P)
     layout, x, h_0, c_0 = Layout.take(input, hx, batch_first, weights, sizes, D * L, autocast=dtype is not None)
     steps = checks.lengths(lengths, layout.B, packed=layout.packed is not None)
@@ -157,11 +156,10 @@ def lstm(
     if dtype is not None:
         x, h_0, c_0, weights = x.to(dtype), h_0.to(dtype), c_0.to(dtype), [w.to(dtype) for w in weights]
     full = steps is not None and all_full(steps, layout.T)
-    beyond_torch = dict(
-        resets=resets is not None,
-        lengths=steps is not None and (strategy != "auto" or not full),
-        return_cell_states=return_cell_states,
-    )
+    asked: tuple[str, ...] = ()
+    if steps is not None or resets is not None or return_cell_states:
+        given = dict(resets=resets is not None, lengths=steps is not None and not (full and strategy == "auto"))
+        asked = tuple(name for name, there in (given | dict(return_cell_states=return_cell_states)).items() if there)
     if full:
         steps = None
     if steps is not None and not transforms.exporting_to_onnx():  # an ONNX graph has no place for the check
@@ -170,13 +168,13 @@ def lstm(
         resets = layout.steps(without_waiting(resets, x.device))
     order, packing = Order(layout.T, steps, resets), layout.packing
 
-    recorded = transforms.recorder() is not None or True in [t.requires_grad for t in (x, h_0, c_0, *weights)]
+    inputs = (x, h_0, c_0, *weights)
+    tracked = torch.is_grad_enabled() and (True in [t.requires_grad for t in inputs] or bool(transforms.recorder()))
     ragged = order.ragged or (packing is not None and not packing.full)
     of_layer = Layer(
         spec, layout.T, layout.B, H, D, x.dtype, I=I, P=proj_size, ragged=ragged,
-        training=recorded and torch.is_grad_enabled(),
+        training=tracked,
     )  # fmt: skip
-    asked = tuple([name for name, present in beyond_torch.items() if present])
     engine = routing.route(of_layer, x.device, strategy, asked, packing is not None).name
     if not engine.startswith("operator"):
         checks.computed_dtype(x.dtype)
@@ -190,8 +188,9 @@ def lstm(
             options = aten.Options(bias, L, drop, bidirectional, packing)
             x, h_n, c_n = aten.lstm(x, h_0, c_0, aten.standard_weights(weights, spec), options)
         else:
-            layers = parameters.group_layers(weights, spec, D, bias, proj_size)
-            call = Call(spec.name, bias, proj_size > 0, engine, recompute=recompute, states=return_cell_states)
+            call = Call(spec.name, bias, proj_size > 0, engine, False, recompute, return_cell_states)
+            groups = call.group(weights)
+            layers = [groups[n : n + D] for n in range(0, L * D, D)]
             x, h_n, c_n, cell_states = run_layers(x, h_0, c_0, layers, order, packing, call, drop)
     result = (layout.user_sequence(x), (layout.user_state(h_n), layout.user_state(c_n)))
     return (*result, layout.user_sequence(cell_states)) if cell_states is not None and return_cell_states else result
@@ -244,14 +243,12 @@ def run_layer(
     return second_order.forward(x, h_0, c_0, [weights], call.spec, order)
 
 
-def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the type that an active autocast computes in; None where none is active, or none for a type (float64).
-
-    device: its type; dtype: of the input.
-    """
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the type that an active autocast computes in; None where none is, or none for this type (float64)."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return None
-    if not dtype.is_floating_point or dtype == torch.float64:
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64:
         return None
     if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):  # Dynamo cannot trace the latter
         return None

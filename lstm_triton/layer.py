@@ -56,10 +56,9 @@ class Call(NamedTuple):
 
     def group(self, flat: Sequence[Any]) -> list[LSTMWeights]:
         """Return one LSTMWeights a direction from a flat list of the parameters of all directions."""
-        spec = self.spec
-        if not spec.peephole and self.bias and not self.projection:
+        if self.variant in ("standard", "coupled") and self.bias and not self.projection:
             return [LSTMWeights(*flat[n : n + 4]) for n in range(0, len(flat), 4)]  # the common case, without a search
-        names = spec.parameter_names(self.bias, self.projection)
+        names = self.spec.parameter_names(self.bias, self.projection)
         places = [names.index(field) if field in names else None for field in LSTMWeights._fields]
         return [
             LSTMWeights(*[None if place is None else flat[n + place] for place in places])  # type: ignore[arg-type]

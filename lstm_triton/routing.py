@@ -39,6 +39,7 @@ NEEDS_CUDA = (
     "it needs a CUDA device, move model and input there (model.to('cuda')); CPU tensors only with TRITON_INTERPRET=1, "
     "set before the program starts"
 )
+ON_CPU = "the kernels run on CUDA devices, not on cpu"
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 FROM_ENVIRONMENT = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -355,14 +356,16 @@ def why_not_operator(device: torch.device, layer: Layer, asked: tuple[str, ...])
 
 def facts_of(layer: Layer, device: torch.device, strategy: str = "auto", asked: tuple[str, ...] = ()) -> Facts:
     """Return what is true of a layer on a device in this process now; `asked` as of `why_not_operator`."""
-    name = requested()
-    if device.type != "cuda" and strategy == name == "auto":
-        no_kernels: str | None = f"the kernels run on CUDA devices, not on {device}"
+    name, gpu, no_cudnn = requested(), None, None
+    if strategy == name == "auto" and device.type != "cuda":
+        no_kernels: str | None = ON_CPU if device.type == "cpu" else f"the kernels run on CUDA devices, not on {device}"
     else:
         no_kernels = why_not_triton(device, layer.dtype)
-    gpu = None if torch.compiler.is_compiling() or no_kernels is not None else gpu_of(device)
-    asks = strategy == "cudnn" or (no_kernels is None and not torch.compiler.is_compiling())  # see cudnn_when_compiled
-    no_cudnn = why_not_cudnn(device, layer.spec) if asks else None
+        compiling = torch.compiler.is_compiling()
+        if no_kernels is None and not compiling:
+            layer, gpu = layer._replace(precision=matmul_precision()), gpu_of(device)
+        if strategy == "cudnn" or (no_kernels is None and not compiling):  # else see cudnn_when_compiled
+            no_cudnn = why_not_cudnn(device, layer.spec)
     return Facts(layer, gpu, strategy, name, no_kernels, why_not_operator(device, layer, asked), no_cudnn)
 
 
@@ -389,12 +392,9 @@ def route(
 def _route(
     layer: Layer, device: torch.device, strategy: str = "auto", asked: tuple[str, ...] = (), packed: bool = False
 ) -> Choice:
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        layer = layer._replace(precision=matmul_precision())
     facts = facts_of(layer, device, strategy, asked)
     found = decide(facts)
-    if compiling:
+    if torch.compiler.is_compiling():
         found = when_compiled(found, facts, device, packed)
     if transforms.unfit_for_operators():
         if strategy != "auto" or facts.backend == "triton":

@@ -41,12 +41,11 @@ def single_step(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute a layer of one step by the reference: x (B, I) -> output (1, B, D·P), h_n (D, B, P), c_n (D, B, H)."""
-    states = zip(h_0.unbind(0), c_0.unbind(0), weights, strict=True)
-    steps = [cell(x, h, c, w, spec) for h, c, w in states]
-    if len(steps) == 1:
-        h, c = steps[0]
+    if len(weights) == 1:
+        h, c = cell(x, h_0.squeeze(0), c_0.squeeze(0), weights[0], spec)
         return h.unsqueeze(0), torch.stack([h]), c.unsqueeze(0)
-    hidden, cells = zip(*steps, strict=True)
+    states = zip(h_0.unbind(0), c_0.unbind(0), weights, strict=True)
+    hidden, cells = zip(*[cell(x, h, c, w, spec) for h, c, w in states], strict=True)
     return torch.cat(hidden, -1).unsqueeze(0), torch.stack(hidden), torch.stack(cells)
 
 

@@ -55,6 +55,7 @@ class LSTMSpec:
 
     What follows from them, settled once since every step of a layer asks for it:
 
+    - name: "standard", "coupled", "diagonal", "coupled+full+current", ...
     - gates: the gate blocks in the order in which they are stacked in the weights
     - peephole_gates: those that read the cell state, in the order of `weight_ch`
     - previous_gates: those that read c_{t-1}
@@ -65,6 +66,7 @@ class LSTMSpec:
     coupled: bool = False
     peephole: Peephole | None = None
     output_peephole: OutputPeephole = "previous"
+    name: str = field(init=False, repr=False, compare=False)
     gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
     peephole_gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
     previous_gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -83,8 +85,11 @@ class LSTMSpec:
         gates = ("f", "g", "o") if self.coupled else ("i", "f", "g", "o")
         reading = tuple(gate for gate in gates if gate != "g") if self.peephole else ()
         previous = tuple(gate for gate in reading if not (gate == "o" and self.output_current))
-        for name, value in (("gates", gates), ("peephole_gates", reading), ("previous_gates", previous)):
-            object.__setattr__(self, name, value)
+        parts = ["coupled"] * self.coupled + [self.peephole or ""] + ["current"] * self.output_current
+        name = "+".join(part for part in parts if part) or "standard"
+        settled = dict(name=name, gates=gates, peephole_gates=reading, previous_gates=previous)
+        for attribute, value in settled.items():
+            object.__setattr__(self, attribute, value)
 
     @property
     def full(self) -> bool:
@@ -105,12 +110,6 @@ class LSTMSpec:
     def standard(self) -> bool:
         """Whether this is `torch.nn.LSTM`'s variant."""
         return not self.coupled and self.peephole is None
-
-    @property
-    def name(self) -> str:
-        """A short name: "standard", "coupled", "diagonal", "coupled+full+current", ..."""
-        parts = ["coupled"] * self.coupled + [self.peephole or ""] + ["current"] * self.output_current
-        return "+".join(part for part in parts if part) or "standard"
 
     @classmethod
     def of(cls, coupled: bool, peephole: Peephole | None, output_peephole: OutputPeephole) -> LSTMSpec:
