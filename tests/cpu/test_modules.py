@@ -27,22 +27,6 @@ def pair(**options):
     return theirs, ours
 
 
-@pytest.mark.parametrize("unbatched", [False, True], ids=["batched", "unbatched"])
-@pytest.mark.parametrize("with_states", [False, True], ids=["zero states", "given states"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_torch_state_dict_gives_the_same_outputs(options, with_states, unbatched):
-    theirs, ours = pair(**options)
-    batch = () if unbatched else (3,)
-    states = (options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1), *batch)
-    x = torch.randn((6, 5) if unbatched else (3, 6, 5) if options.get("batch_first") else (6, 3, 5))
-    hx = (torch.randn(*states, options.get("proj_size", 0) or 8), torch.randn(*states, 8)) if with_states else None
-    expected, (expected_h, expected_c) = theirs(x, hx)
-    output, (h_n, c_n) = ours(x, hx)
-    for actual, wanted in ((output, expected), (h_n, expected_h), (c_n, expected_c)):
-        assert actual.shape == wanted.shape and actual.stride() == wanted.stride()
-        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
-
-
 def test_cell_is_torch_nn_lstm_cell():
     theirs, ours = torch.nn.LSTMCell(5, 8), LSTMCell(5, 8)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -101,20 +85,6 @@ def test_initial_values():
     ours = lstm_triton.LSTM(3, 4, 2)
     for (name, a), (other, b) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
         assert name == other and torch.equal(a, b)
-
-
-def test_dropout_falls_between_layers_in_training_only():
-    theirs, ours = torch.nn.LSTM(5, 8, 3, dropout=0.5), lstm_triton.LSTM(5, 8, 3, dropout=0.5)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(6, 3, 5)
-    torch.manual_seed(1)
-    expected, _ = theirs(x)
-    torch.manual_seed(1)
-    output, _ = ours(x)
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(ours(x)[0], output)
-    theirs.eval(), ours.eval()
-    torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
