@@ -118,7 +118,7 @@ class InnerGraph:
 
     @contextmanager
     def holding(self, saved: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the graph has the tensors that it saved."""
+        """Give the graph the tensors that it saved, inside of the block."""
         self.saved = saved
         try:
             yield

@@ -1,4 +1,4 @@
-"""What `torch.func.vmap` does with an operator of this library: it is called for each member of the batch in turn.
+"""Batching rule of this library's operators for `torch.func.vmap`: a call for each member of the batch in turn.
 
 A member of an ensemble has weights of its own, so its recurrence is a launch of its own in any case.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The batching rule of an operator with tensors, or lists of them, as arguments and results."""
+    """Return the batching rule of an operator with tensors, or lists of them, as arguments and results."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         calls = [operator(*member(arguments, in_dims, n)) for n in range(info.batch_size)]

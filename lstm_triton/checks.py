@@ -1,4 +1,4 @@
-"""What is refused, and in which words: `torch.nn.LSTM`'s own type and message where it has one.
+"""Checks of arguments, with `torch.nn.LSTM`'s own exception and message where it has one.
 
 Pure functions; all of them run before anything is computed.
 """
@@ -88,7 +88,7 @@ def _packed(batch_sizes: Tensor, rows: int) -> None:
 
 
 def lengths(lengths: Any, B: int, packed: bool) -> Tensor | None:
-    """The lengths of the rows as a tensor, checked but for their values. Raises TypeError or ValueError."""
+    """Return the lengths of the rows as a tensor, checked but for their values. Raises TypeError or ValueError."""
     if lengths is None:
         return None
     if packed:

@@ -89,7 +89,7 @@ def swap(module: Model, classes: dict[type[nn.Module], type[nn.Module]]) -> Mode
 
 
 def check_types(name: str, module: nn.Module) -> None:
-    """Raises ValueError naming the module where a parameter is of a type that the library does not compute."""
+    """Raise ValueError naming the module where a parameter is of a type that the library does not compute."""
     for parameter, value in module.named_parameters():
         if value.dtype not in COMPUTED_DTYPES:
             raise ValueError(
@@ -99,13 +99,13 @@ def check_types(name: str, module: nn.Module) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether the module was given to `fully_shard`, which makes a class of its own for it."""
+    """Return whether the module was given to `fully_shard`, which makes a class of its own for it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def change(name: str, module: nn.Module, old: nn.Module, new: nn.Module) -> Callable[[], None]:
-    """The function that gives the module, of the class of `old`, the class of `new`.
+    """Return the function that gives the module, of the class of `old`, the class of `new`.
 
     Raises ValueError where the module has something of its own that would not survive.
     """
@@ -147,7 +147,7 @@ def change(name: str, module: nn.Module, old: nn.Module, new: nn.Module) -> Call
 
 
 def absent(module: nn.Module) -> dict[str, None]:
-    """The parameters that a module is registered to have none of, as a cell without bias."""
+    """Return the parameters that a module is registered to have none of, as a cell without bias."""
     return {name: None for name, parameter in module._parameters.items() if parameter is None}
 
 

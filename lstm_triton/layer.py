@@ -19,7 +19,7 @@ from lstm_triton import gemms
 
 
 class Call(NamedTuple):
-    """What is computed of a layer, and how: plain values, as the operators of torch.library take them.
+    """Options of a layer's computation: plain values, as the operators of torch.library take them.
 
     - variant: the name of an LSTMSpec; bias, projection: whether there are these parameters
     - engine: who computes, see routing.py
@@ -67,7 +67,7 @@ class Call(NamedTuple):
 
 
 class LayerResult(NamedTuple):
-    """What the forward pass of a layer returns.
+    """Results of the forward pass of a layer.
 
     - output: (T, B, D·P); h_n: (D, B, P); c_n: (D, B, H), all in the input's type
     - states: (T, B, D·H) every c_t in the input's type; empty unless asked for

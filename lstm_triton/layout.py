@@ -1,4 +1,4 @@
-"""How the user lays out sequences and states, and how the layers take them.
+"""Layouts of sequences and states: the user's, and how the layers take them.
 
 The layers take sequences as (T, B, F), or packed as (N, F), and states as (D·L, B, F). Shapes: T time steps, B batch
 rows, N the steps of all rows together, L layers, D directions, F features.

@@ -20,7 +20,7 @@ from lstm_triton import checks, functional, routing
 
 
 class VariantModule(nn.Module):
-    """What cell and layer share: the variant, and what code around them does with a module of PyTorch's."""
+    """Base of cell and layer: the variant, and what code around them does with a module of PyTorch's."""
 
     input_size: int
     hidden_size: int
@@ -55,7 +55,7 @@ class VariantModule(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def _variant_repr(self) -> str:
-        """The variant's options as they would be written, where they are not the defaults."""
+        """Return the variant's options as they would be written, where they are not the defaults."""
         text = ", coupled=True" if self.coupled else ""
         text += f", peephole={self.peephole!r}" if self.peephole else ""
         return text + (f", output_peephole={self.output_peephole!r}" if self.output_peephole != "previous" else "")
@@ -139,7 +139,7 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
         )
 
     def extra_repr(self) -> str:
-        """The arguments that are not the defaults."""
+        """Return the arguments that are not the defaults."""
         bias = ", bias=False" if not self.bias else ""
         return f"{self.input_size}, {self.hidden_size}{bias}{self._variant_repr()}"
 
@@ -266,7 +266,7 @@ class LSTM(VariantModule, nn.RNNBase):
         )
 
     def _current_weights(self) -> list[Tensor]:
-        """The weights of this call in the order of `functional.lstm`: PyTorch's private list `_flat_weights`.
+        """Return the weights of this call in the order of `functional.lstm`: PyTorch's private list `_flat_weights`.
 
         As in `torch.nn.LSTM` an entry that code put there itself is used until an attribute is another tensor than
         before (functional_call, a computed weight, a new parameter): then the list is that of the attributes. Each of
@@ -297,14 +297,14 @@ class LSTM(VariantModule, nn.RNNBase):
             super().flatten_parameters()
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
-        """The size of c_0 for this input, (D·L, B, H)."""
+        """Return the size of c_0 for this input, (D·L, B, H)."""
         B = int(batch_sizes[0]) if batch_sizes is not None else input.size(0 if self.batch_first else 1)
         return self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size
 
     def check_forward_args(  # type: ignore[override]
         self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
     ) -> None:
-        """Raises RuntimeError or ValueError unless the input and both states fit. `forward` checks this, and more."""
+        """Raise RuntimeError or ValueError unless the input and both states fit. `forward` checks this, and more."""
         self.check_input(input, batch_sizes)
         expected = (self.get_expected_hidden_size(input, batch_sizes), self.get_expected_cell_size(input, batch_sizes))
         for n, (state, size) in enumerate(zip(hidden, expected, strict=True)):
@@ -319,7 +319,7 @@ class LSTM(VariantModule, nn.RNNBase):
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
     def extra_repr(self) -> str:
-        """The arguments that are not the defaults."""
+        """Return the arguments that are not the defaults."""
         defaults = dict(proj_size=0, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False)
         options = "".join(
             f", {name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default
@@ -334,7 +334,7 @@ def gone() -> None:
 
 
 def traced(hx: Any) -> bool:
-    """Whether a tracer of torch.fx gave these states."""
+    """Return whether a tracer of torch.fx gave these states."""
     return isinstance(hx, Proxy) or (isinstance(hx, (tuple, list)) and any(isinstance(state, Proxy) for state in hx))
 
 

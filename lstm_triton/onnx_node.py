@@ -36,7 +36,7 @@ def check(spec: LSTMSpec, projection: bool, asked: Sequence[str]) -> None:
 def layer(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The node: x (T, B, I), h_0 and c_0 (D, B, H), lengths (B,) -> output (T, B, D·H), h_n, c_n (D, B, H)."""
+    """Return the node: x (T, B, I), h_0 and c_0 (D, B, H), lengths (B,) -> output (T, B, D·H), h_n, c_n (D, B, H)."""
     T, B, _ = x.shape
     D, _, H = c_0.shape
     biases = [

@@ -43,20 +43,20 @@ checked_lengths.register_vmap(one_by_one(checked_lengths))
 
 
 def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a copy from pageable memory has read it when it returns, and does not wait."""
+    """Return the tensor on the device; a copy from pageable memory has read it when it returns, and does not wait."""
     if tensor.device == device:
         return tensor
     return (tensor.clone() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
 
 
 def all_full(lengths: Tensor, T: int) -> bool:
-    """Whether lengths that stand on the host, where they can be looked at for nothing, are all T."""
+    """Return whether lengths that stand on the host, where they can be looked at for nothing, are all T."""
     looked_at = lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms.active()
     return looked_at and bool((lengths == T).all())
 
 
 class Packing:
-    """How a batch is packed: step by step, in each the rows that are still running, the longest row first.
+    """Packing of a batch: step by step, in each the rows that are still running, the longest row first.
 
     - batch_sizes: (T,) int64 on the host, rows in each step
     - device: that of the data
@@ -103,7 +103,7 @@ class Packing:
         return self._index
 
     def _running(self) -> Tensor:
-        """The batch sizes on the device."""
+        """Return the batch sizes on the device."""
         if not capturing(self.device):
             return self.batch_sizes.to(self.device, non_blocking=True)
         # A graph would copy from the host's memory at each replay; launches carry their numbers.
@@ -113,7 +113,7 @@ class Packing:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the device."""
+    """Return whether a CUDA graph is being captured on the device."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return False
     return torch.cuda.is_current_stream_capturing()

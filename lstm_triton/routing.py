@@ -1,4 +1,4 @@
-"""Who computes a layer, and why: the only module that decides it.
+"""Routing: which engine computes a layer, and why. The only module that decides it.
 
 The engines:
 
@@ -85,7 +85,7 @@ class Choice(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a decision rests on.
+    """Facts on which a decision rests.
 
     - layer: its sizes, variant and types; gpu: the GPU; None while a graph is traced, when T and B are unknown
     - strategy, backend: what the user asked for
@@ -108,7 +108,7 @@ class Facts(NamedTuple):
 
 
 def decide(facts: Facts) -> Choice:
-    """Return who computes a layer. Raises RuntimeError with the reason where what was asked for cannot run."""
+    """Return the engine of a layer. Raises RuntimeError with the reason where what was asked for cannot run."""
     layer, strategy, backend = facts.layer, facts.strategy, facts.backend
     if strategy == "cudnn":
         obstacle = facts.no_cudnn or facts.no_operator
@@ -380,7 +380,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> Choice:
 def route(
     layer: Layer, device: torch.device, strategy: str = "auto", asked: tuple[str, ...] = (), packed: bool = False
 ) -> Choice:
-    """Return who computes a call, in this process now. Raises RuntimeError where what was asked for cannot run.
+    """Return the engine of a call in this process now. Raises RuntimeError where what was asked for cannot run.
 
     asked: the arguments of the call that `torch.nn.LSTM` does not have; packed: whether rows are packed.
     """
@@ -476,7 +476,7 @@ def now(engine: str, layer: Layer, device: torch.device) -> str:
 
 
 def cell(layer: Layer, device: torch.device, plain: bool) -> Choice:
-    """Return who computes one step of an LSTMCell: "operator" is PyTorch's own cell then. Raises as `route`.
+    """Return the engine of one step of an LSTMCell: "operator" is PyTorch's own cell then. Raises as `route`.
 
     plain: whether nothing but autograd looks at the tensors. PyTorch's cell takes the standard variant then, on a GPU
     as well, unless the kernels were asked for: a step of ours takes Python 400 us to launch on the machine that was

@@ -73,7 +73,7 @@ def backward(
     wanted_grads = [grads[n] for n in given]
 
     def results(*wanted: Tensor) -> list[Tensor]:
-        """The results whose gradients are given, from the inputs whose gradients are wanted."""
+        """Return the results whose gradients are given, from the inputs whose gradients are wanted."""
         left = iter(wanted)
         x, h_0, c_0, *flat = (next(left) if needed else t for t, needed in zip(inputs, needs, strict=True))
         grouped = call.group(flat)

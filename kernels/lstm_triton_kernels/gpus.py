@@ -1,4 +1,4 @@
-"""What a plan must know of a GPU: its limits; and, for estimates alone, the rates of its data sheet."""
+"""Limits of GPUs, which a plan must keep to; and, for estimates alone, the rates of their data sheets."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ LAUNCH_US = 1.5
 
 
 def nominal_constants(gpu: GPU) -> Constants:
-    """The constants of the limit from data sheet and assumptions, for estimates where nothing was measured."""
+    """Return the constants of the limit from data sheet and assumptions, for estimates where nothing was measured."""
     return Constants(
         copy_gb_per_s=gpu.memory_gb_per_s,
         matmul_tflop_per_s=gpu.tflop_per_s,
@@ -79,7 +79,7 @@ def product_us(layer: Layer, gpu: GPU) -> float:
 
 @functools.lru_cache
 def gpu_of(device: torch.device) -> GPU:
-    """The GPU that a CUDA device is; limits as the driver tells them, rates of the nearest kind in the table.
+    """Return the GPU that a CUDA device is; limits as the driver tells them, rates of the nearest kind in the table.
 
     A CPU is Triton's interpreter.
     """

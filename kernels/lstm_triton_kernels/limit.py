@@ -32,7 +32,7 @@ from lstm_triton_kernels.sizes import Layer, ceil_div
 
 @dataclass(frozen=True)
 class Constants:
-    """What a machine can do, measured (`python -m benchmarks micro`); None where it has no such thing (a CPU).
+    """Measured rates of a machine (`python -m benchmarks micro`); None where it has no such thing (a CPU).
 
     - copy_gb_per_s: device memory, bytes read plus bytes written, 1e9 a second
     - matmul_tflop_per_s: a large matrix product, by type: "float16", "bfloat16", "float32", "tf32", "float64"

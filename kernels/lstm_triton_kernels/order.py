@@ -52,7 +52,7 @@ class Order(NamedTuple):
         return None if self.resets is None else self.resets.contiguous().view(torch.uint8)
 
     def direction(self, n: int) -> Order:
-        """The order of direction n of a layer: the second runs backwards in time."""
+        """Return the order of direction n of a layer: the second runs backwards in time."""
         return self._replace(reverse=n == 1)
 
     # Single steps, for a loop over them. `saved`: `cells` has T + 1 slots and keeps every c_t, with c_0 before the

@@ -1,4 +1,4 @@
-"""How a persistent launch is cut into thread blocks: candidates for a layer on a GPU, ranked by an estimate.
+"""Plans of a persistent launch, how it is cut into thread blocks: candidates for a GPU, ranked by an estimate.
 
 Pure functions from sizes and a GPU's limits to frozen plans. The estimate is a model of the time of a step, of which
 only differences between plans matter. Which of the ranked plans runs is settled by compiling them (settle.py).
@@ -115,14 +115,14 @@ class PersistentPlan:
 
 @dataclass(frozen=True)
 class Preference:
-    """What a user or a benchmark wants of a plan; None: whatever is estimated to be fastest."""
+    """Wishes of a user or a benchmark for a plan; None: whatever is estimated to be fastest."""
 
     wait: str | None = None
     block_u: int | None = None
     block_b: int | None = None
 
     def admits(self, plan: PersistentPlan) -> bool:
-        """Whether the plan is as wanted."""
+        """Return whether the plan is as wanted."""
         wanted = ((self.wait, plan.wait), (self.block_u, plan.block_u), (self.block_b, plan.block_b))
         return all(want is None or want == has for want, has in wanted)
 

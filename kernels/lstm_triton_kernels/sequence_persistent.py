@@ -31,7 +31,7 @@ _preferences: list[Preference] = []
 
 @contextmanager
 def prefer(preference: Preference) -> Iterator[None]:
-    """Inside, plans are as the preference wants them; for measuring one against another. Holds for all threads."""
+    """Plan as the preference wants inside of the block, to measure one plan against another. Holds for all threads."""
     _preferences.append(preference)
     try:
         yield

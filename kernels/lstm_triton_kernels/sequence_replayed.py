@@ -187,7 +187,7 @@ def chunk_of(
     weights: LSTMWeights,
     steps: Callable[[dict[str, Tensor]], None],
 ) -> Chunk | None:
-    """The chunk for these sizes and weights; None where they are seen for the first time.
+    """Return the chunk for these sizes and weights; None where they are seen for the first time.
 
     Capturing for one use would cost more than it brings; and by then the kernels are compiled.
     """

@@ -1,4 +1,4 @@
-"""Which of the ranked plans of a launch runs: the first that compiles without spilling registers.
+"""Settling which of the ranked plans of a launch runs: the first that compiles without spilling registers.
 
 A kernel is compiled where it is first used on a device, and what the compiler made of it decides. Kept for the process;
 Triton's cache on the disk keeps the kernels.
@@ -30,7 +30,7 @@ Plan = TypeVar("Plan", bound=Hashable)
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel uses: registers and spilled registers of a thread, bytes of shared memory of a program."""
+    """Registers and spilled registers of a thread of a compiled kernel, and bytes of shared memory of a program."""
 
     registers: int
     spilled: int
@@ -122,7 +122,7 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 class _AbsentGPU:
-    """What Triton asks of a driver when it compiles."""
+    """A driver for compiling: it answers what Triton asks then."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -139,7 +139,7 @@ class _AbsentGPU:
 
 @contextmanager
 def absent_gpu(capability: int) -> Iterator[None]:
-    """Inside, Triton compiles for a GPU of that compute capability times ten. Holds for all threads."""
+    """Compile for a GPU of that compute capability times ten inside of the block. Holds for all threads."""
     driver = triton.runtime.driver
     before = driver._active  # not `active`, which would look for a GPU
     driver.set_active(_AbsentGPU(capability))

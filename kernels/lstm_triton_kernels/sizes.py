@@ -15,7 +15,7 @@ SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of the cell state and of every accumulator: float32, float64 for float64."""
+    """Return the type of the cell state and of every accumulator: float32, float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -25,7 +25,7 @@ def matmul_precision() -> str:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n (n >= 1)."""
+    """Return the smallest power of two that is at least n (n >= 1)."""
     return 1 << (n - 1).bit_length()
 
 

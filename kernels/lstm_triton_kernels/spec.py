@@ -1,4 +1,4 @@
-"""What an LSTM variant is: its gate blocks, its parameters, their shapes and names.
+"""LSTM variants: their gate blocks, their parameters, shapes and names.
 
 The only place that knows what a combination of `coupled`, `peephole` and `output_peephole` means.
 """
@@ -41,7 +41,7 @@ class LSTMWeights(NamedTuple):
         return {name: weight for name, weight in self._asdict().items() if weight is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LSTMWeights:
-        """The same parameters, each as `function` makes it."""
+        """Return the same parameters, each as `function` makes it."""
         return LSTMWeights(*(None if weight is None else function(weight) for weight in self))  # type: ignore[arg-type]
 
 
@@ -113,7 +113,7 @@ class LSTMSpec:
 
     @classmethod
     def of(cls, coupled: bool, peephole: Peephole | None, output_peephole: OutputPeephole) -> LSTMSpec:
-        """The variant with these options, without building it again. Raises as the class does."""
+        """Return the variant with these options, without building it again. Raises as the class does."""
         if isinstance(coupled, bool) and isinstance(peephole, (str, type(None))) and isinstance(output_peephole, str):
             known = BY_OPTIONS.get((coupled, peephole, output_peephole))
             if known is not None:
@@ -122,13 +122,13 @@ class LSTMSpec:
 
     @classmethod
     def parse(cls, name: str) -> LSTMSpec:
-        """The variant of that `name`. Raises ValueError listing all names."""
+        """Return the variant of that `name`. Raises ValueError listing all names."""
         if name in BY_NAME:
             return BY_NAME[name]
         raise ValueError(f"variant must be one of {', '.join(BY_NAME)}, got {name!r}")
 
     def parameter_names(self, bias: bool = True, projection: bool = False) -> tuple[str, ...]:
-        """The fields of LSTMWeights that the variant has, in `torch.nn.LSTM`'s order, the peephole last."""
+        """Return the fields of LSTMWeights that the variant has, in `torch.nn.LSTM`'s order, the peephole last."""
         names: tuple[str, ...] = ("weight_ih", "weight_hh")
         names += ("bias_ih", "bias_hh") if bias else ()
         names += ("weight_hr",) if projection else ()
@@ -181,5 +181,5 @@ BY_OPTIONS = {(spec.coupled, spec.peephole, spec.output_peephole): spec for spec
 
 
 def state_dict_name(name: str, layer: int, direction: int) -> str:
-    """The name in a state dict of one direction's parameter: `weight_ih_l0`, ..., `weight_ih_l1_reverse`."""
+    """Return the name in a state dict of one direction's parameter: `weight_ih_l0`, ..., `weight_ih_l1_reverse`."""
     return f"{name}_l{layer}{'_reverse' if direction else ''}"

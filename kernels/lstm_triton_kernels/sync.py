@@ -1,4 +1,4 @@
-"""How a program (thread block) waits for the others of a cooperative launch: by a counter, or by polling the data.
+"""Waiting of a program (thread block) for the others of a cooperative launch: by a counter, or by polling the data.
 
 Programs exchange values through a buffer in device memory. Every slot of it is written once in a launch: h_t has its
 own slot for every t. A kernel is written once, with `WAIT: tl.constexpr`, "counter" or "data":

@@ -1,4 +1,4 @@
-"""What the host does about persistent launches: it reads whether one timed out, and launches them one at a time.
+"""Host side of persistent launches: whether one timed out, and launching them one at a time.
 
 A launch that times out writes a word of pinned host memory. The host reads it before the library's next launch,
 which costs no synchronisation, and inside a captured CUDA graph no node; a replayed launch writes the same word.
@@ -83,7 +83,7 @@ def check_launches() -> None:
 
 @contextmanager
 def one_at_a_time(device: torch.device) -> Iterator[None]:
-    """Inside, the calling stream launches programs that wait for each other, after all such launches before it.
+    """Order the launches of the block, whose programs wait for each other, after all such launches before.
 
     Two of them at once could each hold the multiprocessors that the other needs. The launch itself asks the driver to
     start all programs together or none (it is cooperative); this keeps two streams of this process from meeting at all.

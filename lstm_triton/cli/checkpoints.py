@@ -121,7 +121,7 @@ def _tidy(path: Path) -> None:
 
 
 def _tensors(run: Run) -> dict[str, Any]:
-    """Of each learner the parameters, what the optimizer keeps for each of them, and the state of all streams.
+    """Return the parameters of each learner, what the optimizer keeps for each of them, and the state of all streams.
 
     They are the run's own tensors, not copies; with several processes those that are spread over them are DTensors.
     """

@@ -1,4 +1,4 @@
-"""What `lstm-triton info --hidden N` says of one layer: which engine computes it, on which plans, and why.
+"""Texts of `lstm-triton info --hidden N`: which engine computes a layer, on which plans, and why.
 
 Functions from sizes and a GPU to rows (name, text): `routing` decides and the planner ranks, here it is put into words.
 """

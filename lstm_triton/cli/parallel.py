@@ -73,7 +73,7 @@ def device_name(asked: str, place: Place) -> str:
 
 
 def check_shares(batch: int, size: int) -> None:
-    """Raises UserError if B streams cannot be shared out equally among N processes."""
+    """Raise UserError if B streams cannot be shared out equally among N processes."""
     if batch % size:
         raise UserError(f"--batch {batch} cannot be shared out among {size} processes: give a multiple of {size}")
 
@@ -119,7 +119,7 @@ class World:
         return total.item() / self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; the same answer in all of them."""
+        """Return whether the flag is set in any process; the same answer in all of them."""
         return self.mean(float(flag)) > 0
 
     def of_leader(self, value: T) -> T:
@@ -188,7 +188,7 @@ def leader_prints(environment: Mapping[str, str] = os.environ) -> Iterator[None]
 
 
 def speaks_first(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether no other process has failed before this one; true for one of them only.
+    """Return whether no other process has failed before this one; true for one of them only.
 
     When a process fails, the others fail for want of it, and only its message says why. The store that `torchrun`
     keeps for the processes outlives each of them. If it cannot be reached, everyone speaks.

@@ -95,7 +95,7 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 
 def check_plot(path: Path) -> None:
-    """Raises UserError if the suffix of a plot's name is that of no format that it could be drawn in."""
+    """Raise UserError if the suffix of a plot's name is that of no format that it could be drawn in."""
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise UserError(
             f"--plot {path}: the suffix is the format of the curves, give one of {', '.join(PLOT_SUFFIXES)}"
