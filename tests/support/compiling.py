@@ -8,9 +8,7 @@ without TRITON_INTERPRET.
 from __future__ import annotations
 
 import functools
-import os
 import re
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from lstm_triton_kernels.settle import run_tool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -125,7 +124,7 @@ class Compiled:
     @functools.cached_property
     def instructions(self) -> Counter[str]:
         """How often each instruction stands in the SASS. Disassembled when first read: slower than most compiles."""
-        sass = run_tool("nvdisasm", "-c", cubin=self.cubin)
+        sass = read_cubin("nvdisasm", "-c", self.cubin)
         return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", sass, re.MULTILINE))
 
 
@@ -140,7 +139,7 @@ def compile_launch(kernel: Any, launch: Launch, capability: int) -> Compiled:
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     cubin = compiled.asm["cubin"]
-    usage = run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    usage = read_cubin("cuobjdump", "--dump-resource-usage", cubin)
     match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert match is not None, usage
     registers, stack, local = map(int, match.groups())
@@ -156,10 +155,9 @@ def compile_launch(kernel: Any, launch: Launch, capability: int) -> Compiled:
     )
 
 
-def run_tool(tool: str, option: str, *, cubin: bytes) -> str:
+def read_cubin(tool: str, option: str, cubin: bytes) -> str:
     """What a tool in triton's wheel prints about a cubin."""
-    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+        return run_tool(tool, option, file.name)
