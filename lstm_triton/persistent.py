@@ -23,7 +23,9 @@ def forward(
     assert gates is not None
     layer = sequence_persistent.layer_of(gates, c_0.shape[2], call.spec, order)
     tensors = (gates, h_0.contiguous(), c_0.contiguous(), *recurrent_weights(weights))
-    launch = sequence_persistent.forward(layer, *tensors, order, save=call.every_cell, save_gates=call.save_gates)
+    launch = sequence_persistent.forward_launch(
+        layer, *tensors, order, save=call.every_cell, save_gates=call.save_gates
+    )
     found = sequence_persistent.run(launch)
     return found["hidden_ptr"][: order.T], found["h_n_ptr"], found["c_n_ptr"], found["cells_ptr"]
 
@@ -36,7 +38,7 @@ def backward(
     output, h_n, c_n, states = (None if gradient is None else gradient.contiguous() for gradient in grads)
     layer = sequence_persistent.layer_of(gates, cells.shape[3], spec, order)
     tensors = (output, states, h_n, c_n, gates, cells, *recurrent_weights(weights))
-    found = sequence_persistent.run(sequence_persistent.backward(layer, *tensors, order))
+    found = sequence_persistent.run(sequence_persistent.backward_launch(layer, *tensors, order))
     d_gates, dc = found["d_gates_ptr"], found["dc_ptr"]
     for n, w in enumerate(weights):
         if spec.full and w.weight_ch is not None:  # the kernel leaves out what the first step adds

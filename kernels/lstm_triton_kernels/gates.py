@@ -115,7 +115,8 @@ def gate_preactivations(
     I = x.shape[-1] if x is not None else 0
     gates = len(spec.gates)
     blocks = matmul_blocks(B, max(I, P), h.dtype)
-    gate_preactivations_kernel[(*blocks.grid(B, H), gates)](
+    rows, parts = blocks.grid(B, H)
+    gate_preactivations_kernel[(rows, parts, gates)](
         preact_ptr=preact,
         x_ptr=x,
         w_ih_ptr=weights.weight_ih if x is not None else None,

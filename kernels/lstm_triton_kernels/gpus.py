@@ -93,5 +93,5 @@ def gpu_of(device: torch.device) -> GPU:
         name=properties.name,
         capability=capability,
         multiprocessors=properties.multi_processor_count,
-        shared_bytes=properties.shared_memory_per_block_optin,
+        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined] # missing in the stub
     )

@@ -59,7 +59,7 @@ def persistent_forward_kernel(
     - h_n, c_n: (D, B, H) out; h_0, c_0: (D, B, H); w_hh: (D, G·H, H); w_ch: (D, Q·H) diagonal, (D, Q·H, H) full
     - lengths: (B,) int32 or int64; resets: (T, B) uint8; counters: one a direction and row block, zero; error: int32
 
-    The output gate of a full peephole carry_mask c_{t-1}. ONE_BLOCK: no program has a second row block.
+    The output gate of a full peephole reads c_{t-1}. ONE_BLOCK: no program has a second row block.
     GROUP chunks, a divisor of CHUNKS, are read at once.
     """
     G: tl.constexpr = 3 if COUPLED else 4

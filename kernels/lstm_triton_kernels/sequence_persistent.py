@@ -61,7 +61,7 @@ class Launch(NamedTuple):
     flags: tuple[bool, ...]
 
 
-def forward(
+def forward_launch(
     layer: Layer, gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_ch: Tensor | None, order: Order,
     *, save: bool, save_gates: bool,
 ) -> Launch:  # fmt: skip
@@ -103,7 +103,7 @@ def forward(
     return Launch(persistent_forward_kernel, layer, False, gates.device, arguments, exchanged, flags)
 
 
-def backward(
+def backward_launch(
     layer: Layer, grad_output: Tensor | None, grad_cells: Tensor | None, grad_h_n: Tensor | None,
     grad_c_n: Tensor | None, gates: Tensor, cells: Tensor, w_hh: Tensor, w_ch: Tensor | None, order: Order,
 ) -> Launch:  # fmt: skip
@@ -203,9 +203,9 @@ def launch_without_data(layer: Layer, backward: bool) -> Launch:
     layer = layer._replace(T=T)
     if not backward:
         save = layer.training
-        return forward(layer, gates, state, state, w_hh, w_ch, order, save=save, save_gates=save)
+        return forward_launch(layer, gates, state, state, w_hh, w_ch, order, save=save, save_gates=save)
     cells = empty(D, T + 1, B, H, dtype=accumulator_dtype(layer.dtype))
-    return backward(layer, sequence, None, state, state, gates, cells, w_hh, w_ch, order)
+    return backward_launch(layer, sequence, None, state, state, gates, cells, w_hh, w_ch, order)
 
 
 def run(launch: Launch) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def forward(
 
         def steps(b: dict[str, Tensor]) -> None:
             own = one._replace(resets=b.get("resets"))
-            out = (b["output"], b.get("gates"), b["cells"])
-            sequence_stepwise.forward(x, b["gate_input"], b["h_0"], *variant, own, *out)
+            given = (x, b["gate_input"], b["h_0"])
+            sequence_stepwise.forward(*given, *variant, own, b["output"], b.get("gates"), b["cells"])
             b["h_0"].copy_(own.last(b["output"]))
             if saved:
                 b["cells"][own.initial_slot(saved)] = b["cells"][own.final_slot(saved)]
