@@ -1,0 +1,29 @@
+"""Simulate one time step of a persistent kernel on an H100 from its machine code, on a machine without a GPU.
+
+A kernel is compiled for sm_90 with the plan of a layer. What the compiler made (instructions, control bits, registers)
+is exact; every number of cycles or microseconds is simulated, none is measured (benchmarks/NOTES.md compares some with
+measured ones).
+
+Assumptions:
+
+- one thread block is simulated, for all are alike: what it waits for is visible when its own last store of the step
+  before has reached the L2 cache (half of a load's latency), plus `skew`; a poll that comes too early is repeated
+- its warps sit on four sub-partitions, each of which issues one instruction a cycle, in order within a warp; of several
+  ready warps the one that issued last, then the lowest number
+- stall counts, scoreboards and barriers are read from the code and obeyed
+- pipes take ALU 2, IMAD 2, MUFU 8, HMMA 7 cycles a warp instruction; all memory instructions share one path
+- an access to shared memory holds that path for a cycle a wavefront; bank conflicts are counted by running the PTX of
+  one thread block in the emulator of the tests, the mean over the accesses of a source line
+- a load that hits L2 takes 340 cycles, and then its bytes, min(64, 5120 / thread blocks) a cycle; what does not depend
+  on other thread blocks comes from device memory
+- latencies and rates are published ones of H100, H800 and A100, or assumptions: `machine.Machine`; at 1.755 GHz
+- instruction fetch, and the slowdown when many thread blocks read the same lines, are not modelled
+
+Usage, from the root of a checkout; another release of Triton by its folder first on PYTHONPATH:
+
+    PYTHONPATH=.:kernels python -m benchmarks.simulator.step_time            cycles of a step by phase, usual shapes
+    PYTHONPATH=.:kernels python -m benchmarks.simulator.step_time 16 768     of one shape
+    PYTHONPATH=.:kernels python -m benchmarks.simulator.candidates 64 512    every plan: its estimate, and simulated
+    PYTHONPATH=.:kernels python -m benchmarks.simulator.bounds               other constants of the machine
+    PYTHONPATH=.:kernels python -m benchmarks.simulator.sass 768             the instructions of a step
+"""
