@@ -63,6 +63,7 @@ from lstm_triton_kernels.sizes import Layer
 from torch import Tensor
 
 from benchmarks import suites
+from benchmarks.micro import float32_matmuls
 from lstm_triton import VARIANTS, LSTMSpec, eager, layer, persistent, routing
 from lstm_triton.directions import OneByOne
 from tests.emulator import emulator
@@ -152,18 +153,6 @@ def emulated(oracle: Oracle, max_polls: int | None = None) -> Iterator[None]:
         if max_polls is not None:
             stack.enter_context(mock.patch.object(sequence_persistent, "POLLS", max_polls))
         yield
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Inside, PyTorch's switch for float32 matmuls on CUDA is "tf32" or "ieee"."""
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = precision
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -290,7 +279,7 @@ def run(case: Case, oracle: Oracle, max_polls: int | None = None, plans: Plans |
     oracle.capability = case.capability
     why, bound = "", BOUND[case.dtype]
     found: dict[str, float] = {}
-    with float32_products(case.precision):
+    with float32_matmuls(case.precision):
         try:
             with emulated(oracle, max_polls):
                 results = computed(case, inputs, "stepwise" if case.stepwise else "persistent", plans)
