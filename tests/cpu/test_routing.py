@@ -207,6 +207,7 @@ def test_the_kernels_must_be_faster_than_cudnn_by_a_margin(monkeypatch):
     text = f"{ours:.1f} us a step, {cudnn:.1f} us by cuDNN's standard algorithm; both are estimates"
     assert ours < FASTER * cudnn and routing.unless_cudnn(own, layer, H100) == ("persistent", text)
     monkeypatch.setattr(routing, "FASTER", ours / cudnn)
+    routing.unless_cudnn.cache_clear()
     chosen = routing.unless_cudnn(own, layer, H100)
     assert chosen.name == "operator" and chosen.reason.endswith(text)
     stepwise = routing.unless_cudnn(Choice("stepwise", "no plan"), layer, H100)
