@@ -23,7 +23,7 @@ from lstm_triton_kernels.plan import MOST_TRIES, PersistentPlan, ranked_plans
 from lstm_triton_kernels.sizes import Layer
 
 from benchmarks.suites import GPU_SUITES, cases
-from lstm_triton import LSTMSpec, routing
+from lstm_triton import VARIANTS, LSTMSpec, routing
 
 PARTS = 6
 
@@ -106,6 +106,14 @@ def test_a_plan_keeps_its_weights_on_the_chip_and_waits_as_it_says(part):
         assert found.metadata.shared <= kernel.gpu.shared_bytes, kernel
         assert tensor_core(found.asm["ptx"]) != (kernel.layer.rate == "float32"), kernel
         assert bool(found.metadata.launch_cooperative_grid) == (kernel.plan.wait is not None), kernel
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in VARIANTS if not spec.full])
+def test_few_units_compile_in_float32(name):
+    """Some kernels in which a program has all units ended the process: see `equations.next_cell`."""
+    layer = Layer(LSTMSpec.parse(name), 64, 16, 32, 1, torch.float32, training=True)
+    plan = next(plan for plan in ranked_plans(layer, False, GPUS["h100"]) if plan.alone)
+    assert compiled(Kernel(layer, False, GPUS["h100"], plan)).asm["cubin"]
 
 
 def test_weights_that_are_loaded_in_the_loop_are_seen():
