@@ -6,8 +6,14 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x): e^-x overflows to infinity for very negative x, which gives the right 0."""
-    return 1.0 / (1.0 + tl.exp(-x))
+    """1 / (1 + e^-x): e^-x overflows to infinity for very negative x, which gives the right 0.
+
+    On a GPU tl.exp of float32 is this exp2 of a product; but of tl.exp Triton 3.9's LLVM aborts in some kernels
+    (github.com/llvm/llvm-project/issues/220475).
+    """
+    if x.dtype == tl.float64:
+        return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
 
 
 @triton.jit

@@ -18,9 +18,8 @@ def next_cell(a, v, c_previous, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr):
     a_f = a[F]
     if DIAGONAL:
         a_f += v[F] * c_previous
-    # g before f: the other way round Triton 3.9's LLVM aborts in float32 (github.com/llvm/llvm-project/issues/220475).
-    g = tanh(a[F + 1])
     f = sigmoid(a_f)
+    g = tanh(a[F + 1])
     if COUPLED:
         i = 1.0 - f
     else:

@@ -53,3 +53,31 @@ def test_every_row_block_and_direction_has_a_counter_on_a_line_of_its_own(wait, 
     assert arguments["counters_ptr"].numel() == counters
     assert wait == "data" or not arguments["counters_ptr"].any()
     assert arguments["launch_cooperative_grid"] and arguments["error_ptr"].data_ptr() % 16 == 0
+
+
+def test_a_launch_runs_on_the_plan_that_is_settled_by_compiling_it(monkeypatch):
+    monkeypatch.setattr(sequence_persistent, "gpu_of", lambda device: H100)
+    compiled = []
+
+    def usage_on_device(kernel, grid, arguments):
+        compiled.append((kernel, grid, arguments["BLOCK_U"]))
+
+    def settled(key, plans, usage_of, device):
+        for plan in plans[:2]:
+            usage_of(plan)
+        return plans[1]
+
+    monkeypatch.setattr(sequence_persistent, "usage_on_device", usage_on_device)
+    monkeypatch.setattr(sequence_persistent, "settled", settled)
+    launch = sequence_persistent.launch_without_data(LAYER, False)
+    monkeypatch.setattr(sequence_persistent, "common_arguments", lambda layer, plan, *_: dict(BLOCK_U=plan.block_u))
+    plans = ranked_plans(LAYER, False, H100)
+    assert sequence_persistent.plan_of(launch) == plans[1]
+    assert compiled == [(launch.kernel, plan.grid, plan.block_u) for plan in plans[:2]]
+
+
+def test_a_launch_without_a_plan_is_refused(monkeypatch):
+    monkeypatch.setattr(sequence_persistent, "gpu_of", lambda device: H100)
+    launch = sequence_persistent.launch_without_data(LAYER._replace(H=5000), False)
+    with pytest.raises(RuntimeError, match="strategy 'persistent' cannot run here: "):
+        sequence_persistent.plan_of(launch)

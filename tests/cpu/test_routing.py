@@ -725,3 +725,34 @@ def test_a_cell_is_plain_unless_something_else_looks_at_its_tensors(monkeypatch)
     with pytest.raises(ValueError, match="given: "):
         functional.lstm_cell(x, None, *weights[:3])
     assert found == [True, False, False]
+
+
+def test_a_traced_graph_leaves_the_choice_of_kernels_to_its_run():
+    assert decide(Facts(ANCHOR, None)) == ("kernels", "chosen when the graph runs")
+
+
+@pytest.mark.parametrize("faster, engine", [(True, "operator inside"), (False, "kernels")])
+def test_a_compiled_graph_holds_cudnn_where_that_is_faster_by_estimate(monkeypatch, faster, engine):
+    asked = []
+    monkeypatch.setattr(routing, "cudnn_when_compiled", lambda *sizes: asked.append(sizes) or faster)
+    facts = Facts(ANCHOR, None)
+    assert routing.when_compiled(decide(facts), facts, CUDA, packed=False).name == engine
+    assert asked == [(CUDA, torch.bfloat16, "standard", 1, 768, 0, False)]
+    assert routing.when_compiled(decide(facts), facts, CUDA, packed=True).name == "kernels"
+
+
+def test_a_compiled_graph_cannot_hold_cudnn_with_packed_rows():
+    facts = Facts(ANCHOR, None, "cudnn")
+    with pytest.raises(RuntimeError, match="strategy 'cudnn' cannot run here: not with packed rows"):
+        routing.when_compiled(decide(facts), facts, CUDA, packed=True)
+    facts = Facts(ANCHOR, None, no_kernels="an obstacle")
+    assert routing.when_compiled(decide(facts), facts, CUDA, packed=True).name == "eager"
+
+
+def test_cudnn_is_not_asked_for_where_it_cannot_compute():
+    assert not routing.cudnn_when_compiled(CPU, torch.float32, "standard", 1, 64, 0, False)
+
+
+def test_a_packed_sequence_has_no_onnx_node():
+    with pytest.raises(RuntimeError, match="a PackedSequence cannot be exported to ONNX"):
+        routing.for_onnx(ANCHOR, (), packed=True)
