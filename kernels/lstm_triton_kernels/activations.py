@@ -8,8 +8,9 @@ import triton.language as tl
 def sigmoid(x):
     """1 / (1 + e^-x): e^-x overflows to infinity for very negative x, which gives the right 0.
 
-    On a GPU tl.exp of float32 is this exp2 of a product; but of tl.exp Triton 3.9's LLVM aborts in some kernels
-    (github.com/llvm/llvm-project/issues/220475).
+    For float32 a GPU computes tl.exp as exp2 of a product. The exp2 is written out here because LLVM in Triton 3.9
+    aborts on tl.exp in some kernels: an assertion of its SLP vectorizer fails, as in
+    github.com/llvm/llvm-project/issues/220475.
     """
     if x.dtype == tl.float64:
         return 1.0 / (1.0 + tl.exp(-x))
