@@ -1,4 +1,4 @@
-"""The benchmark suite: `python -m benchmarks run | micro | report | gpu`, from a checkout."""
+"""The benchmark suite: `python -m benchmarks run | micro | simulate | report | gpu`, from a checkout."""
 
 import sys
 from importlib.util import find_spec

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from lstm_triton_kernels.limit import Constants
+from lstm_triton_kernels.spec import VARIANTS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -29,6 +30,9 @@ from lstm_triton.cli.errors import UserError
 from lstm_triton.cli.files import write_whole
 
 GROUPS = {"gpu": suites.GPU_SUITES}
+ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Of types, for `simulate`."""
+
 MICRO_SECONDS = 120.0
 PLAIN_WIDTH = 140
 REPORT = "report.md"
@@ -188,6 +192,76 @@ def gpu_command(
     raise typer.Exit(gpu.run_all(budget, _folder(results), console()))
 
 
+@app.command(name="simulate")
+def simulate_command(
+    hidden: Annotated[int | None, typer.Option(min=1, help="Units of the layer.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help=f"One of {', '.join(suites.STORAGE)}; or {', '.join(ALIASES)}.")
+    ] = "bfloat16",
+    variant: Annotated[str, typer.Option(help="Of the cell.")] = "standard",
+    directions: Annotated[int, typer.Option(min=1, max=2, help="1, or 2 for a bidirectional layer.")] = 1,
+    gpu: Annotated[str, typer.Option(help="The GPU that is simulated.")] = "h100",
+    skew: Annotated[
+        int, typer.Option(min=0, help="Cycles that the last of the other thread blocks publishes later.")
+    ] = 0,
+    wait: Annotated[
+        str | None, typer.Option(help="How programs wait: counter or data.", show_default="as planned")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    all_plans: Annotated[
+        bool, typer.Option("--all-plans", help="Every plan, its estimate beside a simulated step.")
+    ] = False,
+    code: Annotated[bool, typer.Option("--code", help="The instructions of a step, each with its phase.")] = False,
+    all_suites: Annotated[bool, typer.Option("--suites", help="A file of all suites' shapes instead.")] = False,
+    first: Annotated[int | None, typer.Option(min=1, help="With --suites: only so many shapes.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", help="With --suites: the file; what it has is kept.", show_default="named by Triton"),
+    ] = None,
+) -> None:
+    """Simulate a time step of the persistent kernels on a GPU that need not be there; nothing is measured."""
+    from benchmarks.simulator import passes, table
+    from benchmarks.simulator.kernels import Case, kernels_are_interpreted
+    from benchmarks.simulator.machine import MACHINES
+
+    views = {"--json": (as_json, passes.as_json), "--all-plans": (all_plans, passes.every_plan)}
+    views["--code"] = (code, passes.instructions)
+    asked = [option for option, (wanted, _) in views.items() if wanted]
+    (dtype,) = choose("--dtype", [ALIASES.get(dtype, dtype)], tuple(suites.STORAGE), tuple(ALIASES))
+    choose("--variant", [variant], tuple(spec.name for spec in VARIANTS))
+    choose("--wait", [wait] if wait else [], ("counter", "data"))
+    if gpu not in MACHINES:
+        raise typer.BadParameter(f"--gpu: no model of {gpu!r}: there are {', '.join(MACHINES)}")
+    if len(asked) > 1 or (asked and all_suites):
+        raise typer.BadParameter(f"one of {', '.join([*asked, *(['--suites'] * all_suites)])}, not several")
+    if all_suites and (hidden or batch or wait or variant != "standard" or directions > 1):
+        raise typer.BadParameter("--suites has shapes of its own: of the options for a layer it takes --dtype alone")
+    if not all_suites and (first or file):
+        raise typer.BadParameter("--first and --out are for --suites")
+    if kernels_are_interpreted():
+        raise typer.BadParameter("compiles kernels: needs a process without TRITON_INTERPRET in its environment")
+    machine = replace(MACHINES[gpu], skew=skew)
+    if all_suites:
+        path = file or table.default_path()
+        path = _folder(path.parent, "--out") / path.name
+        try:
+            for line in table.write(path, dtype, machine, first):
+                typer.echo(line, nl=False)
+        except table.OtherTable as error:
+            raise typer.BadParameter(f"--out: {error}") from error
+        typer.echo(path)
+        return
+    if hidden is None or batch is None:
+        raise typer.BadParameter("needs --hidden and --batch, or --suites")
+    case = Case(batch, hidden, wait=wait, variant=variant, dtype=dtype, D=directions)
+    view = views[asked[0]][1] if asked else passes.as_text
+    for line in view(case, machine):
+        typer.echo(line)
+    if not passes.has_plan(case):
+        raise typer.Exit(1)
+
+
 def write_report(results: Path, readme: Path | None, out: Console) -> list[Path]:
     """The files that were written. What is damaged is named on the console and left alone."""
     found, known, damaged = load_results(results)
@@ -308,7 +382,7 @@ def _device(name: str) -> torch.device:
         raise typer.BadParameter(f"--device: {error}") from error
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, option: str = "--results") -> Path:
     """The folder's whole name, made if need be; finds out now if nothing can be written there."""
     path = path.resolve()
     probe = path / ".writable"
@@ -317,5 +391,5 @@ def _folder(path: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise typer.BadParameter(f"--results: cannot write to {path}: {error.strerror}") from error
+        raise typer.BadParameter(f"{option}: cannot write to {path}: {error.strerror}") from error
     return path

@@ -18,12 +18,18 @@ Assumptions:
   on other thread blocks comes from device memory
 - latencies and rates are published ones of H100, H800 and A100, or assumptions: `machine.Machine`; at 1.755 GHz
 - instruction fetch, and the slowdown when many thread blocks read the same lines, are not modelled
+- float32 and TF32 are simulated like the half types, but none of their simulated times has been compared with a
+  measured one; an HMMA of TF32 is assumed to take twice as long for as many products
 
-Usage, from the root of a checkout; another release of Triton by its folder first on PYTHONPATH:
+`python -m benchmarks simulate --hidden 768 --batch 16` is the command: both passes of a layer on the plans that would
+run; with `--all-plans` every plan, with `--code` the instructions of a step, with `--suites` a file of all suites'
+shapes. Another release of Triton: its folder first on PYTHONPATH.
 
-    PYTHONPATH=.:kernels python -m benchmarks.simulator.step_time            cycles of a step by phase, usual shapes
-    PYTHONPATH=.:kernels python -m benchmarks.simulator.step_time 16 768     of one shape
-    PYTHONPATH=.:kernels python -m benchmarks.simulator.candidates 64 512    every plan: its estimate, and simulated
-    PYTHONPATH=.:kernels python -m benchmarks.simulator.bounds               other constants of the machine
-    PYTHONPATH=.:kernels python -m benchmarks.simulator.sass 768             the instructions of a step
+| file | what is inside |
+|---|---|
+| `kernels.py` | a pass of a layer, compiled for sm_90 on its plan |
+| `sass.py`, `step.py` | the machine code; its time loop, the phase of each instruction, and the polls |
+| `conflicts.py` | the wavefronts of the accesses to shared memory |
+| `machine.py`, `step_time.py` | the model of a multiprocessor; a step of a compiled pass on it |
+| `passes.py`, `table.py` | what the command shows; its file of all suites' shapes |
 """

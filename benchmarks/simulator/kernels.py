@@ -12,28 +12,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lstm_triton_kernels
 import torch
 import triton
 from lstm_triton_kernels.gpus import GPUS
-from lstm_triton_kernels.operands import INTERPRETED
+from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
 from lstm_triton_kernels.plan import PersistentPlan, Preference, ranked_plans
 from lstm_triton_kernels.sequence_persistent import Launch, launch_without_data
 from lstm_triton_kernels.settle import Usage, absent_gpu, first_clean, usage_elsewhere
 from lstm_triton_kernels.sizes import Layer
+from triton.runtime.interpreter import InterpretedFunction
 
-from benchmarks import ROOT
 from benchmarks.simulator.conflicts import Access, count_wavefronts
+from benchmarks.suites import STORAGE
 from lstm_triton import LSTMSpec
 
-RELEASE = ".".join(triton.__version__.split(".")[:2])
-"""Of Triton."""
-
 H100 = GPUS["h100"]
+
+SOURCES = Path(lstm_triton_kernels.__file__).parent
+"""The folder of the kernels that are simulated."""
+
+
+STEPS = 1024
+"""Time steps of a layer, on which no plan and no time of a step depends."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One pass of a layer of one direction, with the usual gradients; of the plan what is wanted, None: as planned."""
+    """One pass of a layer, with the usual gradients; of the plan what is wanted, None: as planned.
+
+    - B, H, D: rows, units, directions; variant: the name of an LSTMSpec; dtype: a key of `suites.STORAGE`
+    """
 
     B: int
     H: int
@@ -41,14 +50,21 @@ class Case:
     wait: str | None = None
     variant: str = "standard"
     dtype: str = "bfloat16"
+    D: int = 1
     block_u: int | None = None
     block_b: int | None = None
 
     @property
     def layer(self) -> Layer:
         """Its sizes; a forward pass saves what a backward pass reads."""
-        dtype = getattr(torch, self.dtype)
-        return Layer(LSTMSpec.parse(self.variant), 1024, self.B, self.H, 1, dtype, training=True)
+        precision = "tf32" if self.dtype == "tf32" else "ieee"
+        sizes = (self.B, self.H, self.D)
+        return Layer(LSTMSpec.parse(self.variant), STEPS, *sizes, STORAGE[self.dtype], precision, training=True)
+
+    @property
+    def wanted(self) -> Preference:
+        """What is wanted of the plan."""
+        return Preference(wait=self.wait, block_u=self.block_u, block_b=self.block_b)
 
 
 class Compiled(NamedTuple):
@@ -63,21 +79,27 @@ class Compiled(NamedTuple):
 
 @functools.cache
 def compile_case(case: Case) -> Compiled:
-    """Compile the plan that would run: the first of the ranked ones without spills. Raises LookupError if none fits."""
-    wanted = Preference(wait=case.wait, block_u=case.block_u, block_b=case.block_b)
-    plans = ranked_plans(case.layer, case.backward, H100, wanted)
+    """Compile the plan that would run: the first of the ranked ones that hardly spills (settle.py).
+
+    Raises LookupError with the reason if there is none.
+    """
+
+    def usage_of(plan: PersistentPlan) -> Usage | None:
+        usage = compile_plan(case.layer, case.backward, plan).usage
+        return usage if usage.shared <= H100.shared_bytes else None
+
+    plans = ranked_plans(case.layer, case.backward, H100, case.wanted)
     if isinstance(plans, str):
         raise LookupError(plans)
-    plan = first_clean(plans, lambda plan: compile_plan(case.layer, case.backward, plan).usage)
-    assert plan is not None  # compiled elsewhere, every plan has a usage
+    plan = first_clean(plans, usage_of)
+    if plan is None:
+        raise LookupError("no plan fits the shared memory of a thread block as compiled")
     return compile_plan(case.layer, case.backward, plan)
 
 
 @functools.cache
 def compile_plan(layer: Layer, backward: bool, plan: PersistentPlan) -> Compiled:
     """Compile a pass of a layer on a plan, by the library's own launcher."""
-    if INTERPRETED:
-        raise RuntimeError("compiles kernels: needs a process without TRITON_INTERPRET")
     launch = launch_without_data(layer, backward)
     arguments = launch.arguments(plan)
     with own_cache():
@@ -89,11 +111,11 @@ def compile_plan(layer: Layer, backward: bool, plan: PersistentPlan) -> Compiled
 
 @contextmanager
 def own_cache() -> Iterator[None]:
-    """Inside, Triton's cache on the disk is one of this checkout.
+    """Inside, Triton's cache on the disk is one of these sources.
 
     The same kernel in another checkout has other source files, whose lines give an instruction its phase.
     """
-    checkout = hashlib.sha256(str(ROOT).encode()).hexdigest()[:16]
+    checkout = hashlib.sha256(str(SOURCES).encode()).hexdigest()[:16]
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(Path(tempfile.gettempdir()) / f"lstm-triton-simulator-{os.getuid()}-{checkout}")
         yield
@@ -106,6 +128,11 @@ def accesses_of(compiled: Compiled) -> list[Access]:
     iterations = compiled.launch.layer.T * plan.blocks_per_program
     arguments = arguments_of_one(compiled)
     return count_wavefronts(compiled.ptx, arguments, compiled.usage.shared, plan.num_warps, iterations)
+
+
+def kernels_are_interpreted() -> bool:
+    """Return whether this process has Triton's interpreter instead of its compiler, so that nothing can be compiled."""
+    return isinstance(persistent_forward_kernel, InterpretedFunction)
 
 
 def arguments_of_one(compiled: Compiled) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from benchmarks.simulator.conflicts import needed_wavefronts
 from benchmarks.simulator.sass import NONE, Instruction
-from benchmarks.simulator.step import LOADS, POLLS, Step, names, polls
+from benchmarks.simulator.step import ARRIVES, LOADS, ONE_THREAD, POLLS, Step, names, polls
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Machine:
       publishes. All assumptions
     - shared: a load from shared memory (A100, 2206.02874); shuffle, mufu, redux: latencies (A100; assumptions)
     - barrier: fixed part, and for every warp (A100: 21 and 2, its issue included)
-    - hmma_gap: from one HMMA to the next (2402.13499: 6.6)
+    - hmma_gap: from one HMMA of 16 x 8 x 16 half-precision values to the next (2402.13499: 6.6); TF32 takes twice as
+      long for as many products, an assumption
     - constant, branch, operand_read: reading constants and special registers, a branch taken, reading the operands of
       a memory instruction. Assumptions
     """
@@ -55,6 +56,9 @@ class Machine:
 
 H100 = Machine()
 
+MACHINES = {"h100": H100}
+"""By the name of the GPU in `lstm_triton_kernels.gpus`."""
+
 PIPES = {
     "alu": {
         "ISETP", "LOP3", "PRMT", "SEL", "IADD3", "VIMNMX", "SHF", "LEA", "FSETP", "FSEL", "PLOP3", "F2FP", "P2R", "R2P",
@@ -69,6 +73,8 @@ PIPES = {
 PIPE_OF = {name: pipe for pipe, members in PIPES.items() for name in members}
 GAP = {"alu": 2, "imad": 2, "mufu": 8}
 MEMORY = {"LDS", "STS", "LDSM", "SHFL", "LDG", "STG", "ATOMG", "ATOM", "RED", "REDG", "ATOMS", "STSM"}
+UNKNOWN = {"HGMMA", "LDGSTS", "UBLKCP", "UTMALDG", "UTMASTG", "SYNCS"}
+"""Instructions that run beside the warp's own or wait for such: the model has none of them."""
 QUEUE = 16
 """Cycles that memory instructions may be issued ahead of their common path."""
 
@@ -114,11 +120,15 @@ class ThreadBlock:
     - counter: whether they wait by a counter, else by the data
     - row_blocks: that it works through in a time step, one an iteration
     - fill: the share of a tile's rows that exist
+
+    Raises NotImplementedError for an instruction that the model does not have.
     """
 
     def __init__(
         self, step: Step, warps: int, machine: Machine, readers: int, counter: bool, row_blocks: int, fill: float
     ) -> None:
+        if unknown := {one.name for one in step.code} & UNKNOWN:
+            raise NotImplementedError(f"the model of the machine has no {', '.join(sorted(unknown))}")
         self.step, self.machine, self.row_blocks, self.fill = step, machine, row_blocks, fill
         self.port = min(machine.port, machine.l2_bytes / readers)
         self.readers, self.counter = readers, counter
@@ -174,7 +184,7 @@ class ThreadBlock:
         warp.ready = now + max(1, one.stall)
         pipe = PIPE_OF.get(one.name)
         if pipe:
-            gap = GAP.get(pipe, self.machine.hmma_gap)
+            gap = self.tensor_gap(one) if pipe == "tensor" else GAP[pipe]
             self.pipe_free[pipe, part] = max(now, self.pipe_free.get((pipe, part), 0)) + gap
         done = now + self.latency(one, warp, now)
         if one.write < NONE:
@@ -189,7 +199,7 @@ class ThreadBlock:
     def latency(self, one: Instruction, warp: Warp, now: int) -> int:
         """Return the cycles until a result is there, its time in the queues included."""
         machine, name = self.machine, one.name
-        if one.predicate and warp.number and {"wait_for_count", "arrive"} & set(names(one)):
+        if one.predicate and warp.number and ONE_THREAD & set(names(one)):
             return 1  # one thread of the block does it
         if name in ("LDS", "STS", "LDSM", "ATOMS", "STSM"):
             needed = needed_wavefronts(one)
@@ -222,6 +232,11 @@ class ThreadBlock:
             return machine.constant
         return ISSUE
 
+    def tensor_gap(self, one: Instruction) -> float:
+        """Return the cycles that an HMMA, such as `HMMA.1688.F32.TF32`, keeps the tensor core of its sub-partition."""
+        depth = int(one.opcode.split(".")[1][3:])  # 16816: products of 16 x 8 outputs, 16 deep
+        return self.machine.hmma_gap * depth / 16 * (2 if "TF32" in one.opcode else 1)
+
     def occupy_memory(self, now: int, cycles: float) -> float:
         """Hold the common path of the memory instructions for so many cycles; return from when on."""
         start = max(now, self.memory_free)
@@ -242,7 +257,7 @@ class ThreadBlock:
     def count(self, one: Instruction, warp: Warp, now: int) -> int:
         """Return the latency of an atomic operation on the counter: the arrival of this thread block, or a poll."""
         machine = self.machine
-        if "arrive" in names(one):
+        if ARRIVES & set(names(one)):
             self.publish(warp, int(now + machine.l2 // 2 + machine.atomic_gap * self.readers))
             return machine.l2
         if warp.number == 0:

@@ -3,14 +3,10 @@
 Since Volta, bits 105 to 125 of the 128 of an instruction tell the scheduler: cycles until the next issue of this warp
 (stall), the scoreboard that its result or the reading of its operands clears (write, read; 7: none), and the mask of
 scoreboards to wait for before issue.
-
-`python -m benchmarks.simulator.sass H [--batch 16] [--backward] [--wait data] [--variant standard]` prints the
-instructions of a time step, each with its phase.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import re
@@ -194,25 +190,3 @@ def time_loop(blocks: list[Block]) -> Loop:
 def loops_inside(blocks: list[Block], loop: Loop) -> list[Loop]:
     """Return the loops inside of one."""
     return [inner for inner in loops(blocks) if inner[0] in loop[1] and inner[0] != loop[0]]
-
-
-def main() -> None:
-    """Print the instructions of a time step."""
-    from benchmarks.simulator.kernels import Case, compile_case
-    from benchmarks.simulator.step import step_of
-
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulator.sass", description=main.__doc__)
-    parser.add_argument("H", type=int, help="hidden units")
-    parser.add_argument("--batch", type=int, default=16, help="rows, by default 16")
-    parser.add_argument("--backward", action="store_true", help="of the backward pass")
-    parser.add_argument("--wait", choices=("counter", "data"), help="how to wait, by default as planned")
-    parser.add_argument("--variant", default="standard", help="of the cell, by default standard")
-    given = parser.parse_args()
-    compiled = compile_case(Case(given.batch, given.H, given.backward, given.wait, given.variant))
-    step = step_of(disassemble(compiled.cubin))
-    for one, phase in zip(step.code, step.phases, strict=True):
-        print(f"{phase:12}", one)
-
-
-if __name__ == "__main__":
-    main()

@@ -21,15 +21,20 @@ PHASES = {
     "store": "publishing",
 }
 
-# Functions of the kernels, by which an instruction gets its phase.
+# The kernels' functions by what they do; an instruction gets its phase by those that it was inlined from. A function
+# that the kernels gain is one name more here (tests/cpu/test_simulator.py finds a set that has no function any more).
 PRODUCTS = {"add_tile", "multiply_add"}
-SUMS = {"sum_parts"}
+SUMS = {"sum_parts", "sum_gates", "sum_one"}
 POLLS = {"any_missing", "load_bits", "wait_for_count", "load_when_published"}
-LOADS = {"exchange_load"}
+LOADS = {"exchange_load", "as_left", "as_operand", "round_to_tf32", "opaque"}
 EQUATIONS = {
     "next_cell", "output_gate", "output_gradients", "cell_gradients", "previous_cell_gradient", "tanh", "sigmoid",
+    "exp2_approx", "reciprocal_approx",
 }  # fmt: skip
 STORES = {"exchange_store", "exchange_arrive", "publish", "arrive"}
+ARRIVES = {"arrive"}
+ONE_THREAD = {"wait_for_count", "arrive"}
+"""One thread of the block does what is under a predicate there."""
 REDUCTIONS = "standard.py"
 """The file of Triton's own reductions."""
 

@@ -1,0 +1,191 @@
+"""`python -m benchmarks simulate`: what it prints, its file of all suites' shapes, and what it says of bad input."""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import triton
+from lstm_triton_kernels.plan import PersistentPlan
+from lstm_triton_kernels.settle import Usage
+from triton.runtime.interpreter import InterpretedFunction
+from typer.testing import CliRunner
+
+from benchmarks import RESULTS, app, rows, suites
+from benchmarks.simulator import kernels, table
+from benchmarks.simulator.kernels import Case
+from benchmarks.simulator.machine import H100
+from benchmarks.simulator.passes import Pass
+from benchmarks.simulator.step import PHASES
+from benchmarks.simulator.step_time import StepTime
+
+ALONE = ("simulate", "--hidden", 64, "--batch", 16)
+TOO_LARGE = ("simulate", "--hidden", 8192, "--batch", 16)
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app.app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+def words(output):
+    return " ".join(output.replace("│", " ").split())
+
+
+@pytest.mark.xdist_group("simulator")
+def test_the_json_of_a_layer_is_one_line_with_both_passes():
+    code, output = call(*ALONE, "--dtype", "bf16", "--json")
+    assert code == 0 and output.count("\n") == 1
+    found = json.loads(output)
+    assert list(found) == ["forward", "backward", "triton"] and found["triton"] == triton.__version__
+    for one in (found["forward"], found["backward"]):
+        assert list(one) == [
+            "cycles", "us", "plan", "phases", "registers", "spilled", "barriers", "wavefronts", "needed", "early",
+        ]  # fmt: skip
+        assert list(one["phases"]) == list(PHASES)
+        assert sum(one["phases"].values()) == pytest.approx(one["cycles"], abs=1)
+        assert one["us"] == pytest.approx(one["cycles"] / H100.clock_ghz / 1e3, abs=1e-3)
+        assert one["plan"].endswith("alone") and 0 < one["registers"] <= 255 and one["spilled"] == 0
+        assert one["wavefronts"] >= one["needed"] > 0 and one["barriers"] > 0 and one["early"] == 0
+
+
+@pytest.mark.xdist_group("simulator")
+def test_the_text_calls_its_numbers_simulated():
+    as_json = json.loads(call(*ALONE, "--json")[1])
+    code, output = call(*ALONE)
+    assert code == 0 and f"simulated from the code of Triton {triton.__version__}" in output
+    for name in ("forward", "backward"):
+        one = as_json[name]
+        assert f"plan {one['plan']}" in output
+        assert f"simulated {one['cycles']:.0f} cycles, {one['us']:.2f} us" in output
+        assert f"{one['wavefronts']:.0f} wavefronts of shared memory, {one['needed']} without" in output
+    assert all(f"    {phase} " in output for phase in PHASES)
+
+
+@pytest.mark.xdist_group("simulator")
+def test_the_instructions_of_a_step_have_their_phases():
+    code, output = call(*ALONE, "--code")
+    found = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
+    assert code == 0 and set(found) <= set(PHASES) and {"products", "activations"} <= set(found)
+    assert "HMMA.16816.F32.BF16" in output and "persistent_forward.py:" in output
+
+
+def test_a_layer_without_a_plan_has_the_reason(monkeypatch):
+    code, output = call(*TOO_LARGE)
+    assert code == 1 and words(output).count("no persistent kernel: no tiles of the recurrent weights") == 2
+    code, output = call(*TOO_LARGE, "--json")
+    found = json.loads(output)
+    assert code == 1 and found["triton"] == triton.__version__
+    assert all(list(found[name]) == ["reason"] for name in ("forward", "backward"))
+    code, output = call(*TOO_LARGE, "--all-plans")
+    assert code == 1 and words(output).count("no persistent kernel") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--hidden", 64), "needs --hidden and --batch, or --suites"),
+        ((*ALONE[1:], "--dtype", "fp8"), "--dtype: unknown 'fp8': there are float16, bfloat16, tf32, float32, bf16"),
+        ((*ALONE[1:], "--variant", "odd"), "--variant: unknown 'odd': there are standard"),
+        ((*ALONE[1:], "--wait", "long"), "--wait: unknown 'long': there are counter, data"),
+        ((*ALONE[1:], "--gpu", "a100"), "--gpu: no model of 'a100': there are h100"),
+        ((*ALONE[1:], "--skew", -1), "--skew"),
+        ((*ALONE[1:], "--json", "--code"), "one of --json, --code, not several"),
+        ((*ALONE[1:], "--out", "table.md"), "--first and --out are for --suites"),
+        (("--suites", "--json"), "one of --json, --suites, not several"),
+        (("--suites", "--hidden", 64), "--suites has shapes of its own"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    code, output = call("simulate", *arguments)
+    assert code == 2 and said in words(output) and not list(tmp_path.iterdir())
+
+
+def test_interpreted_kernels_cannot_be_simulated(monkeypatch):
+    monkeypatch.setattr(kernels, "persistent_forward_kernel", InterpretedFunction(lambda: None))
+    code, output = call(*ALONE)
+    assert code == 2 and "needs a process without TRITON_INTERPRET" in words(output)
+
+
+# The file of all suites' shapes
+
+
+def invented(case, machine):
+    """A pass that nobody simulated. The backward pass of 512 units has no plan."""
+    if case.backward and case.H == 512:
+        raise LookupError("there is none")
+    plan = PersistentPlan(8, 16, 32, 8, 3, 3, 16, 96, 1, case.D, 1, 8, "counter", False, 0, 0, 1.5)
+    time = StepTime(1234.4, 0.7, dict.fromkeys(PHASES, 1.0), 10, Counter(BAR=36, MUFU=4), 300.2, 150, 0.25)
+    return Pass(plan, Usage(182, 3, 1024), time)
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """The cases that were simulated, as they come."""
+    asked = []
+    monkeypatch.setattr(table, "simulate_pass", lambda case, machine: asked.append(case) or invented(case, machine))
+    monkeypatch.setattr(table, "kernels_commit", lambda: "0123456")
+    return asked
+
+
+def test_the_shapes_are_those_of_the_suites_once_each_the_most_telling_first():
+    found = table.shapes("bfloat16")
+    assert [(case.B, case.H) for case in found[:7]] == list(table.FIRST)
+    assert len(set(found)) == len(found) and {case.D for case in found} == {1, 2}
+    assert {"standard", "coupled", "diagonal", "full"} == {case.variant for case in found}
+    of_suites = {(case.variant, case.B, case.H, case.D) for case in suites.cases(suites.SUITES, ("bfloat16",))}
+    assert {(case.variant, case.B, case.H, case.D) for case in found[7:]} <= of_suites
+    assert not any(case.H == 2048 for case in found)  # no persistent plan
+
+
+def test_the_file_grows_by_a_line_a_pass_and_is_resumed(tmp_path, simulated):
+    path = tmp_path / "simulated.md"
+    code, output = call("simulate", "--suites", "--first", 2, "--out", path)
+    assert code == 0 and path.name in output
+    text = path.read_text()
+    assert f"Simulated time steps, Triton {triton.__version__}" in text and "commit 0123456" in text
+    assert "Simulated, not measured" in text and "time steps, Triton" in text.splitlines()[0]
+    lines = text[text.index("| standard") :].splitlines()
+    cells = "U8 R16/16 K32x8x3 96x1x1 counter | 1234 | 0.70 | 36 | 300 | 150 | 182 | 3 | 0.2 |"
+    assert lines == [
+        f"| standard | 16 | 768 | 1 | forward | {cells}",
+        f"| standard | 16 | 768 | 1 | backward | {cells}",
+        f"| standard | 64 | 512 | 1 | forward | {cells}",
+    ]
+    columns = text[: text.index("| standard")].splitlines()[-2]
+    assert columns.count("|") == lines[0].count("|")
+
+    simulated.clear()
+    path.write_text(text[: text.index("| standard | 64")] + "| standard | 64 | 51")  # killed while it wrote
+    assert call("simulate", "--suites", "--first", 2, "--out", path)[0] == 0
+    assert path.read_text() == text
+    assert simulated == [Case(64, 512), Case(64, 512, backward=True)]
+
+
+@pytest.mark.parametrize("options", [("--dtype", "fp16"), ("--skew", 200)])
+def test_a_file_of_something_else_is_left_alone(tmp_path, simulated, options):
+    path = tmp_path / "simulated.md"
+    assert call("simulate", "--suites", "--first", 1, "--out", path)[0] == 0
+    before = path.read_text()
+    code, output = call("simulate", "--suites", "--first", 1, "--out", path, *options)
+    assert code == 2 and "was written from other kernels" in words(output)
+    assert path.read_text() == before
+
+
+def test_the_file_is_none_that_the_report_reads(simulated):
+    path = table.default_path()
+    assert path.parent == RESULTS and path.name.startswith("simulated-triton-") and "kernels-0123456" in path.name
+    found, damaged = rows.read_all(RESULTS)
+    assert not damaged and not any("simulated" in f"{row.provider} {row.strategy} {row.gpu}" for row in found)
+    assert path.suffix == ".md"
+
+
+def test_the_commit_is_of_the_kernels(monkeypatch):
+    answers = {"log": "0123456\n", "status": ""}
+    monkeypatch.setattr(table.subprocess, "run", lambda command, **_: SimpleNamespace(stdout=answers[command[3]]))
+    assert table.kernels_commit() == "0123456"
+    answers["status"] = " M kernel.py\n"
+    assert table.kernels_commit() == "0123456+"
+    answers["log"] = ""
+    assert table.kernels_commit() == "unknown"
