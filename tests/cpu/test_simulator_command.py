@@ -2,11 +2,11 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import triton
-from lstm_triton_kernels.plan import PersistentPlan
 from lstm_triton_kernels.settle import Usage
 from triton.runtime.interpreter import InterpretedFunction
 from typer.testing import CliRunner
@@ -111,11 +111,14 @@ def test_interpreted_kernels_cannot_be_simulated(monkeypatch):
 # The file of all suites' shapes
 
 
+PLAN = "U8 R16/16 K32x8x3 96x1x1 counter"
+
+
 def invented(case, machine):
     """A pass that nobody simulated. The backward pass of 512 units has no plan."""
     if case.backward and case.H == 512:
         raise LookupError("there is none")
-    plan = PersistentPlan(8, 16, 32, 8, 3, 3, 16, 96, 1, case.D, 1, 8, "counter", False, 0, 0, 1.5)
+    plan = SimpleNamespace(describe=lambda: PLAN)
     time = StepTime(1234.4, 0.7, dict.fromkeys(PHASES, 1.0), 10, Counter(BAR=36, MUFU=4), 300.2, 150, 0.25)
     return Pass(plan, Usage(182, 3, 1024), time)
 
@@ -139,6 +142,13 @@ def test_the_shapes_are_those_of_the_suites_once_each_the_most_telling_first():
     assert not any(case.H == 2048 for case in found)  # no persistent plan
 
 
+def test_a_cell_has_no_persistent_kernel_and_no_line(monkeypatch):
+    of_suites = suites.cases(("odd",), ("bfloat16",), ("forward",))
+    cells = [replace(case, B=3, cell=True) for case in of_suites]
+    monkeypatch.setattr(suites, "cases", lambda *_: [*cells, *of_suites])
+    assert table.shapes("bfloat16")[7:] == [Case(case.B, case.H) for case in of_suites]
+
+
 def test_the_file_grows_by_a_line_a_pass_and_is_resumed(tmp_path, simulated):
     path = tmp_path / "simulated.md"
     code, output = call("simulate", "--suites", "--first", 2, "--out", path)
@@ -147,7 +157,7 @@ def test_the_file_grows_by_a_line_a_pass_and_is_resumed(tmp_path, simulated):
     assert f"Simulated time steps, Triton {triton.__version__}" in text and "commit 0123456" in text
     assert "Simulated, not measured" in text and "time steps, Triton" in text.splitlines()[0]
     lines = text[text.index("| standard") :].splitlines()
-    cells = "U8 R16/16 K32x8x3 96x1x1 counter | 1234 | 0.70 | 36 | 300 | 150 | 182 | 3 | 0.2 |"
+    cells = f"{PLAN} | 1234 | 0.70 | 36 | 300 | 150 | 182 | 3 | 0.2 |"
     assert lines == [
         f"| standard | 16 | 768 | 1 | forward | {cells}",
         f"| standard | 16 | 768 | 1 | backward | {cells}",
