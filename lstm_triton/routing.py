@@ -59,14 +59,20 @@ products: as measured on an H200 (benchmarks/NOTES.md)."""
 
 CUDNN_US = {
     "persistent": {False: 1.96, True: 3.1},
+    "persistent, few units": {False: 0.64, True: 1.4},
     "standard": {False: 6.0, True: 12.0},
     "standard, capability 9.0": {False: 8.5, True: 17.0},
     "standard, capability 9.0, packed": {False: 16.0, True: 29.0},
 }
 """A step of cuDNN forward (False) and backward (True). Of its persistent kernel: H100, B=16, H=768, float16, from
-FlashRNN's published plot data; an H200 measured 2.03 forward. Of its standard algorithm, without the time of the
+FlashRNN's published plot data; an H200 measured 2.03 forward. Of its persistent kernel of at most 192 units, GEMMs
+included: B=H=64, float32, on an H200 (benchmarks/results/h200-2026-11-26-trial-steps-present.txt; in float16 1.24 and
+2.25). Of its standard algorithm, without the time of the
 product: an assumption; on capability 9.0 as an H200 measured it, the smaller of its times alone and taking turns with
 this library (benchmarks/results/h200-2026-11-26-gpu.csv, rows of anchor, core, odd and ragged)."""
+
+CUDNN_FEW_UNITS = {False: 192, True: 128}
+"""Up to how many units PyTorch asks cuDNN for a persistent kernel in every type but float64; in training (True)."""
 
 FASTER = 0.8
 """`auto` takes the kernels in place of cuDNN where their estimate is below this part of cuDNN's: both are estimates."""
@@ -218,7 +224,8 @@ def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
     if engine == "stepwise":
         return (STEPWISE_US[backward] + product_us(layer, gpu)) * layer.D
     if cudnn_is_persistent(layer):
-        return CUDNN_US["persistent"][backward] * layer.D
+        few = ", few units" if CUDNN_FEW_UNITS[False] >= layer.H else ""
+        return CUDNN_US[f"persistent{few}"][backward] * layer.D
     measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
     return (CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + product_us(layer, gpu)) * layer.D
 
@@ -242,10 +249,9 @@ def asks_for_persistent(layer: Layer, layers: int = 1) -> bool:
     As `get_algo` in ATen's native/cudnn/RNN.cpp decides it on a large GPU of compute capability 8.0 or 9.0: for few
     units in every type but float64; for many in float16.
     """
-    most_units = 128 if layer.training else 192
     many = layer.H <= 1024 and layer.H % 128 == layer.I % 128 == 0 and layer.B <= 128 and layer.B % 8 == 0
     one = layers == layer.D == 1 and not layer.ragged
-    return most_units >= layer.H or (many and one and layer.dtype == torch.float16)
+    return CUDNN_FEW_UNITS[layer.training] >= layer.H or (many and one and layer.dtype == torch.float16)
 
 
 def cudnn_is_persistent(layer: Layer) -> bool:
@@ -330,7 +336,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
             return f"{device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
         return None
     if device.type == "cpu":
-        from lstm_triton_kernels.operands import INTERPRETED
+        from lstm_triton_kernels.inline_ptx import INTERPRETED
 
         return None if INTERPRETED else NEEDS_CUDA
     return f"the kernels run on CUDA devices, not on {device.type}"

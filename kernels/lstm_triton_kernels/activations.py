@@ -3,18 +3,15 @@
 import triton
 import triton.language as tl
 
+from lstm_triton_kernels.inline_ptx import exp2_approx, reciprocal_approx
+
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x): e^-x overflows to infinity for very negative x, which gives the right 0.
-
-    For float32 a GPU computes tl.exp as exp2 of a product. The exp2 is written out here because LLVM in Triton 3.9
-    aborts on tl.exp in some kernels: an assertion of its SLP vectorizer fails, as in
-    github.com/llvm/llvm-project/issues/220475.
-    """
+    """1 / (1 + e^-x): e^-x overflows to infinity for very negative x, which gives the right 0."""
     if x.dtype == tl.float64:
         return 1.0 / (1.0 + tl.exp(-x))
-    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+    return reciprocal_approx(1.0 + exp2_approx(x * -1.4426950408889634))
 
 
 @triton.jit

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
 
+from lstm_triton_kernels.inline_ptx import INTERPRETED, round_to_tf32
 from lstm_triton_kernels.sizes import accumulator_dtype
 
 
@@ -20,12 +20,7 @@ def as_operand(block, DOT: tl.constexpr, PRECISION: tl.constexpr):
     to zero than it is, by up to a unit in the last place instead of half a one, and the errors would not cancel.
     """
     block = block.to(DOT)
-    if PRECISION == "tf32":
-        return tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [block], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return block
+    return round_to_tf32(block) if PRECISION == "tf32" else block
 
 
 @triton.jit
@@ -33,9 +28,6 @@ def multiply_add(acc, left, right, PRECISION: tl.constexpr):
     """Return acc + left right for operands of `as_operand`, in the accumulator's type."""
     return tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
-
-INTERPRETED = isinstance(as_operand, InterpretedFunction)
-"""Whether the kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
 
 TRITON_TYPE = {
     torch.float16: tl.float16,

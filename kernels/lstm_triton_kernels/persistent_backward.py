@@ -23,16 +23,16 @@ from lstm_triton_kernels.equations import (
     previous_cell_gradient,
     store_gates,
 )
+from lstm_triton_kernels.operands import as_operand, multiply_add
 from lstm_triton_kernels.resident import (
-    add_to_one,
+    as_left,
     left_operands,
-    left_rows,
-    load_tiles,
+    load_gate_tiles,
+    load_transposed_tiles,
     peephole_block,
     sum_parts,
-    zero_accumulators,
 )
-from lstm_triton_kernels.rows import at_time, left_at_time, row_values, rows_of_block, time_of_step
+from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import COUNTER_STRIDE, exchange_arrive, exchange_load, exchange_store, exchange_wait
 
 
@@ -72,26 +72,35 @@ def persistent_backward_kernel(
     HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_CELLS: tl.constexpr,
     HAS_GRAD_H_N: tl.constexpr, HAS_GRAD_C_N: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
     ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0, without a full peephole's part.
 
     - dc: (D, B, H) accumulator type, the gradient of c_{t-1} when step t is done; zero before, unless ONE_BLOCK
     - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as saved
     - grad_output, grad_cells: (T, B, D·H); grad_h_n, grad_c_n: (D, B, H)
-    - w_hh, w_ch, lengths, resets, counters, error: as in the forward pass
+    - w_hh, w_ch, lengths, resets, counters, error, and the constants of the product: as in the forward pass
     """
     G: tl.constexpr = 3 if COUPLED else 4
     Q: tl.constexpr = 2 if COUPLED else 3
+    D_TYPE: tl.constexpr = d_gates_ptr.dtype.element_ty
     direction = tl.program_id(2)
     reverse = direction == 1
     side = direction.to(tl.int64)
     unit = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    w = load_tiles(w_hh_ptr + side * G * H * H, unit, H, G, CHUNKS, True, SPLIT, BLOCK_K, DOT, PRECISION)
+    w_hh_ptr += side * G * H * H
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
-        v_full = load_tiles(w_ch_ptr + side * Q * H * H, unit, H, Q, CHUNKS, True, SPLIT, BLOCK_K, DOT, PRECISION)
+        w_ch_ptr += side * Q * H * H
+    if ALONE:
+        w = load_gate_tiles(w_hh_ptr, unit, H, G, True, BLOCK_K, DOT, PRECISION)
+        if FULL:
+            v_full = load_gate_tiles(w_ch_ptr, unit, H, Q, True, BLOCK_K, DOT, PRECISION)
+    else:
+        w = load_transposed_tiles(w_hh_ptr, unit, H, G, False, CHUNKS, PARTS, BLOCK_U, BLOCK_K, DOT, PRECISION)
+        if FULL:
+            v_full = load_transposed_tiles(w_ch_ptr, unit, H, G, True, CHUNKS, PARTS, BLOCK_U, BLOCK_K, DOT, PRECISION)
 
     gates_stride = B.to(tl.int64) * G * H
     cells_stride = B.to(tl.int64) * H
@@ -175,35 +184,37 @@ def persistent_backward_kernel(
                 tl.load(resets_ptr + (after.to(tl.int64) * B + row), mask=carry_mask, other=0) == 0
             )
 
-        # Two independent chains of products: in a single chain each product would wait for the one before.
-        acc = zero_accumulators(2, SPLIT, BLOCK_B, BLOCK_U, ACC)
-        if FULL:
-            acc_c = zero_accumulators(1, SPLIT, BLOCK_B, BLOCK_U, ACC)
         if ALONE:
+            dh = tl.zeros((BLOCK_B, BLOCK_U), ACC)
+            dh_odd = dh  # two chains of products: in a single one each product would wait for the one before
             for g in tl.static_range(G):
                 d = d_o if g == G - 1 else d_g if g == G - 2 else d_f if g == G - 3 else d_i
-                d = tl.where(carry_mask[:, None], d, 0.0).to(d_gates_ptr.dtype.element_ty).to(DOT)
-                acc = add_to_one(acc, d, w[g], g % 2, PRECISION)
+                d = as_operand(tl.where(carry_mask[:, None], d, 0.0).to(D_TYPE), DOT, PRECISION)
+                if g % 2 == 0:
+                    dh = multiply_add(dh, d, w[g], PRECISION)
+                else:
+                    dh_odd = multiply_add(dh_odd, d, w[g], PRECISION)
                 if FULL and g != G - 2:
-                    acc_c = add_to_one(acc_c, d, v_full[peephole_block(g, G)], 0, PRECISION)
+                    dc = multiply_add(dc, d, v_full[peephole_block(g, G)], PRECISION)
+            dh += dh_odd
         else:
-            left_mask = left_rows(carry_mask, SPLIT)
-            d_after = left_at_time(d_gates_ptr, after, gates_stride, SPLIT, HAS_LENGTHS) + left_rows(row, SPLIT) * G * H
+            acc = tl.zeros((PARTS, BLOCK_B, BLOCK_U), ACC)
+            acc_c = acc
+            left_mask = carry_mask[:, None]
+            d_after = at_time(d_gates_ptr, after, gates_stride, HAS_LENGTHS) + row[:, None] * G * H
             counter_ptr = counters_ptr + b * COUNTER_STRIDE
             max_polls = exchange_wait(counter_ptr, done * tl.num_programs(0), max_polls, error_ptr, WAIT)
-            for g in tl.static_range(G):
-                for first in tl.static_range(0, CHUNKS, GROUP):
-                    pointers, masks = left_operands(d_after + g * H, H, left_mask, first, GROUP, SPLIT, BLOCK_K)
-                    left, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
-                    for m in tl.static_range(GROUP):
-                        d = left[m].to(DOT)
-                        acc = add_to_one(acc, d, w[g * CHUNKS + first + m], (g * CHUNKS + first + m) % 2, PRECISION)
-                        if FULL and g != G - 2:
-                            v_tile = v_full[peephole_block(g, G) * CHUNKS + first + m]
-                            acc_c = add_to_one(acc_c, d, v_tile, 0, PRECISION)
-        dh = sum_parts(acc[0] + acc[1], SPLIT)
-        if FULL:
-            dc += sum_parts(acc_c[0], SPLIT)
+            for first in tl.static_range(0, CHUNKS, GROUP):
+                pointers, masks = left_operands(d_after, G * H, left_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
+                read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
+                for m in tl.static_range(GROUP):
+                    d = as_left(read[m], D_TYPE, WORDS, PARTS, DOT, PRECISION, WAIT == "counter")
+                    acc = multiply_add(acc, d, w[first + m], PRECISION)
+                    if FULL:
+                        acc_c = multiply_add(acc_c, d, v_full[first + m], PRECISION)
+            dh = sum_parts(acc, WARPS)
+            if FULL:
+                dc += sum_parts(acc_c, WARPS)
 
         if HAS_GRAD_OUTPUT:
             dh += grads[0].to(ACC)
@@ -231,7 +242,7 @@ def persistent_backward_kernel(
         d_now = at_time(d_gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
         if ALONE:
             store_gates(d_now, d_i, d_f, d_g, H, tile_mask, COUPLED)
-            tl.store(d_now + (G - 1) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=tile_mask)
+            tl.store(d_now + (G - 1) * H, d_o.to(D_TYPE), mask=tile_mask)
         else:
             if not COUPLED:
                 exchange_store(d_now, d_i, tile_mask, WAIT)

@@ -16,7 +16,7 @@ c_n, and writes zeros for the steps beyond. With `resets` (T, B), the state is z
 
 Masks: row_mask (BLOCK_B,), the rows that exist; step_mask, those that have this step; carry_mask, those of them whose
 state is carried into the step, since it is not reset; tile_mask and step_tile_mask (BLOCK_B, BLOCK_U), the same for the
-elements of a tile; left_mask, carry_mask in the shape of a left operand; last_mask, the rows that end with this step.
+elements of a tile; left_mask, carry_mask as a column; last_mask, the rows that end with this step.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ import triton.language as tl
 
 from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.equations import load_blocks, load_peephole, next_cell, output_gate, store_gates
+from lstm_triton_kernels.operands import as_operand, multiply_add
 from lstm_triton_kernels.resident import (
-    add_to_all,
-    add_to_one,
+    as_left,
     left_operands,
-    left_rows,
-    load_tiles,
-    peephole_gate,
-    sum_parts,
-    zero_accumulators,
+    load_gate_tiles,
+    load_stacked_tiles,
+    peephole_block,
+    sum_gates,
 )
-from lstm_triton_kernels.rows import at_time, left_at_time, row_values, rows_of_block, time_of_step
+from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import COUNTER_STRIDE, exchange_arrive, exchange_load, exchange_store, exchange_wait
 
 
@@ -48,8 +47,8 @@ def persistent_forward_kernel(
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     SAVE_GATES: tl.constexpr, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
     ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
 
@@ -60,19 +59,32 @@ def persistent_forward_kernel(
     - lengths: (B,) int32 or int64; resets: (T, B) uint8; counters: one a direction and row block, zero; error: int32
 
     The output gate of a full peephole reads c_{t-1}. ONE_BLOCK: no program has a second row block.
-    GROUP chunks, a divisor of CHUNKS, are read at once.
+    CHUNKS, PARTS, BLOCK_K: how the columns of the product are cut (resident.py); GROUP chunks, a divisor of CHUNKS, are
+    read at once, WORDS: as 32-bit words of two elements. WARPS: of the program.
     """
     G: tl.constexpr = 3 if COUPLED else 4
     Q: tl.constexpr = 2 if COUPLED else 3
+    H_TYPE: tl.constexpr = hidden_ptr.dtype.element_ty
     direction = tl.program_id(2)
     reverse = direction == 1
     D = tl.num_programs(2)
     side = direction.to(tl.int64)
-    unit = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    w = load_tiles(w_hh_ptr + side * G * H * H, unit, H, G, CHUNKS, False, SPLIT, BLOCK_K, DOT, PRECISION)
+    unit_from = tl.program_id(0) * BLOCK_U
+    unit = unit_from + tl.arange(0, BLOCK_U)
+    w_hh_ptr += side * G * H * H
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
-        v_full = load_tiles(w_ch_ptr + side * Q * H * H, unit, H, Q, CHUNKS, False, SPLIT, BLOCK_K, DOT, PRECISION)
+        w_ch_ptr += side * Q * H * H
+    if ALONE:
+        w = load_gate_tiles(w_hh_ptr, unit, H, G, False, BLOCK_K, DOT, PRECISION)
+        if FULL:
+            v_full = load_gate_tiles(w_ch_ptr, unit, H, Q, False, BLOCK_K, DOT, PRECISION)
+    else:
+        w = load_stacked_tiles(w_hh_ptr, unit_from, H, G, False, CHUNKS, PARTS, BLOCK_U, BLOCK_K, DOT, PRECISION)
+        if FULL:
+            v_full = load_stacked_tiles(
+                w_ch_ptr, unit_from, H, G, True, CHUNKS, PARTS, BLOCK_U, BLOCK_K, DOT, PRECISION
+            )
 
     gates_stride = B.to(tl.int64) * G * H
     hidden_stride = B.to(tl.int64) * D * H
@@ -170,37 +182,40 @@ def persistent_forward_kernel(
             carry_mask = step_mask & (tl.load(reset_ptr, mask=step_mask, other=0) == 0)
             c = tl.where(carry_mask[:, None], c, 0.0)
 
-        acc = zero_accumulators(G, SPLIT, BLOCK_B, BLOCK_U, ACC)
+        sums = ()
         if ALONE:
-            h = tl.where(carry_mask[:, None], h, 0.0)
-            acc = add_to_all(acc, h, w, 0, CHUNKS, PRECISION)
+            left = as_operand(tl.where(carry_mask[:, None], h, 0.0), DOT, PRECISION)
             if FULL:
-                for q in tl.static_range(Q):
-                    acc = add_to_one(acc, c.to(DOT), v_full[q], peephole_gate(q, G), PRECISION)
+                c_left = as_operand(c, DOT, PRECISION)
+            for g in tl.static_range(G):
+                acc = multiply_add(tl.zeros((BLOCK_B, BLOCK_U), ACC), left, w[g], PRECISION)
+                if FULL and g != G - 2:
+                    acc = multiply_add(acc, c_left, v_full[peephole_block(g, G)], PRECISION)
+                sums = sums + (a[g].to(ACC) + acc,)  # noqa: RUF005
         else:
+            acc = tl.zeros((PARTS, BLOCK_B, 4 * BLOCK_U), ACC)
             before = tl.where(n == 0, T, tl.where(reverse, t + 1, t - 1))
-            left_mask = left_rows(carry_mask, SPLIT)
-            left_row = left_rows(row, SPLIT)
-            h_before = left_at_time(hidden_ptr, before, hidden_stride, SPLIT, HAS_LENGTHS) + left_row * D * H
+            left_mask = carry_mask[:, None]
+            h_before = at_time(hidden_ptr, before, hidden_stride, HAS_LENGTHS) + row[:, None] * D * H
             counter_ptr = counters_ptr + b * COUNTER_STRIDE
             max_polls = exchange_wait(counter_ptr, (n + 1) * tl.num_programs(0), max_polls, error_ptr, WAIT)
             for first in tl.static_range(0, CHUNKS, GROUP):
-                pointers, masks = left_operands(h_before, H, left_mask, first, GROUP, SPLIT, BLOCK_K)
-                left, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
+                pointers, masks = left_operands(h_before, H, left_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
+                read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                 for m in tl.static_range(GROUP):
-                    acc = add_to_all(acc, left[m].to(DOT), w, first + m, CHUNKS, PRECISION)
+                    left = as_left(read[m], H_TYPE, WORDS, PARTS, DOT, PRECISION, WAIT == "counter")
+                    acc = multiply_add(acc, left, w[first + m], PRECISION)
             if FULL:
-                c_before = left_at_time(cells_ptr, t + direction, cells_stride, SPLIT, HAS_LENGTHS) + left_row * H
+                c_before = at_time(cells_ptr, t + direction, cells_stride, HAS_LENGTHS) + row[:, None] * H
                 for first in tl.static_range(0, CHUNKS, GROUP):
-                    pointers, masks = left_operands(c_before, H, left_mask, first, GROUP, SPLIT, BLOCK_K)
-                    states, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
+                    pointers, masks = left_operands(c_before, H, left_mask, first, GROUP, PARTS, BLOCK_K, False)
+                    read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                     for m in tl.static_range(GROUP):
-                        for q in tl.static_range(Q):
-                            v_tile = v_full[q * CHUNKS + first + m]
-                            acc = add_to_one(acc, states[m].to(DOT), v_tile, peephole_gate(q, G), PRECISION)
-        sums = ()
-        for g in tl.static_range(G):
-            sums = sums + (a[g].to(ACC) + sum_parts(acc[g], SPLIT),)  # noqa: RUF005
+                        left = as_left(read[m], ACC, False, PARTS, DOT, PRECISION, WAIT == "counter")
+                        acc = multiply_add(acc, left, v_full[first + m], PRECISION)
+            recurrent = sum_gates(acc, G, BLOCK_B, BLOCK_U, WARPS)
+            for g in tl.static_range(G):
+                sums = sums + (a[g].to(ACC) + recurrent[g],)  # noqa: RUF005
 
         c_previous = c
         i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
@@ -210,10 +225,8 @@ def persistent_forward_kernel(
         # What others wait for goes first.
         hidden_now = at_time(hidden_ptr, t, hidden_stride, HAS_LENGTHS) + row[:, None] * D * H + unit[None, :]
         if ALONE:
-            tl.store(
-                hidden_now, tl.where(step_mask[:, None], h_now, 0.0).to(hidden_ptr.dtype.element_ty), mask=tile_mask
-            )
-            h = h_now.to(hidden_ptr.dtype.element_ty).to(DOT)
+            tl.store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0).to(H_TYPE), mask=tile_mask)
+            h = h_now.to(H_TYPE).to(DOT)
         else:
             exchange_store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0), tile_mask, WAIT)
             if FULL:

@@ -7,12 +7,13 @@ only differences between plans matter. Which of the ranked plans runs is settled
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from lstm_triton_kernels.gpus import GPU, L2_BYTES_PER_CLOCK, WAIT_US
+from lstm_triton_kernels.gpus import GPU, L2_BYTES_PER_CLOCK
 from lstm_triton_kernels.sizes import Layer, ceil_div, next_power_of_2
 
 PERSISTENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -20,8 +21,8 @@ PERSISTENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_ALONE = 128
 """Units that one program holds at most: beyond, the accumulators of a step do not fit its registers."""
 
-MOST_CHUNKS = 4
-"""Tiles of a block at most: every one is unrolled in the kernel, and compiling takes as long as they are many."""
+MOST_CHUNKS = 8
+"""Chunks at most: every one is unrolled in the kernel, and compiling takes as long as they are many."""
 
 MOST_TRIES = 4
 """Plans that are compiled at most until one does not spill (settle.py)."""
@@ -29,35 +30,42 @@ MOST_TRIES = 4
 MOST_PROGRAMS_OF_ROWS = 65_535
 """What CUDA allows on the second axis of a grid."""
 
-REGISTER_BYTES = 144
-"""Of accumulators and gate inputs in a thread at most; beyond, some release of Triton spills (tests/compile)."""
+REGISTER_BYTES = 160
+"""Of accumulators and gate inputs in a thread at most; beyond, some release of Triton spills (tests/compiled)."""
 
-FEW_PROGRAMS = 32
-"""Programs that read each other's data, up to which waiting by the data is faster (H200, benchmarks/NOTES.md)."""
+CHUNK_BYTES, READ_BYTES = 128, 512
+"""Of one left operand in a thread, and of all that it reads at once, at most; beyond, kernels spill."""
 
+CHUNK_COLUMNS = 128
+"""A chunk more costs about as much as so many columns of padding, by simulation: two barriers, and latencies."""
+
+# Constants of the estimate: fitted to steps measured on an H200 with Triton 3.6, of a trial of these kernels at seven
+# shapes with both waits (benchmarks/results/h200-2026-11-26-trial-steps-lean.txt).
 SHARED_BYTES_PER_CLOCK = 128
-FORWARD_US = 0.14
-"""Sums over the warps, activations and stores, forward: of an output of a thread, times the warps, as every warp
-computes all outputs. This and the next two are of an H200 at the shapes of the suites (benchmarks/NOTES.md)."""
-BACKWARD_US = 3.3
-"""What a row block of 16 rows takes backward beside waiting, reading and products."""
-ALONE_US = 1.9
+REST_US = 0.7
+"""What a row block takes beside waiting, reading and the traffic of its product with shared memory."""
+OUTPUT_US = 0.2
+"""And for every output of a thread: activations, stores."""
+COUNTER_US = 0.94
+"""Waiting by the counter, from the last store of a step to the first load of the next, 128 programs."""
+POLL_US, POLL_US_PER_KIB = 0.45, 0.065
+"""Waiting by the data, its last read included: for each 1,024 bytes that a program reads in a step."""
+GROUP_US = 0.3
+"""Reading what others wrote in one group more."""
+ALONE_US = 1.1
 """What a step takes beside the products where a program holds all units."""
-CHECK_US = 0.06
-"""Looking whether a chunk has arrived whole, where the data is its own flag. An assumption."""
-GROUP_US = {"counter": 0.05, "data": 0.3}
-"""Reading what others wrote in one group more: with the counter the loads overlap, else each is a round trip."""
 
 
 @dataclass(frozen=True)
 class PersistentPlan:
     """One persistent launch.
 
-    - block_u units and block_b rows in a program's tile, of which `rows` are used; block_k columns in a warp's part of
-      a chunk, `split` parts, `chunks` chunks (see resident.py), of which `group` are read at once
+    - block_u units and block_b rows in a program's tile, of which `rows` are used; block_k columns in a part of a
+      chunk, `parts` parts, `chunks` chunks (see resident.py), of which `group` are read at once
     - unit_programs, row_programs, directions: the grid; row_blocks: blocks of rows there are, at least row_programs
     - wait: how programs wait for each other (sync.py), None where each holds all units
     - exact: float32 products without tensor cores
+    - tile_bytes: of the resident weights of a program, padding included
     - accumulator_bytes: of accumulators and gate inputs in a thread; shared_bytes: of a program, both as estimated
     - estimate_us: of one step
     """
@@ -65,7 +73,7 @@ class PersistentPlan:
     block_u: int
     block_b: int
     block_k: int
-    split: int
+    parts: int
     chunks: int
     group: int
     rows: int
@@ -76,6 +84,7 @@ class PersistentPlan:
     num_warps: int
     wait: str | None
     exact: bool
+    tile_bytes: int
     accumulator_bytes: int
     shared_bytes: int
     estimate_us: float
@@ -103,10 +112,10 @@ class PersistentPlan:
     def describe(self) -> str:
         """Return the plan in a few words: `U8 R16/16 K32x8x3 96x1x1 data`.
 
-        Units of a program, rows used of its tile's, columns of a warp's part x parts x chunks (`by` so many where not
-        all are read at once), the grid (`of` so many row blocks where a program has several), and the wait, or `alone`.
+        Units of a program, rows used of its tile's, columns of a part x parts x chunks (`by` so many where not all are
+        read at once), the grid (`of` so many row blocks where a program has several), and the wait, or `alone`.
         """
-        columns = f"K{self.block_k}x{self.split}x{self.chunks}"
+        columns = f"K{self.block_k}x{self.parts}x{self.chunks}"
         columns += f" by {self.group}" if self.group < self.chunks else ""
         grid = f"{self.unit_programs}x{self.row_programs}x{self.directions}"
         grid += f" of {self.row_blocks}" if self.blocks_per_program > 1 else ""
@@ -133,10 +142,7 @@ ANY = Preference()
 def ranked_plans(
     layer: Layer, backward: bool, gpu: GPU, preference: Preference = ANY
 ) -> tuple[PersistentPlan, ...] | str:
-    """Return every plan of a pass that fits the GPU, the fastest by estimate first; a sentence why if there is none.
-
-    Plans that wait in the usual way come before the others.
-    """
+    """Return every plan of a pass that fits the GPU, the fastest by estimate first; a sentence why if there is none."""
     return _ranked_plans(layer._replace(T=0, I=0, training=False), backward, gpu, preference)
 
 
@@ -150,9 +156,8 @@ def _ranked_plans(layer: Layer, backward: bool, gpu: GPU, preference: Preference
         return why_none(layer, gpu, preference)
 
     def rank(plan: PersistentPlan) -> tuple[object, ...]:
-        usual = plan.wait in (None, usual_wait(plan, backward))
-        tile = (plan.block_u, plan.block_b, plan.block_k, plan.split, plan.chunks, plan.group)
-        return (not usual, plan.estimate_us, plan.programs, tile)
+        tile = (plan.block_u, plan.block_b, plan.block_k, plan.parts, plan.chunks, plan.group)
+        return (plan.estimate_us, plan.programs, tile)
 
     return tuple(sorted(plans, key=rank))
 
@@ -186,23 +191,13 @@ def why_none(layer: Layer, gpu: GPU, preference: Preference) -> str:
     )
 
 
-def usual_wait(plan: PersistentPlan, backward: bool) -> str:
-    """Return how to wait: by the counter, but in the forward pass of few programs with one row block each.
-
-    Measured on an H200 (benchmarks/NOTES.md): a poll of the data reads all of it, and where many programs poll, these
-    reads take longer than the wait. With 96 programs and more the counter is faster, with 32 the data is.
-    """
-    few = plan.unit_programs <= FEW_PROGRAMS
-    return "data" if few and not backward and plan.blocks_per_program == 1 else "counter"
-
-
 def candidates(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
     """Every plan that fits the GPU: all programs resident, shared memory and registers within their limits."""
     if layer.H <= LARGEST_ALONE:
         yield from _alone(layer, gpu)
     for block_u in (8, 16, 32):
         for block_b in (16, 32):
-            yield from _together(layer, backward, gpu, block_u, block_b, num_warps=8 if layer.H > 256 else 4)
+            yield from _together(layer, backward, gpu, block_u, block_b)
 
 
 def _alone(layer: Layer, gpu: GPU) -> Iterator[PersistentPlan]:
@@ -219,12 +214,12 @@ def _alone(layer: Layer, gpu: GPU) -> Iterator[PersistentPlan]:
         if row_blocks > MOST_PROGRAMS_OF_ROWS:
             continue
         rounds = ceil_div(row_blocks * layer.D, gpu.multiprocessors)
-        step = _product_us(layer, gpu, tiles, block_b, units) + ALONE_US
+        step = ALONE_US + 2 * _product_us(layer, gpu, tiles, block_b, units)
         yield PersistentPlan(
             block_u=units,
             block_b=block_b,
             block_k=units,
-            split=1,
+            parts=1,
             chunks=1,
             group=1,
             rows=block_b,
@@ -235,49 +230,53 @@ def _alone(layer: Layer, gpu: GPU) -> Iterator[PersistentPlan]:
             num_warps=num_warps,
             wait=None,
             exact=layer.rate == "float32",
+            tile_bytes=tiles,
             accumulator_bytes=accumulated,
             shared_bytes=tiles + staging,
             estimate_us=step * rounds,
         )
 
 
-def _together(
-    layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int, num_warps: int
-) -> Iterator[PersistentPlan]:
+def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int) -> Iterator[PersistentPlan]:
     """Every program holds block_u units, and waits for those that hold the others."""
     unit_programs = ceil_div(layer.H, block_u)
     row_room = gpu.multiprocessors // (unit_programs * layer.D)
-    split = num_warps
-    block_k = _block_k(layer, split, block_b)
-    chunks = ceil_div(layer.H, split * block_k)
-    accumulators = 2 + (layer.matrices > 0) if backward else layer.gates
-    accumulated = (accumulators * split + layer.gates) * block_b * block_u * 4 // (32 * num_warps)
-    tiles = chunks * split * block_k * block_u * (layer.gates + layer.matrices) * layer.element_bytes
-    if unit_programs == 1 or row_room < 1 or chunks > MOST_CHUNKS or accumulated > REGISTER_BYTES:
+    if unit_programs == 1 or row_room < 1:
         return
+    num_warps = _warps(layer, backward)
+    threads = 32 * num_warps
+    cut = _cut(layer, backward, block_u, block_b, num_warps)
+    if cut is None:
+        return
+    block_k, parts, chunks = cut
+    width = block_u if backward else 4 * block_u
+    tiles = chunks * parts * block_k * width * layer.element_bytes * (1 + (layer.matrices > 0))
     rows = min(block_b, ceil_div(layer.B, row_room))
     row_blocks = ceil_div(layer.B, rows)
     row_programs = min(row_room, row_blocks)
     blocks = ceil_div(row_blocks, row_programs)
-    read = unit_programs * layer.D * layer.B * exchanged_bytes(layer, backward)
-    read_us = read / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
-    rest_us = BACKWARD_US * block_b / 16 if backward else FORWARD_US * num_warps * block_u * block_b / 32
-    block_us = _product_us(layer, gpu, tiles, block_b, block_u) + rest_us
-    for wait, by_programs in WAIT_US.items():
-        wait_us = by_programs[max(by_programs)]
-        group = chunks
-        if tiles + _staging(layer, backward, group, split * block_k, block_b, split * block_u) > gpu.shared_bytes:
-            group = 1
-        shared_bytes = tiles + _staging(layer, backward, group, split * block_k, block_b, split * block_u)
-        if shared_bytes > gpu.shared_bytes:
-            continue
-        groups = ceil_div(chunks, group) * (layer.gates if backward else 2 if layer.matrices else 1)
-        reading_us = GROUP_US[wait] * (groups - 1) + (CHECK_US * groups if wait == "data" else 0.0)
+    row_bytes = exchanged_bytes(layer, backward)
+    outputs = block_u * block_b / threads
+    block_us = (
+        REST_US + OUTPUT_US * outputs + _product_us(layer, gpu, tiles + 2 * row_bytes * block_b, block_b, block_u)
+    )
+    reads = unit_programs * layer.D * layer.B * row_bytes / blocks  # of all programs, in one of their row blocks
+    wait_us = {
+        "counter": COUNTER_US + reads / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3),
+        "data": POLL_US + POLL_US_PER_KIB * rows * row_bytes / 1024,
+    }
+    operand = block_b * parts * block_k * _read_bytes(layer, backward)
+    shared_bytes = tiles + max(operand, num_warps * width * block_b * 4) + 1024
+    if shared_bytes > gpu.shared_bytes:
+        return
+    most = max(n for n in range(1, chunks + 1) if chunks % n == 0 and n * operand <= READ_BYTES * threads)
+    for wait, group in itertools.product(wait_us, sorted({most, 1})):
+        groups = chunks // group * (2 if layer.matrices and not backward else 1)
         yield PersistentPlan(
             block_u=block_u,
             block_b=block_b,
             block_k=block_k,
-            split=split,
+            parts=parts,
             chunks=chunks,
             group=group,
             rows=rows,
@@ -288,11 +287,44 @@ def _together(
             num_warps=num_warps,
             wait=wait,
             exact=layer.rate == "float32",
-            accumulator_bytes=accumulated,
+            tile_bytes=tiles,
+            accumulator_bytes=_accumulator_bytes(layer, backward, block_u, block_b, parts, num_warps),
             shared_bytes=shared_bytes,
-            # The programs of a row block wait once a step; other blocks are worked on meanwhile.
-            estimate_us=max(wait_us + reading_us + block_us, blocks * (reading_us + block_us)) + read_us,
+            estimate_us=blocks * (wait_us[wait] + GROUP_US * (groups - 1) + block_us),
         )
+
+
+def _warps(layer: Layer, backward: bool) -> int:
+    """Return the warps of a program that waits for others: few, as long as the chunks of columns are few."""
+    few = 256 if backward or layer.element_bytes == 4 else 1024
+    return 4 if few >= layer.H else 8
+
+
+def _cut(layer: Layer, backward: bool, block_u: int, block_b: int, num_warps: int) -> tuple[int, int, int] | None:
+    """Return block_k, parts and chunks of the columns of the recurrent product; None if they are too many.
+
+    With the least padding, a chunk counted as some padding; of several such cuts the one with the fewest parts.
+    """
+    K = layer.H * layer.gates if backward else layer.H
+    widest = 32 if layer.element_bytes == 4 or block_b > 16 else 64
+    found = []
+    for parts, block_k in itertools.product((num_warps, 2 * num_warps, 4 * num_warps), (16, 32, 64)):
+        chunks = ceil_div(K, parts * block_k)
+        accumulators = _accumulator_bytes(layer, backward, block_u, block_b, parts, num_warps)
+        operand = block_b * parts * block_k * _read_bytes(layer, backward)
+        small = accumulators <= REGISTER_BYTES and operand <= CHUNK_BYTES * 32 * num_warps
+        if block_k <= widest and chunks <= MOST_CHUNKS and small:
+            found.append((chunks * (parts * block_k + CHUNK_COLUMNS), parts, block_k, chunks))
+    if not found:
+        return None
+    _, parts, block_k, chunks = min(found)
+    return block_k, parts, chunks
+
+
+def _accumulator_bytes(layer: Layer, backward: bool, block_u: int, block_b: int, parts: int, num_warps: int) -> int:
+    """Return the bytes of accumulators and gate inputs in a thread."""
+    of_products = (1 + (layer.matrices > 0)) * parts if backward else 4 * parts
+    return (of_products + layer.gates) * block_b * block_u * 4 // (32 * num_warps)
 
 
 def exchanged_bytes(layer: Layer, backward: bool) -> int:
@@ -302,27 +334,14 @@ def exchanged_bytes(layer: Layer, backward: bool) -> int:
     return layer.H * (layer.element_bytes + (4 if layer.matrices else 0))
 
 
-def _staging(layer: Layer, backward: bool, group: int, columns: int, block_b: int, units: int) -> int:
-    """Shared memory beside the tiles: the left operands that are read at once, one sum over the warps, and some more.
-
-    Of three gates in a row the compiler keeps two operands at once (tests/compile).
-    """
-    widest = 4 if layer.matrices and not backward else layer.element_bytes  # c is read in float32
-    operands = max(group, 2) if backward and layer.gates == 3 else group
-    return (operands * columns * widest + units * 4) * block_b + 4096
+def _read_bytes(layer: Layer, backward: bool) -> int:
+    """Return the bytes of the widest elements that a program reads of others: c of a full peephole is float32."""
+    return 4 if layer.matrices and not backward else layer.element_bytes
 
 
-def _block_k(layer: Layer, split: int, block_b: int) -> int:
-    """Columns of a warp's part of a chunk: the least padding that few enough chunks allow, then the fewest chunks."""
-    widest = 32 if layer.element_bytes == 4 or block_b > 16 else 64
-    sizes = [size for size in (64, 32, 16) if size <= widest]
-    few = [size for size in sizes if ceil_div(layer.H, split * size) <= MOST_CHUNKS] or sizes[:1]
-    return min(few, key=lambda size: (ceil_div(layer.H, split * size) * size, -size))
-
-
-def _product_us(layer: Layer, gpu: GPU, tiles: int, block_b: int, units: int) -> float:
-    """The product of a row block with the resident tiles: reading them, or multiplying, whichever takes longer."""
-    read = tiles / (SHARED_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
+def _product_us(layer: Layer, gpu: GPU, traffic: int, block_b: int, units: int) -> float:
+    """The product of a row block: its bytes through shared memory, or multiplying, whichever takes longer."""
+    read = traffic / (SHARED_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
     operations = 2 * block_b * units * max(16, layer.H) * (layer.gates + layer.matrices)
     multiply = operations / (gpu.tflop_per_s[layer.rate] / gpu.multiprocessors * 1e6)
     return max(read, 2 * multiply)  # one warp group's mma instructions reach about half of the rate

@@ -1,27 +1,28 @@
 """Resident weights: loaded before the time loop as a tuple of tiles, multiplied in every step.
 
 A tile that is loaded before the loop and only multiplied in it stays in shared memory: the compiler allocates it there
-once, ahead of the loop (tests/compile checks it).
+once, ahead of the loop (tests/compiled checks it).
 
 Few batch rows are too little work to divide among warps by rows or units; so the columns K of the product are divided
-among the warps. A tile has a leading axis of SPLIT parts, one for each warp, and the product is a batch of SPLIT
-smaller products, whose sum is taken at the end of a step. Where SPLIT is 1 there is no such axis, and the warps share
-the units.
+among the warps. A tile has a leading axis of PARTS parts, one or more for each warp, and the product is a batch of
+PARTS smaller products, whose sum is taken at the end of a step. Where PARTS is 1 there is no such axis, and the warps
+share the units.
 
-Shapes: a left operand (SPLIT, BLOCK_B, BLOCK_K), a tile (SPLIT, BLOCK_K, BLOCK_U), an accumulator (SPLIT, BLOCK_B,
-BLOCK_U), each without its first axis where SPLIT is 1. Chunk j has the columns from j·SPLIT·BLOCK_K on.
+Shapes: a left operand (PARTS, BLOCK_B, BLOCK_K), a tile (PARTS, BLOCK_K, N), an accumulator (PARTS, BLOCK_B, N), each
+without its first axis where PARTS is 1. N is BLOCK_U units; in the forward pass with PARTS above 1 it is 4·BLOCK_U, the
+four gates of a unit side by side (stacked gates), so that one product and one sum serve all gates. Backward the gates
+are columns of the product: K is G·H. Chunk j has the columns from j·PARTS·BLOCK_K on.
+
+Every block is loaded in two dimensions, rows by all columns of a chunk, and cut into parts afterwards. The order of a
+block in shared memory follows from that of the load: so the rows of a part lie next to each other, and tensor cores
+read them without bank conflicts. Of a load in three dimensions releases of Triton choose different orders.
 """
 
 import triton
 import triton.language as tl
 
-from lstm_triton_kernels.operands import as_operand, multiply_add
-
-
-@triton.constexpr_function
-def peephole_gate(block, gates):
-    """Return the gate block that a peephole block belongs to: g, the last but one, has none."""
-    return block if block < gates - 2 else gates - 1
+from lstm_triton_kernels.inline_ptx import opaque
+from lstm_triton_kernels.operands import as_operand
 
 
 @triton.constexpr_function
@@ -31,104 +32,146 @@ def peephole_block(gate, gates):
 
 
 @triton.jit
-def chunk_columns(chunk, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return the columns of a chunk: (SPLIT, BLOCK_K), or (BLOCK_K,)."""
-    k = tl.arange(0, BLOCK_K)
-    if SPLIT > 1:
-        k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + k[None, :]
-    return chunk * SPLIT * BLOCK_K + k
-
-
-@triton.jit
-def left_rows(row, SPLIT: tl.constexpr):
-    """Return one value per batch row in the shape of the rows of a left operand."""
-    return row[None, :, None] if SPLIT > 1 else row[:, None]
-
-
-@triton.jit
-def left_columns(k, SPLIT: tl.constexpr):
-    """Return the columns of a chunk in the shape of the columns of a left operand."""
-    return k[:, None, :] if SPLIT > 1 else k[None, :]
-
-
-@triton.jit
-def load_tiles(
-    w_ptr, unit, H, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+def load_gate_tiles(
+    w_ptr, unit, H, BLOCKS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Load the tiles of every block of w (BLOCKS·H, H) for these units: block by block, CHUNKS chunks each.
+    """Load one tile (BLOCK_K, BLOCK_U) of each block of w (BLOCKS·H, H), where one program holds all units.
 
     A unit is a row of its block and the columns of the product are the block's; TRANSPOSED: the other way round.
     """
+    k, u = tl.arange(0, BLOCK_K)[:, None], unit[None, :]
     tiles = ()
     for block in tl.static_range(BLOCKS):
-        for chunk in tl.static_range(CHUNKS):
-            k = chunk_columns(chunk, SPLIT, BLOCK_K)
-            if SPLIT > 1:
-                k = k[:, :, None]
-                u = unit[None, None, :]
-            else:
-                k = k[:, None]
-                u = unit[None, :]
-            tile_mask = (u < H) & (k < H)
-            place = (block * H + k) * H + u if TRANSPOSED else (block * H + u) * H + k
-            tile = tl.load(w_ptr + place, mask=tile_mask, other=0.0)
-            tiles = tiles + (as_operand(tile, DOT, PRECISION),)  # noqa: RUF005
+        place = (block * H + k) * H + u if TRANSPOSED else (block * H + u) * H + k
+        tile = tl.load(w_ptr + place, mask=(u < H) & (k < H), other=0.0)
+        tiles = tiles + (as_operand(tile, DOT, PRECISION),)  # noqa: RUF005
     return tiles
 
 
 @triton.jit
-def zero_accumulators(
-    COUNT: tl.constexpr, SPLIT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, ACC: tl.constexpr
-):
-    """Return a tuple of COUNT accumulators of zeros."""
-    acc = ()
-    for _ in tl.static_range(COUNT):
-        if SPLIT > 1:
-            acc = acc + (tl.zeros((SPLIT, BLOCK_B, BLOCK_U), ACC),)  # noqa: RUF005
+def load_stacked_tiles(
+    w_ptr, unit_from, H, GATES: tl.constexpr, PEEPHOLE: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Load the CHUNKS tiles of stacked gates of w (GATES·H, H) for BLOCK_U units; the fourth gate of three is zero.
+
+    PEEPHOLE: w is a full peephole (Q·H, H), which has no block for the gate g; that gate's columns are zero.
+    """
+    n = tl.arange(0, 4 * BLOCK_U)
+    gate = n % 4
+    u = unit_from + n // 4
+    row_mask = (gate < GATES) & (u < H)
+    if PEEPHOLE:
+        row_mask = row_mask & (gate != GATES - 2)
+        gate = tl.where(gate == GATES - 1, GATES - 2, gate)
+    w_row = w_ptr + ((gate * H + u) * H)[:, None]
+    tiles = ()
+    for chunk in tl.static_range(CHUNKS):
+        k = chunk * PARTS * BLOCK_K + tl.arange(0, PARTS * BLOCK_K)[None, :]
+        tile = tl.load(w_row + k, mask=row_mask[:, None] & (k < H), other=0.0)
+        tile = tl.permute(tl.reshape(tile, (4 * BLOCK_U, PARTS, BLOCK_K)), (1, 2, 0))
+        tiles = tiles + (as_operand(tile, DOT, PRECISION),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def load_transposed_tiles(
+    w_ptr, unit, H, GATES: tl.constexpr, PEEPHOLE: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Load the CHUNKS tiles of w (GATES·H, H) for these units: a unit is a column, K goes through all rows.
+
+    PEEPHOLE: w is a full peephole (Q·H, H), which has no block for the gate g; those rows of the tile are zero.
+    """
+    n = tl.arange(0, PARTS * BLOCK_K)
+    if BLOCK_U > 8:  # the rows of the load go through the parts in turn: then a thread's registers hold one part
+        n = n % PARTS * BLOCK_K + n // PARTS
+    u = unit[None, :]
+    tiles = ()
+    for chunk in tl.static_range(CHUNKS):
+        k = chunk * PARTS * BLOCK_K + n
+        row_mask = k < GATES * H
+        if PEEPHOLE:
+            row_mask = row_mask & ((k < (GATES - 2) * H) | (k >= (GATES - 1) * H))
+            k = tl.where(k < (GATES - 2) * H, k, k - H)
+        tile = tl.load(w_ptr + (k * H)[:, None] + u, mask=row_mask[:, None] & (u < H), other=0.0)
+        if BLOCK_U > 8:
+            tile = tl.permute(tl.reshape(tile, (BLOCK_K, PARTS, BLOCK_U)), (1, 0, 2))
         else:
-            acc = acc + (tl.zeros((BLOCK_B, BLOCK_U), ACC),)  # noqa: RUF005
-    return acc
+            tile = tl.reshape(tile, (PARTS, BLOCK_K, BLOCK_U))
+        tiles = tiles + (as_operand(tile, DOT, PRECISION),)  # noqa: RUF005
+    return tiles
 
 
 @triton.jit
 def left_operands(
-    ptr, H, row_mask, FIRST: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Return pointers and masks of chunks FIRST to FIRST + CHUNKS - 1 of the rows that begin at ptr."""
+    ptr, K, row_mask, FIRST: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    """Return pointers and masks, (BLOCK_B, PARTS·BLOCK_K) each, of COUNT chunks from FIRST on of rows of K elements.
+
+    ptr, row_mask: (BLOCK_B, 1), where rows begin, and those that are read. WORDS: the pointers are to words of two
+    16-bit elements, and the blocks half as wide.
+    """
+    WIDTH: tl.constexpr = PARTS * BLOCK_K // 2 if WORDS else PARTS * BLOCK_K
+    columns = K // 2 if WORDS else K
+    if WORDS:  # cast before an offset is added: else the compiler takes the words for aligned to 4 bytes only
+        ptr = ptr.to(tl.pointer_type(tl.int32))
     pointers, masks = (), ()
-    for chunk in tl.static_range(FIRST, FIRST + CHUNKS):
-        k = left_columns(chunk_columns(chunk, SPLIT, BLOCK_K), SPLIT)
+    for chunk in tl.static_range(FIRST, FIRST + COUNT):
+        k = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
         pointers = pointers + (ptr + k,)  # noqa: RUF005
-        masks = masks + (row_mask & (k < H),)  # noqa: RUF005
+        masks = masks + (row_mask & (k < columns),)  # noqa: RUF005
     return pointers, masks
 
 
 @triton.jit
-def add_tile(acc, left, tile, PRECISION: tl.constexpr):
-    """Return acc + left tile, for a tile of `load_tiles`."""
-    return multiply_add(acc, as_operand(left, tile.dtype, PRECISION), tile, PRECISION)
+def as_left(
+    block, ELEMENT: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, OPAQUE: tl.constexpr,
+):  # fmt: skip
+    """Return a loaded block of `left_operands` as a left operand; ELEMENT: the type of the elements in its WORDS.
+
+    OPAQUE hides from the compiler where the operand comes from. Else it changes the layout of the block first, through
+    shared memory, and reads what it needs for that with two more barriers.
+    """
+    if WORDS:
+        pairs = tl.join(block.to(tl.int16), (block >> 16).to(tl.int16)).to(ELEMENT, bitcast=True)
+        block = tl.reshape(pairs, (block.shape[0], 2 * block.shape[1]))
+    left = tl.reshape(block.to(DOT), (block.shape[0], PARTS, block.shape[1] // PARTS))
+    left = tl.permute(left, (1, 0, 2))
+    if OPAQUE and DOT.primitive_bitwidth == 16:
+        left = opaque(left)
+    return as_operand(left, DOT, PRECISION)
+
+
+@triton.constexpr_function
+def by_warp(shape, warps):
+    """Return the shape of an accumulator whose parts are cut into those that a warp holds, and the warps."""
+    return [shape[0] // warps, warps, *shape[1:]]
 
 
 @triton.jit
-def add_to_all(acc, left, tiles, chunk: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc[n] + left times chunk `chunk` of block n, for every block n."""
-    summed = ()
-    for block in tl.static_range(len(acc)):
-        summed = summed + (add_tile(acc[block], left, tiles[block * CHUNKS + chunk], PRECISION),)  # noqa: RUF005
-    return summed
+def sum_parts(acc, WARPS: tl.constexpr):
+    """Return the sum over the parts of an accumulator (PARTS, BLOCK_B, N, ...) of 3 or 4 dimensions.
+
+    First over the parts that a warp holds, in registers. Then, through shared memory, every thread gets all remaining
+    parts of its own outputs, and other outputs than any other thread: the axis of size 1 keeps the compiler from
+    leaving the sum in the layout of the product, in which every warp would compute every output.
+    """
+    if acc.shape[0] > WARPS:
+        acc = tl.sum(tl.reshape(acc, by_warp(acc.shape, WARPS)), 0)
+    parts = tl.expand_dims(acc, len(acc.shape))
+    return tl.sum(tl.reshape(parts, acc.shape), 0)
 
 
 @triton.jit
-def add_to_one(acc, left, tile, block: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc with left tile added to acc[block]."""
-    summed = ()
-    for n in tl.static_range(len(acc)):
-        summed = summed + (add_tile(acc[n], left, tile, PRECISION) if n == block else acc[n],)  # noqa: RUF005
-    return summed
-
-
-@triton.jit
-def sum_parts(acc, SPLIT: tl.constexpr):
-    """Return the sum over the parts that the warps hold, (BLOCK_B, BLOCK_U)."""
-    return tl.sum(acc, 0) if SPLIT > 1 else acc
+def sum_gates(acc, GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, WARPS: tl.constexpr):
+    """Return the sums of an accumulator of stacked gates, a tuple of one block (BLOCK_B, BLOCK_U) for each gate."""
+    by_gate = tl.permute(tl.reshape(acc, (acc.shape[0], BLOCK_B, BLOCK_U, 4)), (0, 3, 1, 2))
+    total = tl.reshape(sum_parts(by_gate, WARPS), (2, 2, BLOCK_B, BLOCK_U))
+    even, odd = tl.split(tl.permute(total, (2, 3, 0, 1)))
+    a_0, a_2 = tl.split(even)
+    a_1, a_3 = tl.split(odd)
+    return (a_0, a_1, a_2, a_3) if GATES == 4 else (a_0, a_1, a_2)

@@ -7,8 +7,6 @@ own end. An offset in time may pass 2^31 elements; one within a time step does n
 import triton
 import triton.language as tl
 
-from lstm_triton_kernels.resident import left_rows
-
 
 @triton.jit
 def rows_of_block(block, rows, B, lengths_ptr, T, BLOCK_B: tl.constexpr, HAS_LENGTHS: tl.constexpr):
@@ -34,15 +32,6 @@ def at_time(ptr, t, stride, HAS_LENGTHS: tl.constexpr):
     """Return the pointer to time index t of a buffer with that stride in time; with lengths a column, one per row."""
     if HAS_LENGTHS:
         return ptr + t.to(tl.int64)[:, None] * stride
-    else:
-        return ptr + t.to(tl.int64) * stride
-
-
-@triton.jit
-def left_at_time(ptr, t, stride, SPLIT: tl.constexpr, HAS_LENGTHS: tl.constexpr):
-    """Return the same pointer in the shape of a left operand."""
-    if HAS_LENGTHS:
-        return ptr + left_rows(t.to(tl.int64), SPLIT) * stride
     else:
         return ptr + t.to(tl.int64) * stride
 

@@ -26,9 +26,14 @@ NaN. `publish` stores values, a NaN of that pattern as another NaN; `load_when_p
 pattern. There is no fence and none is needed: a fence orders one access after another, and here every element says for
 itself whether it may be read. It is written once in a launch, aligned, and at most 8 bytes wide, so it is read either
 unpublished or whole, whatever its neighbours are. The start of the launch orders the filling before everything. The
-load must read memory and not an old copy, so it is volatile, which bypasses the multiprocessor's L1 cache. (By the
-letter of the model a plain store need never become visible to it; the L1 caches of these GPUs write through, so it
-does.) Another buffer written beside needs a pattern of its own, or the counter.
+load must read memory and not an old copy, so it is volatile, which bypasses the multiprocessor's L1 cache. Another
+buffer written beside needs a pattern of its own, or the counter.
+
+The letter of the PTX memory model does not promise all of this. A plain store need never become visible to a volatile
+load; the L1 caches of these GPUs write through, so it does. And of accesses of two sizes that race the model says
+nothing at all: elements of 16 bits are stored one by one, and read as words of 32 bits by loads of up to 128 bits. That
+an element is nevertheless read whole is how these GPUs are built. tests/compiled executes the kernels with stores that
+become visible late, one element at a time and in any order.
 
 Both waits are bounded. A kernel starts with `max_polls`, the most polls that one wait may take; every wait returns that
 of the next one: the same, or 0 once a wait timed out, so that the program reaches its end at once instead of waiting T
@@ -106,16 +111,26 @@ def publish(ptr, value, mask):
 
 
 @triton.jit
-def any_missing(blocks):
+def any_missing(blocks, WORDS: tl.constexpr):
     """Return whether an element of a tuple of blocks of one shape is unpublished, the same in every thread.
+
+    WORDS: two elements share a 32-bit word w. -w - 0x00010002 is ~w - 0x00010001: each half inverted, less one. The top
+    bit of a half is set in both w and this only if the half is all ones: a smaller one with that bit has an inverse of
+    1 to 0x7FFF, and one less than that has it not.
 
     A block of fewer elements than there are threads is loaded by several warps redundantly, and the compiler reduces it
     within each, so they may disagree. A second reduction, over as many elements as a program can have threads, goes
     through shared memory.
     """
-    unpublished = blocks[0] == -1
-    for n in tl.static_range(1, len(blocks)):
-        unpublished = unpublished | (blocks[n] == -1)
+    if WORDS:
+        top_bits = (-blocks[0] - 0x00010002) & blocks[0]
+        for n in tl.static_range(1, len(blocks)):
+            top_bits = top_bits | ((-blocks[n] - 0x00010002) & blocks[n])
+        unpublished = (top_bits & -0x7FFF8000) != 0  # 0x80008000 as a signed number
+    else:
+        unpublished = blocks[0] == -1
+        for n in tl.static_range(1, len(blocks)):
+            unpublished = unpublished | (blocks[n] == -1)
     missing = tl.max(unpublished.to(tl.int32))
     if blocks[0].numel < MOST_THREADS:
         missing = tl.max(tl.full((MOST_THREADS,), 0, tl.int32) + missing)
@@ -125,7 +140,8 @@ def any_missing(blocks):
 @triton.jit
 def load_bits(pointers, masks):
     """Load the blocks at a tuple of pointers as integers, bypassing the L1 cache; 0 where masked."""
-    BITS: tl.constexpr = bits_type(pointers[0].dtype.element_ty)
+    ELEMENT: tl.constexpr = pointers[0].dtype.element_ty
+    BITS: tl.constexpr = ELEMENT if ELEMENT.is_int() else bits_type(ELEMENT)
     blocks = ()
     for n in tl.static_range(len(pointers)):
         source = pointers[n].to(tl.pointer_type(BITS))
@@ -137,20 +153,22 @@ def load_bits(pointers, masks):
 def load_when_published(pointers, masks, max_polls, error_ptr):
     """Wait until all blocks at a tuple of pointers are published, all of one shape and type.
 
-    Returns them (0 where masked) and the next wait's max_polls. All loads are issued before the first is examined: they
-    cost one round trip together.
+    Pointers to int32 are to words of two elements of 16 bits. Returns the blocks (0 where masked) and the next wait's
+    max_polls. All loads are issued before the first is examined: they cost one round trip together.
     """
+    ELEMENT: tl.constexpr = pointers[0].dtype.element_ty
+    WORDS: tl.constexpr = tl.int32 == ELEMENT
     bits = load_bits(pointers, masks)
-    missing = any_missing(bits)
+    missing = any_missing(bits, WORDS)
     polls = tl.full((), 0, tl.int32)
     while missing & (polls < max_polls):
         bits = load_bits(pointers, masks)
-        missing = any_missing(bits)
+        missing = any_missing(bits, WORDS)
         polls += 1
     max_polls = time_out_if(missing, max_polls, error_ptr, TIMED_OUT_DATA)
     blocks = ()
     for n in tl.static_range(len(pointers)):
-        blocks = blocks + (bits[n].to(pointers[n].dtype.element_ty, bitcast=True),)  # noqa: RUF005
+        blocks = blocks + (bits[n].to(ELEMENT, bitcast=True),)  # noqa: RUF005
     return blocks, max_polls
 
 
@@ -197,7 +215,7 @@ def exchange_load(pointers, masks, max_polls, error_ptr, WAIT: tl.constexpr):
     else:
         blocks = ()
         for n in tl.static_range(len(pointers)):
-            value = tl.load(pointers[n], mask=masks[n], other=0.0, cache_modifier=".cg")
+            value = tl.load(pointers[n], mask=masks[n], other=0, cache_modifier=".cg")
             blocks = blocks + (value,)  # noqa: RUF005
     return blocks, max_polls
 

@@ -12,12 +12,11 @@ import torch
 from lstm_triton_kernels.gpus import GPU, GPUS, gpu_of, nominal_constants
 from lstm_triton_kernels.limit import least_us_per_step
 from lstm_triton_kernels.plan import (
-    FEW_PROGRAMS,
     MOST_TRIES,
     REGISTER_BYTES,
     PersistentPlan,
+    Preference,
     ranked_plans,
-    usual_wait,
 )
 from lstm_triton_kernels.sizes import Layer
 from lstm_triton_kernels.spec import VARIANTS, LSTMSpec
@@ -273,7 +272,7 @@ def plan_facts(layer: Layer, backward: bool, plan: PersistentPlan, gpu: GPU) -> 
         ("rows", rows_words(layer, plan)),
         ("product", product_words(layer, backward, plan)),
         ("warps", f"{plural(plan.num_warps, 'warp')} in a program, {32 * plan.num_warps} threads"),
-        ("wait", wait_words(layer, backward, plan)),
+        ("wait", wait_words(layer, backward, plan, gpu)),
         ("shared memory", shared_words(plan, gpu)),
         ("weights", weights_words(layer, plan)),
         ("registers", registers_words(plan)),
@@ -315,39 +314,33 @@ def rows_words(layer: Layer, plan: PersistentPlan) -> str:
 
 def product_words(layer: Layer, backward: bool, plan: PersistentPlan) -> str:
     """How the columns of the recurrent product are cut, and what multiplies."""
-    columns = plan.chunks * plan.split * plan.block_k
-    each = " for each gate" if backward else ""
+    columns = plan.chunks * plan.parts * plan.block_k
     how = "in float32, without tensor cores" if plan.exact else "on tensor cores"
-    if plan.split == 1:
+    if plan.alone:
+        each = " for each gate" if backward else ""
         cut = f"{columns} columns at once (H = {layer.H}){each}, the warps share the units"
     else:
-        chunks = plural(plan.chunks, "chunk")
-        cut = f"{chunks} x {plan.split} warps x {plan.block_k} = {columns} columns (H = {layer.H}){each}"
+        real = f"{layer.gates} gates of H = {layer.H}" if backward else f"H = {layer.H}"
+        cut = f"{plural(plan.chunks, 'chunk')} x {plan.parts} parts x {plan.block_k} = {columns} columns ({real})"
         if plan.chunks > 1:
             cut += ", all chunks read at once" if plan.group == plan.chunks else f", {plan.group} read at a time"
     return f"{cut}; {how}"
 
 
-def wait_words(layer: Layer, backward: bool, plan: PersistentPlan) -> str:
-    """How programs wait for each other, and why so."""
+def wait_words(layer: Layer, backward: bool, plan: PersistentPlan, gpu: GPU) -> str:
+    """How programs wait for each other, and what the best plan with the other way to wait would take."""
     if plan.wait is None:
         return "none: one program holds all units"
     if plan.wait == "data":
         values = "gradients" if backward else "h and c" if layer.matrices else "h"
-        how = f"data: a program reads {values} until nothing is missing, one round trip through L2"
+        how = f"data: a program reads {values} until nothing is missing"
     else:
-        how = f"{plan.wait}: a program counts up when it has stored its part, two round trips through L2"
-    if plan.wait != usual_wait(plan, backward):
-        reason = "the usual way to wait has no plan here"
-    elif plan.wait == "data":
-        reason = "they are few, and each has one block of rows, so nothing could hide a longer wait"
-    elif backward:
-        reason = "gradients are read gate by gate, and without a count each of these reads would be a round trip"
-    elif plan.blocks_per_program > 1:
-        reason = "it works on other blocks of rows meanwhile, which hides the longer wait"
-    else:
-        reason = f"where more than {FEW_PROGRAMS} programs poll the data itself, these reads take longer than the wait"
-    return f"{how}; {reason}"
+        how = "counter: a program counts up when it has stored its part, and reads when all have"
+    other = "counter" if plan.wait == "data" else "data"
+    plans = ranked_plans(layer, backward, gpu, Preference(wait=other))
+    if isinstance(plans, str):
+        return f"{how}; no plan with {other} fits"
+    return f"{how}; by estimate a step with {other} takes {time(plans[0].estimate_us)}"
 
 
 def shared_words(plan: PersistentPlan, gpu: GPU) -> str:
@@ -356,17 +349,11 @@ def shared_words(plan: PersistentPlan, gpu: GPU) -> str:
     return f"{size(plan.shared_bytes)} of {size(gpu.shared_bytes)} for a program ({share:.0f} %)"
 
 
-def resident_bytes(layer: Layer, plan: PersistentPlan) -> int:
-    """Bytes of the weights that one program keeps, padding included."""
-    columns = plan.chunks * plan.split * plan.block_k
-    return columns * plan.block_u * (layer.gates + layer.matrices) * layer.element_bytes
-
-
 def weights_words(layer: Layer, plan: PersistentPlan) -> str:
     """The resident weights: of a program, and of the layer."""
     matrices = f"{layer.gates} gates" + (f" and {layer.matrices} peephole matrices" if layer.matrices else "")
     total = size(layer.recurrent_bytes * layer.D)
-    return f"{size(resident_bytes(layer, plan))} stay in a program: its units of {matrices}; {total} in the layer"
+    return f"{size(plan.tile_bytes)} stay in a program: its units of {matrices}; {total} in the layer"
 
 
 def registers_words(plan: PersistentPlan) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lstm_triton_kernels.gpus import GPUS, nominal_constants
 from lstm_triton_kernels.limit import least_us_per_step
-from lstm_triton_kernels.plan import ranked_plans
+from lstm_triton_kernels.plan import Preference, ranked_plans
 from rich.console import Console
 
 from lstm_triton import VARIANTS, cli, routing
@@ -111,8 +111,8 @@ def test_the_words_say_what_the_plan_says(asked, name, backward, gpu):
         assert numbers(said["units"])[:3] == [layer.H, plan.unit_programs, plan.block_u]
     assert numbers(said["rows"])[:4] == [layer.B, plan.row_blocks, min(plan.rows, layer.B), plan.block_b]
     assert numbers(said["warps"]) == [plan.num_warps, 32 * plan.num_warps]
-    columns = plan.chunks * plan.split * plan.block_k
-    assert columns >= layer.H
+    columns = plan.chunks * plan.parts * plan.block_k
+    assert columns >= layer.H * (len(layer.spec.gates) if backward and not plan.alone else 1)
     assert f"{columns} columns" in said["product"]
     assert said["wait"].startswith(f"{plan.wait or 'none'}: ")
     assert ("one program holds all units" in said["wait"]) == plan.alone
@@ -133,24 +133,24 @@ def test_the_words_say_what_the_plan_says(asked, name, backward, gpu):
 
 
 @pytest.mark.parametrize(
-    "options, backward, per_unit, accumulators",
+    "options, backward, per_unit, padded, accumulators",
     [
-        (dict(hidden=500), False, 4, 4),
-        (dict(hidden=500), True, 4, 2),
-        (dict(hidden=500, variant="coupled+full"), False, 3 + 2, 3),
-        (dict(hidden=500, variant="coupled+full"), True, 3 + 2, 3),
+        (dict(hidden=500), False, 4, 512 * 4, 4),
+        (dict(hidden=500), True, 4, 2048, 1),
+        (dict(hidden=500, variant="coupled+full"), False, 3 + 2, 512 * 4 * 2, 4),
+        (dict(hidden=500, variant="coupled+full"), True, 3 + 2, 1536 * 2, 2),
     ],
 )
-def test_what_a_program_keeps(options, backward, per_unit, accumulators):
+def test_what_a_program_keeps(options, backward, per_unit, padded, accumulators):
+    """A stack of gates is four columns to a unit; backward, the columns of the product are those of all gates."""
     asked = explain.question(**options, dtype="bf16")
     plan = plan_of(asked, name="backward" if backward else "forward")
     said = facts(asked, backward=backward)
-    padded = plan.chunks * plan.split * plan.block_k
-    resident = padded * plan.block_u * per_unit * 2
-    assert said["weights"].startswith(f"{resident / 1024:g} KiB stay in a program")
+    assert plan.tile_bytes == padded * plan.block_u * 2
+    assert said["weights"].startswith(f"{plan.tile_bytes / 1024:g} KiB stay in a program")
     in_layer = per_unit * 500 * 500 * 2 / 2**20
     assert said["weights"].endswith(f"{in_layer:.1f} MiB in the layer")
-    elements = (accumulators * plan.split + len(asked.spec.gates)) * plan.block_b * plan.block_u
+    elements = (accumulators * plan.parts + len(asked.spec.gates)) * plan.block_b * plan.block_u
     assert numbers(said["registers"])[0] == elements * 4 // (plan.num_warps * 32)
 
 
@@ -163,26 +163,27 @@ def test_alone_on_more_programs_than_multiprocessors():
 
 
 @pytest.mark.parametrize(
-    "options, backward, reason",
+    "options, backward, how",
     [
-        (dict(hidden=250, batch=4), False, r"data: a program reads h until .* one block of rows"),
+        (dict(hidden=250, batch=4), False, "data: a program reads h until nothing is missing"),
         (dict(hidden=250, batch=4, variant="full"), False, "data: a program reads h and c until"),
-        (dict(hidden=760, batch=4), False, "counter: .* more than 32 programs poll"),
-        (dict(hidden=500, batch=4), True, "counter: .* gradients are read gate by gate"),
-        (dict(hidden=500, batch=400), False, "counter: .* other blocks of rows meanwhile"),
+        (dict(hidden=250, batch=1), True, "data: a program reads gradients until"),
+        (dict(hidden=760), False, "counter: a program counts up when it has stored its part"),
+        (dict(hidden=500), True, "counter: a program counts up"),
     ],
 )
-def test_why_programs_wait_as_they_do(options, backward, reason):
-    assert re.search(reason, facts(explain.question(**options, dtype="bf16"), backward=backward)["wait"])
+def test_how_programs_wait_and_what_the_other_way_would_take(options, backward, how):
+    asked = explain.question(**options, dtype="bf16")
+    said = facts(asked, backward=backward)["wait"]
+    other = "counter" if how.startswith("data") else "data"
+    estimate = ranked_plans(asked, backward, GPUS["h100"], Preference(wait=other))[0].estimate_us
+    assert said.startswith(how) and said.endswith(f"; by estimate a step with {other} takes {estimate:.2f} us")
 
 
-@pytest.mark.parametrize("backward, wait, blocks", [(False, "data", 1), (False, "data", 2), (True, "data", 1)])
-def test_a_wait_that_is_not_the_usual_one_is_the_only_one(backward, wait, blocks):
-    plan = plan_of(BF16, name="backward" if backward else "forward")
-    other = replace(plan, wait=wait, row_blocks=plan.row_programs * blocks)
-    words = explain.wait_words(BF16, backward, other)
-    assert words.startswith(f"{wait}: ")
-    assert words.endswith("the usual way to wait has no plan here")
+def test_a_wait_without_an_alternative_says_so(monkeypatch):
+    monkeypatch.setattr(explain, "ranked_plans", lambda *_: "none")
+    plan = plan_of(BF16, name="forward")
+    assert explain.wait_words(BF16, False, plan, GPUS["h100"]).endswith("; no plan with data fits")
 
 
 def test_units_and_rows_that_do_not_divide():
@@ -266,7 +267,9 @@ def test_a_plan_that_auto_does_not_take_is_shown_and_said_to_wait_for_a_wish():
 
 
 def test_a_plan_of_one_pass_does_not_run_where_the_other_has_none(monkeypatch):
-    no_backward = lambda layer, backward, gpu: "there is no room" if backward else ranked_plans(layer, backward, gpu)  # noqa: E731
+    def no_backward(layer, backward, *rest):
+        return "there is no room" if backward else ranked_plans(layer, backward, *rest)
+
     monkeypatch.setattr(routing, "ranked_plans", no_backward)
     monkeypatch.setattr(explain, "ranked_plans", no_backward)
     assert facts(BF16)["runs"].startswith("no: both passes")

@@ -2,7 +2,7 @@ import functools
 
 import pytest
 from lstm_triton_kernels.gates import gate_preactivations_kernel
-from lstm_triton_kernels.operands import INTERPRETED
+from lstm_triton_kernels.inline_ptx import INTERPRETED
 
 from tests.support.concurrent import interpreter, prepared
 from tests.support.interpreter import mend

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lstm_triton_kernels import sync
-from lstm_triton_kernels.operands import INTERPRETED
+from lstm_triton_kernels.inline_ptx import INTERPRETED
 
 from benchmarks import micro, micro_kernels
 from tests.support.concurrent import concurrent_programs

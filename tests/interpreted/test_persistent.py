@@ -57,7 +57,7 @@ WAITING = [
     for wait in ("counter", "data")
     for T, B, H, D, cut, options in (
         # three parts of the units, two row blocks in one program, columns shared among warps
-        (3, 9, 19, 1, dict(rows=5, row_programs=1, split=2), dict(lengths=True, resets=True)),
+        (3, 9, 19, 1, dict(rows=5, row_programs=1, parts=8), dict(lengths=True, resets=True)),
         # both directions, two parts, two programs of rows, several chunks
         (4, 20, 13, 2, dict(row_programs=2, block_u=8), dict(bias=False)),
     )
@@ -71,9 +71,9 @@ def test_programs_that_wait_for_each_other(case):
 
 MANY = [
     LayerCase(STANDARD, plan_of(5, 61, wait="counter", rows=3, row_programs=1), 4, 5, 61),  # eight parts
-    LayerCase(STANDARD, plan_of(2, 61, wait="data", split=2, group=1), 4, 2, 61, lengths=True),
+    LayerCase(STANDARD, plan_of(2, 61, wait="data", parts=2, group=1), 4, 2, 61, lengths=True),
     LayerCase(LSTMSpec(peephole="full"), plan_of(2, 40, wait="data", group=1), 4, 2, 40, resets=True),
-    LayerCase(LSTMSpec(True, "full"), plan_of(3, 40, wait="counter", split=4), 4, 3, 40, recompute=True),
+    LayerCase(LSTMSpec(True, "full"), plan_of(3, 40, wait="counter", parts=4), 4, 3, 40, recompute=True),
     LayerCase(STANDARD, plan_of(1, 9, wait="data"), 1, 1, 9),
     LayerCase(STANDARD, plan_of(40, 9, wait="data", rows=7, row_programs=2), 3, 40, 9, lengths=True),
 ]  # fmt: skip
@@ -117,7 +117,7 @@ def test_any_shape(data):
 
 @pytest.mark.parametrize("wait", ["counter", "data"])
 def test_the_same_bits_from_run_to_run(wait):
-    case = LayerCase(STANDARD, plan_of(4, 19, wait=wait, split=2), 4, 4, 19, dtype=torch.float32, lengths=True)
+    case = LayerCase(STANDARD, plan_of(4, 19, wait=wait, parts=2), 4, 4, 19, dtype=torch.float32, lengths=True)
     first, second = (computed(case, inputs_of(case), concurrently(seed=seed)) for seed in (1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

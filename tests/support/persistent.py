@@ -23,19 +23,19 @@ SERVED = [spec for spec in VARIANTS if not (spec.full and spec.output_current)]
 
 def plan_of(
     B: int, H: int, D: int = 1, *, wait: str | None, block_u: int = 8, block_b: int = 16, block_k: int = 16,
-    split: int = 1, rows: int | None = None, row_programs: int | None = None, group: int | None = None,
+    parts: int = 1, rows: int | None = None, row_programs: int | None = None, group: int | None = None,
 ) -> PersistentPlan:  # fmt: skip
-    """A plan for these sizes; without a wait, one program holds all units."""
+    """A plan of the forward pass for these sizes; without a wait, one program holds all units."""
     if wait is None:
         block_u = block_k = max(16, 1 << (H - 1).bit_length())
-    chunks = -(-H // (split * block_k))
+    chunks = -(-H // (parts * block_k))
     rows = min(rows or block_b, B)
     row_blocks = -(-B // rows)
     return PersistentPlan(
         block_u=block_u,
         block_b=block_b,
         block_k=block_k,
-        split=split,
+        parts=parts,
         chunks=chunks,
         group=group or chunks,
         rows=rows,
@@ -165,9 +165,16 @@ def both_passes(case: LayerCase, inputs: Inputs) -> list[Tensor]:
 
 @contextmanager
 def planned(plan: PersistentPlan) -> Iterator[None]:
-    """Both passes on this plan."""
+    """Both passes on this plan; backward the columns of the product are those of all gates, in as many more chunks."""
+
+    def plan_of_pass(launch: sequence_persistent.Launch) -> PersistentPlan:
+        if plan.alone or not launch.backward:
+            return plan
+        chunks = -(-launch.layer.gates * launch.layer.H // (plan.parts * plan.block_k))
+        return replace(plan, chunks=chunks, group=chunks if plan.group == plan.chunks else 1)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequence_persistent, "plan_of", lambda launch: plan)
+        patch.setattr(sequence_persistent, "plan_of", plan_of_pass)
         yield
 
 

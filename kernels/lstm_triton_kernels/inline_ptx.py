@@ -1,0 +1,57 @@
+"""Instructions of NVIDIA GPUs that Triton has no function for, as inline PTX; in the interpreter, plain operations.
+
+For blocks of float32, but for `opaque`. The interpreter executes no PTX.
+"""
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+
+@triton.jit
+def exp2_approx(x):
+    """Return 2^x, to 2 units in the last place; results below 2^-126 are 0.
+
+    tl.exp2 is the same instruction within a range check and two multiplications for the subnormal results.
+    """
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def reciprocal_approx(x):
+    """Return 1 / x, to 1 unit in the last place; results below 2^-126 are 0, and 1 / 0 is infinity."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def round_to_tf32(x):
+    """Return x rounded to the nearest TF32 value; the interpreter has no TF32 and leaves x as it is."""
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def opaque(block):
+    """Return a block of 16-bit floats as it is, by a copy that the compiler neither removes nor moves past its uses."""
+    if INTERPRETED:
+        return block
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [block], dtype=block.dtype, is_pure=False, pack=2)
+
+
+INTERPRETED = tl.constexpr(isinstance(opaque, InterpretedFunction))
+"""Whether the kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
