@@ -7,14 +7,21 @@ last block but one, o is the last.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lstm_triton_kernels.blocks import matmul_blocks
+from lstm_triton_kernels.blocks import Blocks, matmul_blocks
 from lstm_triton_kernels.operands import as_operand, multiply_add, product_constants
 from lstm_triton_kernels.sizes import matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
+
+FENCES_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+"""Whether this Triton puts a fence between the asynchronous copies (cp.async) of 16-bit operands and the wgmma that reads
+them. The PTX ISA asks for a fence.proxy.async there; Triton 3.6 leaves it out, and 3.7 was not looked at."""
 
 
 @triton.jit
@@ -101,6 +108,13 @@ def output_peephole_kernel(
     tl.store(preact_ptr + tile, acc, mask=tile_mask)
 
 
+def product_blocks(B: int, K: int, dtype: torch.dtype) -> Blocks:
+    """Return `matmul_blocks`, unpipelined where the copies of a pipeline would reach a wgmma without a fence."""
+    blocks = matmul_blocks(B, K, dtype)
+    uses_wgmma = blocks.block_b >= 64 and dtype.itemsize == 2
+    return blocks if FENCES_COPIES or not uses_wgmma else replace(blocks, num_stages=1)
+
+
 def gate_preactivations(
     preact: Tensor, x: Tensor | None, gate_input: Tensor | None, h: Tensor, cells: Tensor, weights: LSTMWeights,
     spec: LSTMSpec, t: int, h_index: int, c_slot: int,
@@ -114,7 +128,7 @@ def gate_preactivations(
     P = h.shape[-1]
     I = x.shape[-1] if x is not None else 0
     gates = len(spec.gates)
-    blocks = matmul_blocks(B, max(I, P), h.dtype)
+    blocks = product_blocks(B, max(I, P), h.dtype)
     rows, parts = blocks.grid(B, H)
     gate_preactivations_kernel[(rows, parts, gates)](
         preact_ptr=preact,
@@ -151,7 +165,7 @@ def add_output_peephole(preact: Tensor, cells: Tensor, weights: LSTMWeights, spe
     """Launch `output_peephole_kernel`: the last block of preact (B, G·H) += V_o c_t, c_t = cells[c_slot]."""
     B, H = cells.shape[-2:]
     dtype = weights.weight_hh.dtype
-    blocks = matmul_blocks(B, H, dtype)
+    blocks = product_blocks(B, H, dtype)
     output_peephole_kernel[blocks.grid(B, H)](
         preact_ptr=preact,
         cells_ptr=cells,

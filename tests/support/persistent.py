@@ -46,6 +46,7 @@ def plan_of(
         num_warps=4,
         wait=wait,
         exact=False,
+        tile_bytes=0,
         accumulator_bytes=0,
         shared_bytes=0,
         estimate_us=0.0,
