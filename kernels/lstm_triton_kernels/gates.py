@@ -20,8 +20,8 @@ from lstm_triton_kernels.sizes import matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
 FENCES_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-"""Whether this Triton puts a fence between the asynchronous copies (cp.async) of 16-bit operands and the wgmma that reads
-them. The PTX ISA asks for a fence.proxy.async there; Triton 3.6 leaves it out, and 3.7 was not looked at."""
+"""Whether this Triton puts a fence between the asynchronous copies (cp.async) of 16-bit operands and the wgmma that
+reads them. The PTX ISA asks for a fence.proxy.async there; Triton 3.6 leaves it out, and 3.7 was not looked at."""
 
 
 @triton.jit
