@@ -26,7 +26,7 @@ words=$$($$python -c "import $(NEEDS)" 2>&1) || { \
 	echo "make $@ needs a Python with $(NEEDS): $$python: $$(echo "$$words" | tail -n 1)" >&2; exit 1; }
 endef
 
-.PHONY: setup test test-cpu test-interpreted test-compile gpu-test gpu-sanitize gpu lint format demo bench report clean
+.PHONY: setup test test-cpu test-interpreted test-compiled test-emulated gpu-test gpu-sanitize gpu lint format demo bench report clean
 
 setup: $(VENV)/.installed
 
@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 # Interpreted and compiled kernels need separate processes: TRITON_INTERPRET is read when a kernel is decorated.
-test: test-cpu test-interpreted test-compile
+test: test-cpu test-interpreted test-compiled
 
 test-cpu: setup
 	$(TEST) -n $(WORKERS) --dist loadgroup tests/cpu tests/gpu
@@ -45,8 +45,13 @@ test-cpu: setup
 test-interpreted: setup
 	TRITON_INTERPRET=1 $(TEST) -n $(WORKERS) tests/interpreted
 
-test-compile: setup
-	$(TEST) -n $(WORKERS) --maxschedchunk 1 tests/compile
+# The emulator by itself; then the kernels as compiled for GPUs that are not there, some of them executed.
+test-compiled: setup
+	$(TEST) -n $(WORKERS) --maxschedchunk 1 -m "not long" tests/emulator tests/compiled
+
+# What of that takes too long for every change: all cases that are executed, all planted faults.
+test-emulated: setup
+	$(TEST) -n $(WORKERS) --maxschedchunk 1 -m long tests/emulator tests/compiled
 
 # On a machine with a GPU, from the checkout, with the Python that is there.
 gpu-test: NEEDS = torch, triton, pytest

@@ -59,9 +59,9 @@ def count_wavefronts(ptx: str, arguments: list[Any], shared: int, warps: int, it
 
     arguments: of the kernel, on the CPU, in order, compile-time constants apart; shared: bytes of shared memory.
     """
-    from tests.emulator import emulator
+    from tests.emulator.machine import Machine
 
-    machine = emulator.Machine(ptx, (1, 1, 1), arguments, shared, stats=True)
+    machine = Machine(ptx, (1, 1, 1), arguments, shared, stats=True)
     machine.run()
     cta, kernel = machine.ctas[0], machine.kernel
     executed: dict[int, int] = {}  # how often, in warps, by instruction

@@ -45,7 +45,7 @@ class Kernel(NamedTuple):
 
 def kind(kernel: Kernel) -> tuple:
     plan = kernel.plan
-    tile = (plan.block_u, plan.block_b, plan.block_k, plan.split, plan.chunks, plan.group, plan.num_warps)
+    tile = (plan.block_u, plan.block_b, plan.block_k, plan.parts, plan.chunks, plan.group, plan.num_warps)
     return (kernel.backward, *tile, plan.wait, plan.exact, plan.blocks_per_program == 1)
 
 
@@ -120,7 +120,7 @@ def test_few_units_compile_in_float32(name):
 
 def test_weights_that_are_loaded_in_the_loop_are_seen():
     """A test of the test: the operands of the products swapped."""
-    kernel = next(kernel for kernel in chosen() if kernel.plan.split > 1 and kernel.layer.rate == "bfloat16")
+    kernel = next(kernel for kernel in chosen() if kernel.plan.parts > 1 and kernel.layer.rate == "bfloat16")
     ttgir = compiled(kernel).asm["ttgir"]
     assert weights_stay(ttgir)
     assert not weights_stay(ttgir.replace("tt.dot ", "tt.dot %none, "))
@@ -134,7 +134,7 @@ def test_what_a_kernel_uses_is_told_without_a_gpu(backward):
     plans = ranked_plans(ANCHOR, backward, GPUS["h100"])[:MOST_TRIES]
     for usage, plan in zip(sequence_persistent.usages(ANCHOR, backward, GPUS["h100"], plans), plans, strict=True):
         assert 64 <= usage.registers <= 255 and usage.registers * 32 * plan.num_warps <= 65536
-        tiles = plan.chunks * plan.split * plan.block_k * plan.block_u * 4 * 2
+        tiles = plan.chunks * plan.parts * plan.block_k * plan.block_u * 4 * 2
         assert tiles <= usage.shared <= GPUS["h100"].shared_bytes
         assert 0 <= usage.spilled <= settle.MOST_SPILLED
 

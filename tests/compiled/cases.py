@@ -1,0 +1,188 @@
+"""The cases that are executed: a quick selection, and by group all of them.
+
+In each list shapes and flags take turns, so that each meets each variant and type somewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from lstm_triton_kernels.gpus import GPUS
+from lstm_triton_kernels.plan import PersistentPlan, ranked_plans
+from lstm_triton_kernels.sizes import Layer
+
+from benchmarks import suites
+from lstm_triton import VARIANTS, routing
+from tests.compiled.layers import DTYPES, Case, Plans
+from tests.support.persistent import SERVED
+
+FLAGS: list[dict[str, bool]] = [{}, {"lengths": True}, {"resets": True}, {"lengths": True, "resets": True}]
+
+
+def quick() -> Iterator[Case]:
+    """Every variant alone, together by each wait, and step by step; each flag, type, kind of memory somewhere."""
+    types = list(DTYPES)
+    for n, spec in enumerate(SERVED):
+        dtype = types[(n + 1) % 4]
+        flags = FLAGS[(n + n // 4) % 4]
+        yield Case(spec.name, dtype, 2, (5, 1)[n // 4 % 2], 13 if dtype == "fp32" else 24, 1 + n % 2, **flags)
+    for n, (spec, wait) in enumerate(itertools.product(SERVED, ("data", "counter"))):
+        flags = FLAGS[(n // 2 + n // 8) % 4]
+        yield Case(spec.name, types[(n + n // 4) % 4], 2, (1, 5, 11)[n % 3], 136, 1 + (n in (3, 10)), wait, **flags)
+    for n, spec in enumerate(VARIANTS):
+        yield Case(spec.name, types[n % 4], 2, (5, 17)[n % 2], 24, 1 + n % 2, stepwise=True, resets=n % 3 == 0, I=7)
+    yield Case("standard", "bf16", 1, 64, 128, stepwise=True)  # by wgmma
+    for wait in ("data", "counter"):
+        rows = Case("diagonal", "bf16", 2, 5, 136, wait=wait, lengths=True)
+        yield rows.with_blocks_of(3)
+        yield rows.with_blocks_of(3, row_programs=1)
+        yield Case("standard", "bf16", 2, 1, 136, wait=wait, weak=True)
+    yield Case("coupled", "fp32", 2, 1, 136, wait="counter", weak=True)
+    yield Case("diagonal+current", "fp16", 2, 5, 136, wait="data", lengths=True, resets=True, weak=True)
+    yield Case("standard", "bf16", 2, 5, 136, wait="data", gradients=(False, True, False, False))
+    yield Case("full", "bf16", 3, 5, 64, gradients=(True, False, False, False), recompute=True)
+    yield Case("standard", "bf16", 3, 5, 136, wait="counter", infer=True)
+    yield Case("coupled", "fp16", 1, 5, 136, wait="counter", gradients=(False, False, True, True))
+    for n, dtype in enumerate(types):
+        variant = ("standard", "coupled", "diagonal+current", "full")[n]
+        yield Case(variant, dtype, 2, 5, (136, 40)[n % 2], wait=("data", None)[n % 2], capability=80, **FLAGS[n])
+    yield Case("standard", "tf32", 2, 64, 40, stepwise=True, capability=80)
+
+
+def alone() -> Iterator[Case]:
+    """Few units: one program has them all (where the plan is several programs after all, that)."""
+    heights, rows = (13, 24, 64), (5, 16, 33, 1)
+    for n, (spec, dtype) in enumerate(itertools.product(SERVED, DTYPES)):
+        k = n + n // 4
+        H, B = heights[(k + n // 4) % 3], rows[k % 4]
+        yield Case(spec.name, dtype, 3, B, H, 1 + k % 2, **FLAGS[(k // 2) % 4])
+
+
+def together() -> Iterator[Case]:
+    """Programs that wait for each other."""
+    heights, rows = (136, 256, 384), (5, 16, 1, 33)
+    for n, (spec, dtype, wait) in enumerate(itertools.product(SERVED, DTYPES, ("data", "counter"))):
+        k = n + n // 8
+        H, B = heights[k % 3], rows[(k // 2) % 4]
+        D = 2 if H < 384 and k % 4 == 0 else 1
+        yield Case(spec.name, dtype, 3, B, H, D, wait, **FLAGS[(k // 3) % 4])
+
+
+def many() -> Iterator[Case]:
+    """Several row blocks, two directions."""
+    variants = ("standard", "coupled+diagonal", "diagonal+current", "full")
+    for n, (variant, dtype) in enumerate(itertools.product(variants, DTYPES)):
+        wait = ("counter", "data")[(n + n // 4) % 2]
+        yield Case(variant, dtype, 3, 40, 264, 2, wait, **FLAGS[n % 4])
+
+
+def weak() -> Iterator[Case]:
+    """Every warp at its own pace, in weak memory."""
+    for case in [*itertools.islice(together(), 0, None, 9), *itertools.islice(alone(), 1, None, 8)]:
+        yield replace(case, weak=True)
+
+
+def asked() -> Iterator[Case]:
+    """Which gradients are given, recompute, inference, T=1, other tiles."""
+    for n, gradients in enumerate(itertools.product((True, False), repeat=4)):
+        if any(gradients):
+            flags = dict(lengths=n % 3 == 0, recompute=n % 4 == 1)
+            yield Case("standard", "bf16", 3, 5, (64, 136)[n % 2], gradients=gradients, **flags)
+    for H, wait in ((64, None), (136, "data"), (136, "counter")):
+        yield Case("standard", "bf16", 4, 5, H, wait=wait, infer=True)
+        yield Case("full", "bf16", 4, 5, H, wait=wait, infer=True, lengths=True)
+    yield Case("standard", "bf16", 1, 5, 136, wait="data")
+    yield Case("coupled", "fp16", 1, 5, 136, wait="counter")
+    for dtype, wait in itertools.product(("bf16", "tf32"), ("data", "counter")):
+        yield Case("standard", dtype, 6, 35, 264, wait=wait, block_u=16, lengths=True, resets=True)
+    for H in (64, 136, 264):
+        yield Case("standard", "bf16", 3, 33, H, block_b=32)
+
+
+def stepwise() -> Iterator[Case]:
+    """Two launches a step, all variants."""
+    sizes = ((17, 24), (64, 128), (300, 130), (1, 1), (33, 100), (5, 64))
+    for n, (spec, dtype) in enumerate(itertools.product(VARIANTS, DTYPES)):
+        B, H = sizes[(n + n // 4) % 6]
+        T = (3, 1)[n % 5 == 0]
+        yield Case(spec.name, dtype, T, B, H, 1 + n % 2, stepwise=True, resets=n % 3 == 0, I=7)
+
+
+def sm80() -> Iterator[Case]:
+    """Some of each for an A100."""
+    variants = ("standard", "coupled", "diagonal+current", "full")
+    for n, (variant, dtype) in enumerate(itertools.product(variants, DTYPES)):
+        H, wait = ((64, None), (136, "data"), (136, "counter"), (100, None))[(n + n // 4) % 4]
+        yield Case(variant, dtype, 3, 5, H, wait=wait, capability=80, **FLAGS[n % 4])
+        yield Case(variant, dtype, 2, 64, 40, stepwise=True, capability=80)
+
+
+class Planned(NamedTuple):
+    """A pass of a layer of the suites on a plan."""
+
+    layer: Layer
+    backward: bool
+    plan: PersistentPlan
+
+
+def span_of(plan: PersistentPlan) -> int:
+    """Return the columns of a chunk."""
+    return plan.parts * plan.block_k
+
+
+def planned() -> Iterator[Planned]:
+    """Yield what the GPU suites launch first on an H100, one of each pass and tile; those of a kind take turns."""
+    found: dict[tuple[Any, ...], list[Planned]] = {}
+    shapes = [case.layer for case in suites.cases(suites.GPU_SUITES) if not case.cell]
+    for shape, ragged in itertools.product(shapes, (False, True)):
+        whole = shape._replace(ragged=ragged)
+        for backward in routing.passes(whole).values():
+            plans = ranked_plans(whole, backward, GPUS["h100"])
+            if isinstance(plans, str):
+                continue
+            plan = plans[0]
+            tile = (plan.block_u, plan.block_b, plan.block_k, span_of(plan), plan.chunks, plan.group, plan.num_warps)
+            kind = (backward, *tile, plan.wait, plan.exact, plan.blocks_per_program == 1)
+            found.setdefault(kind, []).append(Planned(whole, backward, plan))
+    for number, kin in enumerate(found.values()):
+        yield kin[number * 7 % len(kin)]
+
+
+def suite() -> Iterator[Case]:
+    """The kernels of `planned`, on as many units as reach into the last chunk, on as few rows as have its blocks."""
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "tf32"}
+    for whole, backward, plan in planned():
+        several = plan.blocks_per_program > 1
+        columns = whole.gates if backward and not plan.alone else 1  # of the product, for each unit (resident.py)
+        span = span_of(plan) // columns
+        H = plan.block_u if plan.alone else max((plan.chunks - 1) * span + 16, 5 * plan.block_u)
+        H = min(-(-H // 16) * 16, plan.chunks * span) - 12 * (whole.H % 16 != 0)
+        rows = min(plan.rows, 2 if several else 3)
+        B = 2 * rows + 1 if several else rows
+        row_blocks = -(-B // rows)
+        variant, dtype = whole.spec.name, names[whole.rate]
+        case = Case(variant, dtype, 3, B, H, plan.directions, lengths=whole.ragged, resets=whole.ragged)
+        small = replace(
+            plan,
+            unit_programs=-(-H // plan.block_u),
+            rows=rows,
+            row_blocks=row_blocks,
+            row_programs=1 if several else row_blocks,
+        )
+        other = case.plan(not backward)
+        yield replace(case, own_plans=Plans(other, small) if backward else Plans(small, other))
+
+
+GROUPS = {
+    "alone": alone,
+    "together": together,
+    "many": many,
+    "weak": weak,
+    "asked": asked,
+    "stepwise": stepwise,
+    "sm80": sm80,
+    "suite": suite,
+}

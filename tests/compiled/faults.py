@@ -1,0 +1,163 @@
+"""Faults planted in the compiled kernels: what is changed in their PTX, and the case that is to show it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from tests.compiled.layers import Case, run
+from tests.emulator.launches import Change
+
+FORWARD, BACKWARD, MATMUL = "persistent_forward_kernel", "persistent_backward_kernel", "gate_preactivations_kernel"
+BARRIER = r"\n\s*bar\.sync\s+0;"
+POLL = re.compile(r"ld\.volatile\.global|ld\.(?:global\.)?gpu\.acquire|ld\.(?:global\.)?acquire|atom\.\S*acquire")
+
+MAX_POLLS = 1000
+"""Looks of a program before it gives up waiting: few, for a fault may make it wait in vain."""
+
+
+class Planted(NamedTuple):
+    """A fault, the case that is to show it, and what it changes."""
+
+    name: str
+    case: Case
+    change: Change
+
+
+def without(ptx: str, pattern: str, n: int) -> str:
+    """Return the PTX without the n-th statement that matches; as it is where there are fewer."""
+    found = list(re.finditer(pattern, ptx))
+    return ptx[: found[n].start()] + ptx[found[n].end() :] if n < len(found) else ptx
+
+
+def swap_operands(ptx: str) -> str:
+    """Swap registers 1 and 2 of the left operand of the first mma."""
+    at = re.search(r"mma\.sync[^{]*\{[^}]*\}, \{\s*(%r\d+), (%r\d+), (%r\d+), (%r\d+)\s*\}", ptx)
+    if at is None:
+        raise LookupError("no mma")
+    text = at[0].replace(f"{at[2]}, {at[3]}", f"{at[3]}, {at[2]}")
+    return ptx[: at.start()] + text + ptx[at.end() :]
+
+
+def unguarded(ptx: str, pattern: str) -> str:
+    """Take the guard from the last statement that matches."""
+    at = list(re.finditer(r"@%p\d+ (" + pattern + ")", ptx))
+    if not at:
+        raise LookupError(f"no guarded {pattern}")
+    return ptx[: at[-1].start()] + at[-1][1] + ptx[at[-1].end() :]
+
+
+def no_arrive_barrier(ptx: str, n: int) -> str:
+    """Take out the bar.sync before the n-th release."""
+    releases = [m.start() for m in re.finditer(r"gpu\.release\.add", ptx)]
+    if not releases:
+        raise LookupError("no release")
+    barrier = [m for m in re.finditer(BARRIER, ptx) if m.start() < releases[n]][-1]
+    return ptx[: barrier.start()] + ptx[barrier.end() :]
+
+
+def no_retry(ptx: str) -> str:
+    """Take out the backward branch of the inner loop."""
+    lines = ptx.split("\n")
+    polls = [n for n, line in enumerate(lines) if POLL.search(line)]
+    labels = {m[1]: n for n, line in enumerate(lines) if (m := re.match(r"(\$L__BB\w+):", line))}
+    for n, line in enumerate(lines):
+        m = re.match(r"\s+@!?%p\d+ bra \s*(\$L__BB\w+);", line)
+        if m and (start := labels[m[1]]) < n and any(start < p < n for p in polls):
+            lines[n] = ""
+            return "\n".join(lines)
+    raise LookupError("no loop")
+
+
+def only_in(kernel: str, change: Callable[[str], str]) -> Change:
+    """Return a change of one kernel, which raises LookupError if it changes nothing."""
+
+    def apply(name: str, ptx: str) -> str:
+        if name != kernel:
+            return ptx
+        changed = change(ptx)
+        if changed == ptx:
+            raise LookupError("nothing changed")
+        return changed
+
+    return apply
+
+
+def replaced(kernel: str, pattern: str, new: str, count: int = 0) -> Change:
+    """Return a change of one kernel: the first `count` matches (0: all) replaced."""
+    return only_in(kernel, lambda ptx: re.sub(pattern, new, ptx, count=count))
+
+
+DATA = Case("standard", "bf16", 3, 2, 136, wait="data")
+COUNTER = replace(DATA, wait="counter")
+PRODUCTS = Case("standard", "bf16", 2, 64, 128, stepwise=True)
+
+
+def faults() -> Iterator[Planted]:
+    """Wrong results, races, accesses outside, missing barriers and orders: one of each."""
+    masked = replace(DATA, H=132, B=1)
+    shuffle = r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )2,"
+    shared = r"(st\.shared::cta\.v4\.b32 \[ %r\d+ \+ )0"
+    yield Planted("an mma's operand registers swapped", DATA, only_in(FORWARD, swap_operands))
+    yield Planted("a shuffle's distance 2 made 4", DATA, replaced(FORWARD, shuffle, r"\g<1>4,", count=1))
+    plain = replaced(FORWARD, r"ld\.volatile\.global", "ld.global")
+    yield Planted("volatile loads made plain", replace(DATA, weak=True), plain)
+    yield Planted("no turn of the data wait", DATA, only_in(FORWARD, no_retry))
+    yield Planted("no turn of the counter wait", COUNTER, only_in(BACKWARD, no_retry))
+    for kernel, order in itertools.product((FORWARD, BACKWARD), ("release", "acquire")):
+        relaxed = replaced(kernel, rf"gpu\.{order}\b", "gpu.relaxed")
+        yield Planted(f"{order} made relaxed in {kernel}", replace(COUNTER, weak=True), relaxed)
+    for access in ("st", "ld"):
+        change = only_in(FORWARD, functools.partial(unguarded, pattern=rf"{access}\.global\.b16"))
+        yield Planted(f"a {access}.global without its mask", masked, change)
+    yield Planted("a shared store 2 bytes further", DATA, replaced(FORWARD, shared, r"\g<1>2", count=1))
+    full = replace(COUNTER, B=22, weak=True).with_blocks_of(11)  # so that several warps store what is published
+    for kernel, what, n in ((FORWARD, "h_0", 0), (FORWARD, "h_t", 1), (BACKWARD, "gradients", -1)):
+        change = only_in(kernel, functools.partial(no_arrive_barrier, n=n))
+        yield Planted(f"no barrier before the release of {what}", full, change)
+    yield Planted("no fence.proxy.async", PRODUCTS, replaced(MATMUL, r"fence\.proxy\.async[^;]*;", ""))
+    wait = r"wgmma\.wait_group\.sync\.aligned 1;"
+    change = replaced(MATMUL, wait, "wgmma.wait_group.sync.aligned 3;")
+    yield Planted("wgmma waited for one group too few", PRODUCTS, change)
+    change = replaced(MATMUL, r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 4;")
+    yield Planted("cp.async waited for one group too few", PRODUCTS, change)
+
+
+def barrier_faults() -> Iterator[Planted]:
+    """Every bar.sync taken out in turn; some are needed by no two warps."""
+    jobs = [(MATMUL, PRODUCTS)]
+    for kernel, wait in itertools.product((FORWARD, BACKWARD), ("data", "counter")):
+        case = Case("standard", "bf16", 3, 11, 136, wait=wait, weak=True)
+        jobs.append((kernel, case.with_blocks_of(11)))
+    for kernel, case in jobs:
+        texts: list[str] = []
+
+        def keep(name: str, ptx: str, kernel: str = kernel, texts: list[str] = texts) -> str:
+            if name == kernel:
+                texts.append(ptx)
+            return ptx
+
+        emulation = replace(case, weak=False).emulation()
+        emulation.change = keep
+        run(case, emulation)
+        count = len(re.findall(BARRIER, texts[0]))
+        for n in range(count):
+            change = only_in(kernel, functools.partial(without, pattern=BARRIER, n=n))
+            yield Planted(f"{kernel} {case.wait or ''} bar.sync {n} of {count} taken out", case, change)
+
+
+def seen(case: Case, change: Change | None) -> str:
+    """Return what shows that a case is wrong, with a change of the PTX; empty if nothing does."""
+    emulation = case.emulation()
+    emulation.change, emulation.max_polls = change, MAX_POLLS
+    return run(case, emulation).wrong
+
+
+@functools.cache
+def control(case: Case) -> str:
+    """Return what is wrong with a case as it is."""
+    return seen(case, None)

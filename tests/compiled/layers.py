@@ -1,0 +1,233 @@
+"""One layer by the compiled kernels, launched by the library and executed in the emulator, against the reference.
+
+The plan is the one that is ranked first for an H100 (capability 80: an A100). Every result and every gradient is
+compared with `lstm_triton.reference` in float64. The emulator and the comparison are independent of the library; the
+reference, the plans and the inputs are its own.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from lstm_triton_kernels import sequence_persistent, sequence_stepwise, watch
+from lstm_triton_kernels.gpus import GPUS
+from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.plan import PersistentPlan, Preference, ranked_plans
+from lstm_triton_kernels.sizes import Layer
+from torch import Tensor
+
+from benchmarks.micro import float32_matmuls
+from lstm_triton import LSTMSpec, eager, layer, persistent
+from lstm_triton.directions import OneByOne
+from tests.emulator import Fault
+from tests.emulator.launches import Emulation, emulated
+from tests.support.persistent import Inputs, LayerCase, errors, expected, inputs_of, plan_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+BOUND = {"bf16": 1.2e-2, "fp16": 2e-3, "tf32": 2e-3, "fp32": 1e-5}
+"""The relative Frobenius error allowed; with fewer than 8 units it is at least twice that of PyTorch's operators."""
+
+GRADIENTS = ("output", "c_t", "h_n", "c_n")
+"""Of what a gradient may be given."""
+
+
+class Plans(NamedTuple):
+    """Of the two passes."""
+
+    forward: PersistentPlan
+    backward: PersistentPlan
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, and what is asked of it.
+
+    wait, block_u, block_b: what is wanted of its plans, or `plans` themselves; gradients: which of GRADIENTS are given;
+    weak: every warp at its own pace in weak memory, else thread blocks in lockstep in strong memory.
+    """
+
+    variant: str
+    dtype: str
+    T: int
+    B: int
+    H: int
+    D: int = 1
+    wait: str | None = None
+    block_u: int | None = None
+    block_b: int | None = None
+    lengths: bool = False
+    resets: bool = False
+    recompute: bool = False
+    gradients: tuple[bool, bool, bool, bool] = (True, True, True, True)
+    stepwise: bool = False
+    infer: bool = False
+    capability: int = 90
+    weak: bool = False
+    own_plans: Plans | None = None
+    I: int = 3  # noqa: E741
+
+    def __str__(self) -> str:
+        plans = self.own_plans
+        given = [name for name, wanted in zip(GRADIENTS, self.gradients, strict=True) if wanted]
+        words = {
+            f"{self.variant} {self.dtype} T={self.T} B={self.B} H={self.H}": True,
+            f"{self.D} directions": self.D > 1,
+            "step by step": self.stepwise,
+            f"waits by the {self.wait}": self.wait,
+            f"{self.block_u} units a program": self.block_u,
+            f"{self.block_b} rows a block": self.block_b,
+            f"forward {plans.forward.describe()}, backward {plans.backward.describe()}" if plans else "": plans,
+            "lengths": self.lengths,
+            "resets": self.resets,
+            "recomputes the gates": self.recompute,
+            "inference": self.infer,
+            f"gradients of {' and '.join(given)}": len(given) < len(GRADIENTS),
+            f"sm_{self.capability}": self.capability != 90,
+            "in weak memory": self.weak,
+        }
+        return ", ".join(text for text, present in words.items() if present)
+
+    @property
+    def spec(self) -> LSTMSpec:
+        """The variant."""
+        return LSTMSpec.parse(self.variant)
+
+    @property
+    def precision(self) -> str:
+        """PyTorch's switch for float32 products."""
+        return "tf32" if self.dtype == "tf32" else "ieee"
+
+    def plan(self, backward: bool) -> PersistentPlan:
+        """Return the first of the ranked plans. Raises LookupError with the sentence why there is none."""
+        ragged = self.lengths or self.resets
+        sizes = (self.T, self.B, self.H, self.D)
+        whole = Layer(self.spec, *sizes, DTYPES[self.dtype], self.precision, training=not self.infer, ragged=ragged)
+        gpu = GPUS["h100"] if self.capability == 90 else GPUS["a100"]
+        found = ranked_plans(whole, backward, gpu, Preference(self.wait, self.block_u, self.block_b))
+        if isinstance(found, str):
+            raise LookupError(found)
+        return found[0]
+
+    def plans(self) -> Plans | None:
+        """Return the plans of both passes; None step by step."""
+        if self.stepwise:
+            return None
+        return self.own_plans or Plans(self.plan(False), self.plan(not self.infer))
+
+    def with_blocks_of(self, rows: int, row_programs: int | None = None) -> Case:
+        """Return the case with so many rows a block; row_programs: None, one for each block."""
+        blocks = -(-self.B // rows)
+        programs = row_programs or blocks
+        plans = (
+            replace(self.plan(side), rows=rows, row_blocks=blocks, row_programs=programs) for side in (False, True)
+        )
+        return replace(self, own_plans=Plans(*plans))
+
+    def layer_case(self) -> LayerCase:
+        """Return the case as `tests.support.persistent` has it, where only the directions of the plan matter."""
+        return LayerCase(
+            self.spec,
+            plan_of(self.B, self.H, self.D, wait=None),
+            self.T,
+            self.B,
+            self.H,
+            self.I,
+            self.lengths,
+            self.resets,
+            recompute=self.recompute,
+            gradients=self.gradients,
+            dtype=DTYPES[self.dtype],
+            seed=1,
+        )
+
+    def emulation(self) -> Emulation:
+        """Return how its launches are emulated."""
+        return Emulation(capability=self.capability, gang="warp" if self.weak else "cta", weak=self.weak)
+
+
+LOOPS: dict[str, layer.Loop] = {
+    "persistent": persistent, "stepwise": OneByOne(sequence_stepwise), "eager": OneByOne(eager),
+}  # fmt: skip
+
+
+def computed(case: Case, inputs: Inputs, engine: str, plans: Plans | None) -> list[Tensor]:
+    """Return all results and gradients, in the order of `tests.support.persistent`; in inference the results."""
+    spec, loop = case.spec, LOOPS[engine]
+    keep = not case.infer
+    call = layer.Call(spec.name, True, False, engine, save=keep, recompute=case.recompute, states=keep)
+    order = Order(case.T, inputs.lengths, inputs.resets)
+    needs = layer.Needs(True, True, True, [list(spec.parameter_names())] * case.D)
+    grad_output, grad_cells, grad_h_n, grad_c_n = inputs.gradients
+    grads = layer.Gradients(grad_output, grad_h_n, grad_c_n, grad_cells)
+    arguments = (inputs.x, inputs.h_0, inputs.c_0, inputs.weights)
+    planned = mock.patch.object(sequence_persistent, "plan_of", lambda launch: plans[launch.backward])
+    with torch.no_grad(), planned:
+        result = layer.forward(*arguments, order, call, loop)
+        results = [result.output, result.states, result.h_n, result.c_n]
+        if case.infer:
+            return results
+        saved = (result.output, result.gates, result.cells)
+        found = layer.backward(grads, *arguments, *saved, order, call, needs, loop)
+    by_name = [side[name] for side in found.weights for name in spec.parameter_names()]
+    return [*results, found.x, found.h_0, found.c_0, *by_name]
+
+
+@dataclass
+class Outcome:
+    """What came of a case: errors by name and their bound, why it ended, what the emulator's checks found."""
+
+    errors: dict[str, float]
+    bound: float
+    why: str
+    findings: list[str]
+    seconds: float
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The largest error, and of what."""
+        return max(self.errors.items(), key=lambda item: item[1], default=("-", float("inf")))
+
+    @property
+    def wrong(self) -> str:
+        """All that is wrong, in words; empty if nothing is."""
+        beyond = {name: f"{error:.1e}" for name, error in self.errors.items() if not error <= self.bound}
+        words = [self.why, f"beyond {self.bound:.0e}: {beyond}" if beyond else "", *self.findings]
+        return "\n".join(filter(None, words))
+
+
+def run(case: Case, emulation: Emulation | None = None) -> Outcome:
+    """Execute a case; emulation: None, as it wants. Raises LookupError where it has no plan."""
+    start = time.time()
+    emulation = emulation or case.emulation()
+    plans, layer_case = case.plans(), case.layer_case()
+    inputs = inputs_of(layer_case)
+    wanted = expected(layer_case, inputs)
+    outcome = Outcome({}, BOUND[case.dtype], "", [], 0.0)
+    with float32_matmuls(case.precision):
+        try:
+            with emulated(emulation):
+                results = computed(case, inputs, "stepwise" if case.stepwise else "persistent", plans)
+            watch.check_launches()
+        except (Fault, RuntimeError) as error:
+            outcome.why = f"{type(error).__name__}: {error}"
+            for words in watch._error_words.values():
+                words.seen[:] = 0
+        else:
+            if case.infer:
+                pairs = zip(("output", "h_n", "c_n"), (0, 2, 3), strict=True)
+                found = {n: float((results[k].double() - wanted[k]).norm() / wanted[k].norm()) for n, k in pairs}
+            else:
+                found = errors(layer_case, results, wanted)
+            outcome.errors = {name: error if error == error else float("inf") for name, error in found.items()}
+            if case.H < 8:  # a few numbers, of which a sum may cancel
+                own = computed(case, inputs, "eager", None)
+                outcome.bound = max(outcome.bound, 2 * max(errors(layer_case, own, wanted).values()))
+    if not outcome.why and not emulation.launches:
+        outcome.why = "no kernel was launched"
+    outcome.findings = [str(finding) for finding in emulation.findings]
+    outcome.seconds = time.time() - start
+    return outcome

@@ -1,0 +1,32 @@
+"""Faults planted in the compiled kernels, each of which must be seen: what `test_executed` would not let pass."""
+
+import pytest
+from lstm_triton_kernels.operands import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)
+
+from tests.compiled import faults
+
+QUICK = {
+    "an mma's operand registers swapped",
+    "no turn of the data wait",
+    "a st.global without its mask",
+    "wgmma waited for one group too few",
+}
+
+
+def planted():
+    for fault in faults.faults():
+        marks = [] if fault.name in QUICK else [pytest.mark.long]
+        yield pytest.param(fault, id=fault.name, marks=marks)
+
+
+@pytest.mark.parametrize("fault", list(planted()))
+def test_a_planted_fault_is_seen(fault):
+    assert not faults.control(fault.case)
+    assert faults.seen(fault.case, fault.change)
+
+
+def test_the_quick_faults_are_among_all():
+    assert {fault.name for fault in faults.faults()} >= QUICK

@@ -1,0 +1,106 @@
+"""The library's own launches of its kernels, executed in the emulator instead of on a GPU.
+
+A launch is compiled by Triton's JIT for a GPU that is not there, so with the specialization that it would have on one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from lstm_triton_kernels import cell, gates, sequence_persistent, settle
+from torch import Tensor
+
+from tests.emulator.findings import Finding
+from tests.emulator.machine import Machine
+from tests.emulator.memory import GARBAGE
+
+KERNELS = {
+    sequence_persistent: ["persistent_forward_kernel", "persistent_backward_kernel"],
+    gates: ["gate_preactivations_kernel", "output_peephole_kernel"],
+    cell: ["cell_forward_kernel", "cell_backward_kernel"],
+}
+"""By module."""
+
+Change = Callable[[str, str], str]
+"""(kernel, PTX) -> PTX, to plant a fault."""
+
+
+@dataclass
+class Emulation:
+    """How launches are emulated (see `Machine`), and what came of it.
+
+    change: to the PTX; max_polls: how often a program looks before it gives up waiting, None: as often as on a GPU.
+    """
+
+    capability: int = 90
+    gang: str = "cta"
+    weak: bool = False
+    seed: int = 0
+    stats: bool = False
+    change: Change | None = None
+    max_polls: int | None = None
+    findings: list[Finding] = field(default_factory=list)
+    launches: Counter[str] = field(default_factory=Counter)
+    statistics: list[tuple[str, dict[int, Counter[str]]]] = field(default_factory=list)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        """Compile a jitted kernel and run it; every launch has another seed."""
+        compiled = kernel.run(grid=grid, warmup=True, **arguments)
+        ptx = compiled.asm["ptx"]
+        if self.change is not None:
+            ptx = self.change(kernel.__name__, ptx)
+        given = [arguments[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+        self.seed += 1
+        machine = Machine(
+            ptx, grid, given, compiled.metadata.shared, gang=self.gang, weak=self.weak, seed=self.seed, stats=self.stats
+        )
+        try:
+            machine.run()
+        finally:
+            self.findings += machine.findings
+        self.launches[kernel.__name__] += 1
+        if self.stats:
+            self.statistics.append((kernel.__name__, machine.statistics()))
+
+
+class StandIn:
+    """In place of a jitted kernel."""
+
+    def __init__(self, kernel: Any, emulation: Emulation) -> None:
+        self.kernel, self.emulation = kernel, emulation
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda **arguments: self.emulation.launch(self.kernel, grid, arguments)
+
+
+def garbage(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `make`, a function like torch.empty, with memory that the emulator knows as never written."""
+
+    def made(*args: Any, **options: Any) -> Tensor:
+        tensor = make(*args, **options)
+        if tensor.numel() and tensor.element_size() >= 2 and tensor.is_contiguous():
+            tensor.view(torch.int16).fill_(GARBAGE - 0x10000)
+        return tensor
+
+    return made
+
+
+@contextmanager
+def emulated(emulation: Emulation) -> Iterator[None]:
+    """Inside, launches of the library's kernels run in the emulator, and new memory holds garbage."""
+    with ExitStack() as stack:
+        stack.enter_context(settle.absent_gpu(emulation.capability))
+        for module, names in KERNELS.items():
+            for name in names:
+                stack.enter_context(mock.patch.object(module, name, StandIn(getattr(module, name), emulation)))
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, garbage(getattr(owner, name))))
+        if emulation.max_polls is not None:
+            stack.enter_context(mock.patch.object(sequence_persistent, "POLLS", emulation.max_polls))
+        yield
