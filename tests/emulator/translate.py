@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ MODULES = (values, tensor_cores, warps, shared_accesses, global_accesses, asynch
 
 
 class Program:
-    """A kernel and its code: code[masked][segment](gang, registers, lanes that are here)."""
+    """A kernel and its code: code[masked][segment](gang, registers, lanes that are here).
+
+    Most segments are only ever reached by all lanes together: of a segment that some reach, the code is made then.
+    """
 
     def __init__(self, ptx: str, fine: bool) -> None:
         self.kernel = Kernel(ptx, fine)
@@ -26,18 +30,24 @@ class Program:
         self.names: dict[str, Any] = {"Fault": Fault, "np": np, "where": np.where}
         for module in MODULES:
             self.names |= vars(module)
-        self.code = {masked: self.functions(masked) for masked in (False, True)}
+        every = range(len(self.kernel.segments))
+        self.code = {False: self.functions(every, masked=False), True: [functools.partial(self.some, n) for n in every]}
 
-    def functions(self, masked: bool) -> list[Any]:
-        """Return the functions of all segments."""
+    def functions(self, segments: Iterable[int], masked: bool) -> list[Any]:
+        """Return the functions of segments."""
         text = []
-        for n, segment in enumerate(self.kernel.segments):
+        for n in segments:
             writer = Writer(self.kernel, self.constants, masked)
-            for instruction in segment.instructions:
+            for instruction in self.kernel.segments[n].instructions:
                 translate(writer, instruction)
             text += [f"def s{n}(g, R, m):", *writer.lines, " pass"]
         exec(compile("\n".join(text), self.kernel.name, "exec"), self.names)
-        return [self.names[f"s{n}"] for n in range(len(self.kernel.segments))]
+        return [self.names[f"s{n}"] for n in segments]
+
+    def some(self, n: int, *arguments: Any) -> None:
+        """Run a segment for some lanes for the first time: its numbers are among those of the code for all lanes."""
+        (self.code[True][n],) = self.functions([n], masked=True)
+        self.code[True][n](*arguments)
 
 
 def translate(writer: Writer, instruction: Instruction) -> None:
