@@ -101,7 +101,7 @@ def faults() -> Iterator[Planted]:
     """Wrong results, races, accesses outside, missing barriers and orders: one of each."""
     masked = replace(DATA, H=132, B=1)
     shuffle = r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )2,"
-    shared = r"(st\.shared::cta\.v4\.b32 \[ %r\d+ \+ )0"
+    shared = r"(st\.shared::cta\.\S+ \[ %r\d+ \+ )0"
     yield Planted("an mma's operand registers swapped", DATA, only_in(FORWARD, swap_operands))
     yield Planted("a shuffle's distance 2 made 4", DATA, replaced(FORWARD, shuffle, r"\g<1>4,", count=1))
     plain = replaced(FORWARD, r"ld\.volatile\.global", "ld.global")
