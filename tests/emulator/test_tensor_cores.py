@@ -130,6 +130,25 @@ def test_ldmatrix_gives_each_lane_its_elements(count, transposed):
         assert out[lane, n] == int(low) | int(high) << 16
 
 
+@pytest.mark.parametrize("instruction", ["ldmatrix", "mma"])
+def test_a_warp_may_go_alone(instruction):
+    """Of three warps the second alone loads matrices, or multiplies; the others keep what they have."""
+    memory = np.arange(192, dtype="u2").reshape(3, 8, 8)
+    body = shared_of(96) + "and.b32 %r10, %tid, 7; shl.b32 %r10, %r10, 4;"
+    body += "add.u32 %r10, %r10, %r150; mov.b32 %r20, 7; mov.b32 %r21, 0; mov.b32 %r22, 0; mov.b32 %r23, 0;"
+    body += "shr.u32 %r11, %tid, 5; setp.ne.u32 %p1, %r11, 1; @%p1 bra $over;"
+    if instruction == "ldmatrix":
+        body += "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r20}, [%r10];"
+    else:
+        product = f"{listed(20, 4)}, {listed(30, 4)}, {listed(34, 2)}, {listed(20, 4)};"
+        body += "mov.b32 %r20, 0f40000000;" + "".join(f"mov.b32 %r{n}, 0;" for n in range(30, 36))
+        body += f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {product}"
+    out = zeros(96)
+    assert not checks(run(f"{body}\n$over:\n{store_registers(20, 1, 1)}", tensor_of(memory), out, threads=96))
+    found = memory[0].ravel().view("i4").tolist() if instruction == "ldmatrix" else [0x40000000] * 32
+    assert out.tolist() == [7] * 32 + found + [7] * 32
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("transposed", ["", ".trans"])
 def test_stmatrix_is_the_inverse_of_ldmatrix(count, transposed):
@@ -168,7 +187,8 @@ def swizzled(matrix, mode):
 
 @pytest.mark.parametrize("form, mode", [("bf16", 0), ("bf16", 1), ("bf16", 2), ("f16", 3), ("tf32", 1), ("tf32", 3)])
 @pytest.mark.parametrize("left_in_registers", [False, True])
-def test_wgmma_is_a_matrix_product(form, mode, left_in_registers):
+@pytest.mark.parametrize("added", [True, False])
+def test_wgmma_is_a_matrix_product(form, mode, left_in_registers, added):
     """A warp group's 64 rows by 16 columns, over the first K of a row of shared memory, added to what is there."""
     depth = 8 if form == "tf32" else 16
     width = {0: 32, 1: 128, 2: 64, 3: 32}[mode] // (4 if form == "tf32" else 2)
@@ -184,7 +204,7 @@ def test_wgmma_is_a_matrix_product(form, mode, left_in_registers):
     descriptors = [a_fields | start >> 4, b_fields | start + len(a_memory) + fill >> 4]
     left_operand = listed(30, 4) if left_in_registers else "%d10"
     body = shared_of(len(memory) // 4) + load_registers(20, 8, 1) + load_registers(30, 4, 2)
-    body += "fence.proxy.async.shared::cta; bar.sync 0; setp.eq.u32 %p1, %tid, %tid;"
+    body += f"fence.proxy.async.shared::cta; bar.sync 0; setp.lt.u32 %p1, %tid, {128 if added else 0};"
     body += f"mov.b64 %d10, {descriptors[0]}; mov.b64 %d11, {descriptors[1]}; wgmma.fence.sync.aligned;"
     body += f"wgmma.mma_async.sync.aligned.m64n16k{depth}.f32.{form}.{form} "
     body += f"{listed(20, 8)}, {left_operand}, %d11, %p1, 1, 1"
@@ -196,7 +216,7 @@ def test_wgmma_is_a_matrix_product(form, mode, left_in_registers):
     for warp, tile in itertools.product(range(4), range(2)):
         lanes, columns = slice(32 * warp, 32 * warp + 32), slice(4 * tile, 4 * tile + 4)
         product = a[16 * warp : 16 * warp + 16, :depth] @ b[8 * tile : 8 * tile + 8, :depth].T
-        expected = (product + accumulators(c[lanes, columns])).astype("f4")
+        expected = (product + added * accumulators(c[lanes, columns])).astype("f4")
         np.testing.assert_array_equal(accumulators(out.numpy().view("f4")[lanes, columns]), expected)
 
 

@@ -331,6 +331,17 @@ def test_conversion_of_integers_truncates_and_extends(to, source):
     np.testing.assert_array_equal(evaluate(f"cvt.{to}.{source} %o, %a;", [a], out), a.astype(out))
 
 
+@pytest.mark.parametrize("source", ["u8", "s8"])
+@pytest.mark.parametrize("to", ["u16", "s16", "u32", "s32"])
+def test_conversion_of_bytes(to, source):
+    """A byte lies in a wider register, whose upper bits are not read; what is converted to a byte fills one."""
+    (a,) = operands(("b32",))
+    out, byte = numpy_type(to), numpy_type(source)
+    np.testing.assert_array_equal(evaluate(f"cvt.{to}.{source} %o, %a;", [a], out), a.astype(byte).astype(out))
+    wide = f"{byte[0]}2"
+    np.testing.assert_array_equal(evaluate(f"cvt.{source}.u32 %o, %a;", [a], wide), a.astype(byte).astype(wide))
+
+
 @pytest.mark.parametrize("source", INTEGERS)
 def test_conversion_of_integers_to_floats_rounds_once(source):
     (a,) = operands((source,))
