@@ -201,13 +201,16 @@ def test_elements_of_one_vector_store_appear_in_any_order():
 
 
 def test_a_kept_sector_hides_what_came_later_until_an_acquire():
-    """A load through the L1 keeps the sector; a relaxed flag leaves it there, one past the L1 does not read it."""
-    publish = PUBLISH.format(store=RELEASE_STORE)
-    first = "ld.global.b32 %r12, [%d0];"
-    hidden, _ = litmus(publish, first + consume("relaxed"))
-    assert (1, 0) in hidden
-    fresh, _ = litmus(publish, first + consume("acquire"))
-    assert fresh == {(1, 7)}
+    """The data are read before the flag is seen, and after: through the L1 they are what they were."""
+
+    def before_and_after(order, past_the_l1=""):
+        wait = consume(order).replace("%r10", "%r12").replace("ld.global.b32 %r11", f"ld.global{past_the_l1}.b32 %r11")
+        seen, _ = litmus(PUBLISH.format(store=RELEASE_STORE), "ld.global.b32 %r10, [%d0];" + wait, seeds=range(80))
+        return seen
+
+    assert before_and_after("relaxed") == {(0, 0), (7, 7)}
+    assert before_and_after("relaxed", ".cg") == {(0, 0), (0, 7), (7, 0), (7, 7)}
+    assert before_and_after("acquire") == {(0, 7), (7, 7)}
 
 
 @pytest.mark.parametrize("fence", ["fence.acq_rel.gpu;", "fence.sc.sys;", "membar.gl;"])
