@@ -259,6 +259,43 @@ $end:
     assert (results, found) == (({7}, set()) if barrier else ({0, 7}, {"race"}))
 
 
+@pytest.mark.parametrize("barrier", [True, False])
+def test_what_a_warp_acquired_others_see_after_a_barrier(barrier):
+    """Of the reader warp 0 waits for the flag, then warp 1 reads the data: only with a barrier between is it there."""
+    wait = "bar.sync 0;" if barrier else "mov.b32 %r7, 0;"
+    body = f"""
+mov.u32 %r1, %ctaid.x;
+setp.ge.u32 %p3, %tid, 32;
+setp.eq.u32 %p2, %r1, 1;
+@%p2 bra $reader;
+@%p3 bra $end;
+setp.ne.u32 %p4, %tid, 0;
+@%p4 bra $end;
+{PUBLISH.format(store=RELEASE_STORE)}
+bra.uni $end;
+$reader:
+@%p3 bra $over;
+$wait:
+ld.global.gpu.acquire.b32 %r10, [%d1];
+setp.eq.u32 %p5, %r10, 0;
+@%p5 bra $wait;
+$over:
+{wait}
+@!%p3 bra $end;
+ld.global.b32 %r11, [%d0];
+{place_of(2, 4)}
+st.global.b32 [%d20+-128], %r11;
+$end:
+"""
+    results, found = set(), set()
+    for seed in range(40):
+        out = zeros(32)
+        options = dict(grid=(2,), threads=64, gang="warp", weak=True, seed=seed)
+        found |= set(checks(run(body, zeros(64), zeros(1), out, **options)))
+        results |= set(out.tolist())
+    assert (results, found) == (({7}, set()) if barrier else ({0, 7}, {"race"}))
+
+
 def test_what_is_not_modelled_is_refused():
     for statement in ("st.global.b8 [%d0], %h1;", "ld.const.b32 %r1, [%d0];", "atom.shared.add.u32 %r1, [%d0], 1;",
                       "cp.async.bulk.commit_group;", "atom.global.gpu.relaxed.add.f16x2 %r1, [%d0], 1;"):  # fmt: skip
