@@ -94,6 +94,18 @@ def test_warps_that_touch_shared_memory_without_a_barrier(before, after, gang):
         assert "racecheck" in found(OTHER_WARP + before + after, **options)
 
 
+@pytest.mark.parametrize("gang", ["cta", "warp"])
+@pytest.mark.parametrize("writer", [0, 1])
+def test_a_store_to_what_several_warps_read(writer, gang):
+    """Both read it, so that whichever stores there, the other one read it."""
+    body = f"st.shared.b32 [%r21], %r9; {BARRIER} ld.shared.b32 %r1, [%r21]; {{}}"
+    body += f"shr.u32 %r2, %tid, 5; setp.eq.u32 %p1, %r2, {writer}; @%p1 st.shared.b32 [%r21], 5;"
+    for seed in range(6):
+        options = dict(threads=64, gang=gang, seed=seed)
+        assert found(body.format(BARRIER), **options) == []
+        assert found(body.format(""), **options) == ["racecheck"]
+
+
 def test_warps_that_store_the_same_value_are_no_race():
     assert found("st.shared.b32 [%r21], %r9;", threads=64, gang="warp") == []
 
