@@ -33,7 +33,7 @@ def matmul_blocks(B: int, K: int, dtype: torch.dtype) -> Blocks:
     """Return blocks for B rows and products over at most K columns; few sizes, so that new shapes rarely compile anew.
 
     Few rows take narrow unit blocks: a step is latency, and more programs share the reading of the weights. The widest
-    block is what compiles without spilling for sm_80, sm_90 and sm_100 (tests/compile).
+    block is what compiles without spilling for sm_80, sm_90 and sm_100 (tests/compiled).
     """
     block_b = min(64, max(16, next_power_of_2(max(B, 1))))
     block_k = max(16, next_power_of_2(K))

@@ -25,12 +25,12 @@ from lstm_triton_kernels.equations import (
 )
 from lstm_triton_kernels.operands import as_operand, multiply_add
 from lstm_triton_kernels.resident import (
-    as_left,
-    left_operands,
+    as_right,
+    chunk_pointers,
     load_gate_tiles,
     load_transposed_tiles,
     peephole_block,
-    sum_parts,
+    sum_units,
 )
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import COUNTER_STRIDE, exchange_arrive, exchange_load, exchange_store, exchange_wait
@@ -198,23 +198,23 @@ def persistent_backward_kernel(
                     dc = multiply_add(dc, d, v_full[peephole_block(g, G)], PRECISION)
             dh += dh_odd
         else:
-            acc = tl.zeros((PARTS, BLOCK_B, BLOCK_U), ACC)
+            acc = tl.zeros((PARTS, BLOCK_U, BLOCK_B), ACC)
             acc_c = acc
-            left_mask = carry_mask[:, None]
+            read_mask = carry_mask[:, None]
             d_after = at_time(d_gates_ptr, after, gates_stride, HAS_LENGTHS) + row[:, None] * G * H
             counter_ptr = counters_ptr + b * COUNTER_STRIDE
             max_polls = exchange_wait(counter_ptr, done * tl.num_programs(0), max_polls, error_ptr, WAIT)
             for first in tl.static_range(0, CHUNKS, GROUP):
-                pointers, masks = left_operands(d_after, G * H, left_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
+                pointers, masks = chunk_pointers(d_after, G * H, read_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
                 read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                 for m in tl.static_range(GROUP):
-                    d = as_left(read[m], D_TYPE, WORDS, PARTS, DOT, PRECISION, WAIT == "counter")
-                    acc = multiply_add(acc, d, w[first + m], PRECISION)
+                    right = as_right(read[m], D_TYPE, WORDS, PARTS, DOT, PRECISION, WAIT == "counter")
+                    acc = multiply_add(acc, w[first + m], right, PRECISION)
                     if FULL:
-                        acc_c = multiply_add(acc_c, d, v_full[first + m], PRECISION)
-            dh = sum_parts(acc, WARPS)
+                        acc_c = multiply_add(acc_c, v_full[first + m], right, PRECISION)
+            dh = sum_units(acc, WARPS)
             if FULL:
-                dc += sum_parts(acc_c, WARPS)
+                dc += sum_units(acc_c, WARPS)
 
         if HAS_GRAD_OUTPUT:
             dh += grads[0].to(ACC)

@@ -16,7 +16,7 @@ c_n, and writes zeros for the steps beyond. With `resets` (T, B), the state is z
 
 Masks: row_mask (BLOCK_B,), the rows that exist; step_mask, those that have this step; carry_mask, those of them whose
 state is carried into the step, since it is not reset; tile_mask and step_tile_mask (BLOCK_B, BLOCK_U), the same for the
-elements of a tile; left_mask, carry_mask as a column; last_mask, the rows that end with this step.
+elements of a tile; read_mask, carry_mask as a column; last_mask, the rows that end with this step.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.equations import load_blocks, load_peephole, next_cell, output_gate, store_gates
 from lstm_triton_kernels.operands import as_operand, multiply_add
 from lstm_triton_kernels.resident import (
-    as_left,
-    left_operands,
+    as_right,
+    chunk_pointers,
     load_gate_tiles,
     load_stacked_tiles,
     peephole_block,
@@ -193,26 +193,26 @@ def persistent_forward_kernel(
                     acc = multiply_add(acc, c_left, v_full[peephole_block(g, G)], PRECISION)
                 sums = sums + (a[g].to(ACC) + acc,)  # noqa: RUF005
         else:
-            acc = tl.zeros((PARTS, BLOCK_B, 4 * BLOCK_U), ACC)
+            acc = tl.zeros((PARTS, 4 * BLOCK_U, BLOCK_B), ACC)
             before = tl.where(n == 0, T, tl.where(reverse, t + 1, t - 1))
-            left_mask = carry_mask[:, None]
+            read_mask = carry_mask[:, None]
             h_before = at_time(hidden_ptr, before, hidden_stride, HAS_LENGTHS) + row[:, None] * D * H
             counter_ptr = counters_ptr + b * COUNTER_STRIDE
             max_polls = exchange_wait(counter_ptr, (n + 1) * tl.num_programs(0), max_polls, error_ptr, WAIT)
             for first in tl.static_range(0, CHUNKS, GROUP):
-                pointers, masks = left_operands(h_before, H, left_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
+                pointers, masks = chunk_pointers(h_before, H, read_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
                 read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                 for m in tl.static_range(GROUP):
-                    left = as_left(read[m], H_TYPE, WORDS, PARTS, DOT, PRECISION, WAIT == "counter")
-                    acc = multiply_add(acc, left, w[first + m], PRECISION)
+                    right = as_right(read[m], H_TYPE, WORDS, PARTS, DOT, PRECISION, WAIT == "counter")
+                    acc = multiply_add(acc, w[first + m], right, PRECISION)
             if FULL:
                 c_before = at_time(cells_ptr, t + direction, cells_stride, HAS_LENGTHS) + row[:, None] * H
                 for first in tl.static_range(0, CHUNKS, GROUP):
-                    pointers, masks = left_operands(c_before, H, left_mask, first, GROUP, PARTS, BLOCK_K, False)
+                    pointers, masks = chunk_pointers(c_before, H, read_mask, first, GROUP, PARTS, BLOCK_K, False)
                     read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                     for m in tl.static_range(GROUP):
-                        left = as_left(read[m], ACC, False, PARTS, DOT, PRECISION, WAIT == "counter")
-                        acc = multiply_add(acc, left, v_full[first + m], PRECISION)
+                        right = as_right(read[m], ACC, False, PARTS, DOT, PRECISION, WAIT == "counter")
+                        acc = multiply_add(acc, v_full[first + m], right, PRECISION)
             recurrent = sum_gates(acc, G, BLOCK_B, BLOCK_U, WARPS)
             for g in tl.static_range(G):
                 sums = sums + (a[g].to(ACC) + recurrent[g],)  # noqa: RUF005

@@ -34,7 +34,7 @@ REGISTER_BYTES = 160
 """Of accumulators and gate inputs in a thread at most; beyond, some release of Triton spills (tests/compiled)."""
 
 CHUNK_BYTES, READ_BYTES = 128, 512
-"""Of one left operand in a thread, and of all that it reads at once, at most; beyond, kernels spill."""
+"""Of one right operand in a thread, and of all that it reads at once, at most; beyond, kernels spill."""
 
 CHUNK_COLUMNS = 128
 """A chunk more costs about as much as so many columns of padding, by simulation: two barriers, and latencies."""
@@ -42,6 +42,8 @@ CHUNK_COLUMNS = 128
 # Constants of the estimate: fitted to steps measured on an H200 with Triton 3.6, of a trial of these kernels at seven
 # shapes with both waits (benchmarks/results/h200-2026-11-26-trial-steps-lean.txt).
 SHARED_BYTES_PER_CLOCK = 128
+PRODUCT_RATE = {True: 0.2, False: 0.5}
+"""The part of the GPU's rate that the products reach: without tensor cores (True, by simulation), with them."""
 REST_US = 0.7
 """What a row block takes beside waiting, reading and the traffic of its product with shared memory."""
 OUTPUT_US = 0.2
@@ -54,6 +56,10 @@ GROUP_US = 0.3
 """Reading what others wrote in one group more."""
 ALONE_US = 1.1
 """What a step takes beside the products where a program holds all units."""
+
+WAITING_MARGIN = 1.2
+"""How much longer a plan without waiting may take by estimate, and still be preferred: it leaves the rest of the GPU to
+others, and cannot time out."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,10 @@ ANY = Preference()
 def ranked_plans(
     layer: Layer, backward: bool, gpu: GPU, preference: Preference = ANY
 ) -> tuple[PersistentPlan, ...] | str:
-    """Return every plan of a pass that fits the GPU, the fastest by estimate first; a sentence why if there is none."""
+    """Return every plan of a pass that fits the GPU, the fastest by estimate first; a sentence why if there is none.
+
+    A plan without waiting may take a little longer, and still comes first.
+    """
     return _ranked_plans(layer._replace(T=0, I=0, training=False), backward, gpu, preference)
 
 
@@ -157,7 +166,7 @@ def _ranked_plans(layer: Layer, backward: bool, gpu: GPU, preference: Preference
 
     def rank(plan: PersistentPlan) -> tuple[object, ...]:
         tile = (plan.block_u, plan.block_b, plan.block_k, plan.parts, plan.chunks, plan.group)
-        return (plan.estimate_us, plan.programs, tile)
+        return (plan.estimate_us * (1.0 if plan.alone else WAITING_MARGIN), plan.programs, tile)
 
     return tuple(sorted(plans, key=rank))
 
@@ -195,8 +204,8 @@ def candidates(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPla
     """Every plan that fits the GPU: all programs resident, shared memory and registers within their limits."""
     if layer.H <= LARGEST_ALONE:
         yield from _alone(layer, gpu)
-    for block_u in (8, 16, 32):
-        for block_b in (16, 32):
+    for block_u in (8, 16, 32):  # backward, 8 units fill half of the rows that tensor cores take at once
+        for block_b in (8, 16, 32):
             yield from _together(layer, backward, gpu, block_u, block_b)
 
 
@@ -343,5 +352,5 @@ def _product_us(layer: Layer, gpu: GPU, traffic: int, block_b: int, units: int) 
     """The product of a row block: its bytes through shared memory, or multiplying, whichever takes longer."""
     read = traffic / (SHARED_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
     operations = 2 * block_b * units * max(16, layer.H) * (layer.gates + layer.matrices)
-    multiply = operations / (gpu.tflop_per_s[layer.rate] / gpu.multiprocessors * 1e6)
-    return max(read, 2 * multiply)  # one warp group's mma instructions reach about half of the rate
+    rate = PRODUCT_RATE[layer.rate == "float32"] * gpu.tflop_per_s[layer.rate] / gpu.multiprocessors
+    return max(read, operations / (rate * 1e6))

@@ -5,17 +5,20 @@ once, ahead of the loop (tests/compiled checks it).
 
 Few batch rows are too little work to divide among warps by rows or units; so the columns K of the product are divided
 among the warps. A tile has a leading axis of PARTS parts, one or more for each warp, and the product is a batch of
-PARTS smaller products, whose sum is taken at the end of a step. Where PARTS is 1 there is no such axis, and the warps
-share the units.
+PARTS smaller products, whose sum is taken at the end of a step. The weights are the left operand: tensor cores take 16
+rows of a left operand at once, and 8 columns of a right one, which are the batch rows.
 
-Shapes: a left operand (PARTS, BLOCK_B, BLOCK_K), a tile (PARTS, BLOCK_K, N), an accumulator (PARTS, BLOCK_B, N), each
-without its first axis where PARTS is 1. N is BLOCK_U units; in the forward pass with PARTS above 1 it is 4·BLOCK_U, the
-four gates of a unit side by side (stacked gates), so that one product and one sum serve all gates. Backward the gates
-are columns of the product: K is G·H. Chunk j has the columns from j·PARTS·BLOCK_K on.
+Shapes: a tile (PARTS, N, BLOCK_K), a right operand (PARTS, BLOCK_K, BLOCK_B), an accumulator (PARTS, N, BLOCK_B).
+Forward, N is 4·BLOCK_U, the four gates of a unit one after another (stacked gates), so that one product and one sum
+serve all gates, and K is H. Backward, N is BLOCK_U, and K is G·H: the gates are columns of the product. Chunk j has the
+columns from j·PARTS·BLOCK_K on.
 
 Every block is loaded in two dimensions, rows by all columns of a chunk, and cut into parts afterwards. The order of a
 block in shared memory follows from that of the load: so the rows of a part lie next to each other, and tensor cores
 read them without bank conflicts. Of a load in three dimensions releases of Triton choose different orders.
+
+Where one program holds all units there are no parts: the warps share the units, and the state is the left operand. (As
+the right one, Triton would take wgmma for the 64 units and more of a left one.)
 """
 
 import triton
@@ -70,7 +73,7 @@ def load_stacked_tiles(
     for chunk in tl.static_range(CHUNKS):
         k = chunk * PARTS * BLOCK_K + tl.arange(0, PARTS * BLOCK_K)[None, :]
         tile = tl.load(w_row + k, mask=row_mask[:, None] & (k < H), other=0.0)
-        tile = tl.permute(tl.reshape(tile, (4 * BLOCK_U, PARTS, BLOCK_K)), (1, 2, 0))
+        tile = tl.permute(tl.reshape(tile, (4 * BLOCK_U, PARTS, BLOCK_K)), (1, 0, 2))
         tiles = tiles + (as_operand(tile, DOT, PRECISION),)  # noqa: RUF005
     return tiles
 
@@ -97,19 +100,19 @@ def load_transposed_tiles(
             k = tl.where(k < (GATES - 2) * H, k, k - H)
         tile = tl.load(w_ptr + (k * H)[:, None] + u, mask=row_mask[:, None] & (u < H), other=0.0)
         if BLOCK_U > 8:
-            tile = tl.permute(tl.reshape(tile, (BLOCK_K, PARTS, BLOCK_U)), (1, 0, 2))
+            tile = tl.permute(tl.reshape(tile, (BLOCK_K, PARTS, BLOCK_U)), (1, 2, 0))
         else:
-            tile = tl.reshape(tile, (PARTS, BLOCK_K, BLOCK_U))
+            tile = tl.permute(tl.reshape(tile, (PARTS, BLOCK_K, BLOCK_U)), (0, 2, 1))
         tiles = tiles + (as_operand(tile, DOT, PRECISION),)  # noqa: RUF005
     return tiles
 
 
 @triton.jit
-def left_operands(
+def chunk_pointers(
     ptr, K, row_mask, FIRST: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Return pointers and masks, (BLOCK_B, PARTS·BLOCK_K) each, of COUNT chunks from FIRST on of rows of K elements.
+    """Return pointers and masks, (BLOCK_B, PARTS·BLOCK_K) each, of COUNT chunks from FIRST on, of rows of K elements.
 
     ptr, row_mask: (BLOCK_B, 1), where rows begin, and those that are read. WORDS: the pointers are to words of two
     16-bit elements, and the blocks half as wide.
@@ -127,11 +130,11 @@ def left_operands(
 
 
 @triton.jit
-def as_left(
+def as_right(
     block, ELEMENT: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, OPAQUE: tl.constexpr,
 ):  # fmt: skip
-    """Return a loaded block of `left_operands` as a left operand; ELEMENT: the type of the elements in its WORDS.
+    """Return a loaded chunk (BLOCK_B, PARTS·BLOCK_K) as a right operand; ELEMENT: the type of the elements in WORDS.
 
     OPAQUE hides from the compiler where the operand comes from. Else it changes the layout of the block first, through
     shared memory, and reads what it needs for that with two more barriers.
@@ -139,11 +142,11 @@ def as_left(
     if WORDS:
         pairs = tl.join(block.to(tl.int16), (block >> 16).to(tl.int16)).to(ELEMENT, bitcast=True)
         block = tl.reshape(pairs, (block.shape[0], 2 * block.shape[1]))
-    left = tl.reshape(block.to(DOT), (block.shape[0], PARTS, block.shape[1] // PARTS))
-    left = tl.permute(left, (1, 0, 2))
+    right = tl.reshape(block.to(DOT), (block.shape[0], PARTS, block.shape[1] // PARTS))
+    right = tl.permute(right, (1, 2, 0))
     if OPAQUE and DOT.primitive_bitwidth == 16:
-        left = opaque(left)
-    return as_operand(left, DOT, PRECISION)
+        right = opaque(right)
+    return as_operand(right, DOT, PRECISION)
 
 
 @triton.constexpr_function
@@ -154,7 +157,7 @@ def by_warp(shape, warps):
 
 @triton.jit
 def sum_parts(acc, WARPS: tl.constexpr):
-    """Return the sum over the parts of an accumulator (PARTS, BLOCK_B, N, ...) of 3 or 4 dimensions.
+    """Return the sum over the parts, the first of 3 or 4 axes.
 
     First over the parts that a warp holds, in registers. Then, through shared memory, every thread gets all remaining
     parts of its own outputs, and other outputs than any other thread: the axis of size 1 keeps the compiler from
@@ -167,9 +170,15 @@ def sum_parts(acc, WARPS: tl.constexpr):
 
 
 @triton.jit
+def sum_units(acc, WARPS: tl.constexpr):
+    """Return the sum over the parts of an accumulator of units, as a block (BLOCK_B, BLOCK_U)."""
+    return sum_parts(tl.permute(acc, (0, 2, 1)), WARPS)
+
+
+@triton.jit
 def sum_gates(acc, GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, WARPS: tl.constexpr):
-    """Return the sums of an accumulator of stacked gates, a tuple of one block (BLOCK_B, BLOCK_U) for each gate."""
-    by_gate = tl.permute(tl.reshape(acc, (acc.shape[0], BLOCK_B, BLOCK_U, 4)), (0, 3, 1, 2))
+    """Return the same of an accumulator of stacked gates, as a tuple of one block (BLOCK_B, BLOCK_U) for each gate."""
+    by_gate = tl.permute(tl.reshape(acc, (acc.shape[0], BLOCK_U, 4, BLOCK_B)), (0, 2, 3, 1))
     total = tl.reshape(sum_parts(by_gate, WARPS), (2, 2, BLOCK_B, BLOCK_U))
     even, odd = tl.split(tl.permute(total, (2, 3, 0, 1)))
     a_0, a_2 = tl.split(even)
