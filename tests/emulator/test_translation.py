@@ -90,6 +90,15 @@ def test_bank_conflicts_are_counted(stride, ways):
         assert (found[f"{kind} phases"], found[f"{kind} wavefronts"]) == (1, ways)
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_wide_accesses_take_a_wavefront_for_each_128_bytes(n):
+    registers = "{" + ", ".join(["%tid"] * n) + "}"
+    found = counted(
+        f"mul.lo.u32 %r22, %tid, {4 * n}; add.u32 %r22, %r22, %r21; st.shared.v{n}.b32 [%r22], {registers};"
+    )
+    assert (found["st.shared phases"], found["st.shared wavefronts"], found["st.shared"]) == (n, n, 1)
+
+
 @pytest.mark.parametrize("stride, ways", [(16, 1), (32, 2), (128, 8), (144, 1)])
 def test_bank_conflicts_of_matrices_are_counted(stride, ways):
     """Rows of 16 bytes, so many bytes apart."""
