@@ -28,7 +28,7 @@ def quick() -> Iterator[Case]:
     for n, spec in enumerate(SERVED):
         dtype = types[(n + 1) % 4]
         flags = FLAGS[(n + n // 4) % 4]
-        yield Case(spec.name, dtype, 2, (5, 1)[n // 4 % 2], 13 if dtype == "fp32" else 24, 1 + n % 2, **flags)
+        yield Case(spec.name, dtype, 2, (5, 1)[n // 4 % 2], 8 if dtype == "fp32" else 24, 1 + n % 2, **flags)
     for n, (spec, wait) in enumerate(itertools.product(SERVED, ("data", "counter"))):
         flags = FLAGS[(n // 2 + n // 8) % 4]
         yield Case(spec.name, types[(n + n // 4) % 4], 2, (1, 5, 11)[n % 3], 136, 1 + (n in (3, 10)), wait, **flags)
@@ -54,7 +54,7 @@ def quick() -> Iterator[Case]:
 
 def alone() -> Iterator[Case]:
     """Few units: one program has them all (where the plan is several programs after all, that)."""
-    heights, rows = (13, 24, 64), (5, 16, 33, 1)
+    heights, rows = (8, 24, 64), (5, 16, 33, 1)
     for n, (spec, dtype) in enumerate(itertools.product(SERVED, DTYPES)):
         k = n + n // 4
         H, B = heights[(k + n // 4) % 3], rows[k % 4]
