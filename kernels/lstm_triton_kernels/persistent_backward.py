@@ -208,7 +208,7 @@ def persistent_backward_kernel(
                 pointers, masks = chunk_pointers(d_after, G * H, read_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
                 read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                 for m in tl.static_range(GROUP):
-                    right = as_right(read[m], D_TYPE, WORDS, PARTS, DOT, PRECISION, WAIT == "counter")
+                    right = as_right(read[m], D_TYPE, WORDS, PARTS, DOT, PRECISION)
                     acc = multiply_add(acc, w[first + m], right, PRECISION)
                     if FULL:
                         acc_c = multiply_add(acc_c, v_full[first + m], right, PRECISION)

@@ -203,7 +203,7 @@ def persistent_forward_kernel(
                 pointers, masks = chunk_pointers(h_before, H, read_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
                 read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                 for m in tl.static_range(GROUP):
-                    right = as_right(read[m], H_TYPE, WORDS, PARTS, DOT, PRECISION, WAIT == "counter")
+                    right = as_right(read[m], H_TYPE, WORDS, PARTS, DOT, PRECISION)
                     acc = multiply_add(acc, w[first + m], right, PRECISION)
             if FULL:
                 c_before = at_time(cells_ptr, t + direction, cells_stride, HAS_LENGTHS) + row[:, None] * H
@@ -211,7 +211,7 @@ def persistent_forward_kernel(
                     pointers, masks = chunk_pointers(c_before, H, read_mask, first, GROUP, PARTS, BLOCK_K, False)
                     read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                     for m in tl.static_range(GROUP):
-                        right = as_right(read[m], ACC, False, PARTS, DOT, PRECISION, WAIT == "counter")
+                        right = as_right(read[m], ACC, False, PARTS, DOT, PRECISION)
                         acc = multiply_add(acc, v_full[first + m], right, PRECISION)
             recurrent = sum_gates(acc, G, BLOCK_B, BLOCK_U, WARPS)
             for g in tl.static_range(G):

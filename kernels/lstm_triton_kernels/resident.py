@@ -131,20 +131,19 @@ def chunk_pointers(
 
 @triton.jit
 def as_right(
-    block, ELEMENT: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, OPAQUE: tl.constexpr,
-):  # fmt: skip
+    block, ELEMENT: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+):
     """Return a loaded chunk (BLOCK_B, PARTS·BLOCK_K) as a right operand; ELEMENT: the type of the elements in WORDS.
 
-    OPAQUE hides from the compiler where the operand comes from. Else it changes the layout of the block first, through
-    shared memory, and reads what it needs for that with two more barriers.
+    It is made opaque, so that the compiler does not see where the operand comes from. Else it may change the layout of
+    the block first, through shared memory and with two more barriers, or read the operands with narrower loads.
     """
     if WORDS:
         pairs = tl.join(block.to(tl.int16), (block >> 16).to(tl.int16)).to(ELEMENT, bitcast=True)
         block = tl.reshape(pairs, (block.shape[0], 2 * block.shape[1]))
     right = tl.reshape(block.to(DOT), (block.shape[0], PARTS, block.shape[1] // PARTS))
     right = tl.permute(right, (1, 2, 0))
-    if OPAQUE and DOT.primitive_bitwidth == 16:
+    if DOT.primitive_bitwidth == 16:
         right = opaque(right)
     return as_operand(right, DOT, PRECISION)
 
