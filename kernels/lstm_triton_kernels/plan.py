@@ -30,11 +30,15 @@ MOST_TRIES = 4
 MOST_PROGRAMS_OF_ROWS = 65_535
 """What CUDA allows on the second axis of a grid."""
 
-REGISTER_BYTES = 160
-"""Of accumulators and gate inputs in a thread at most; beyond, some release of Triton spills (tests/compiled)."""
-
-CHUNK_BYTES, READ_BYTES = 128, 512
-"""Of one right operand in a thread, and of all that it reads at once, at most; beyond, kernels spill."""
+REGISTER_BYTES = {False: 160, True: 80}
+"""Of accumulators and gate inputs in a thread, at most; beyond, some release of Triton spills. True: of float32
+products without tensor cores."""
+ALONE_REGISTER_BYTES = 320
+"""The same where a program holds all units."""
+CHUNK_BYTES = 128
+"""Of one right operand in a thread, at most."""
+READ_BYTES = {False: 512, True: 128}
+"""Of all right operands that a thread reads at once, at most; keys as above."""
 
 CHUNK_COLUMNS = 128
 """A chunk more costs about as much as so many columns of padding, by simulation: two barriers, and latencies."""
@@ -217,7 +221,7 @@ def _alone(layer: Layer, gpu: GPU) -> Iterator[PersistentPlan]:
         num_warps = 4 if units <= 64 else 8
         staging = block_b * units * (layer.element_bytes + 4) * 2
         accumulated = (2 * layer.gates + layer.matrices) * block_b * units * 4 // (32 * num_warps)
-        if tiles + staging > gpu.shared_bytes or accumulated > REGISTER_BYTES * 2:
+        if tiles + staging > gpu.shared_bytes or accumulated > ALONE_REGISTER_BYTES:
             continue
         row_blocks = ceil_div(layer.B, block_b)
         if row_blocks > MOST_PROGRAMS_OF_ROWS:
@@ -252,6 +256,7 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
     row_room = gpu.multiprocessors // (unit_programs * layer.D)
     if unit_programs == 1 or row_room < 1:
         return
+    exact = layer.rate == "float32"
     num_warps = _warps(layer, backward)
     threads = 32 * num_warps
     cut = _cut(layer, backward, block_u, block_b, num_warps)
@@ -278,7 +283,7 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
     shared_bytes = tiles + max(operand, num_warps * width * block_b * 4) + 1024
     if shared_bytes > gpu.shared_bytes:
         return
-    most = max(n for n in range(1, chunks + 1) if chunks % n == 0 and n * operand <= READ_BYTES * threads)
+    most = max(n for n in range(1, chunks + 1) if chunks % n == 0 and n * operand <= READ_BYTES[exact] * threads)
     for wait, group in itertools.product(wait_us, sorted({most, 1})):
         groups = chunks // group * (2 if layer.matrices and not backward else 1)
         yield PersistentPlan(
@@ -295,7 +300,7 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
             row_blocks=row_blocks,
             num_warps=num_warps,
             wait=wait,
-            exact=layer.rate == "float32",
+            exact=exact,
             tile_bytes=tiles,
             accumulator_bytes=_accumulator_bytes(layer, backward, block_u, block_b, parts, num_warps),
             shared_bytes=shared_bytes,
@@ -321,7 +326,7 @@ def _cut(layer: Layer, backward: bool, block_u: int, block_b: int, num_warps: in
         chunks = ceil_div(K, parts * block_k)
         accumulators = _accumulator_bytes(layer, backward, block_u, block_b, parts, num_warps)
         operand = block_b * parts * block_k * _read_bytes(layer, backward)
-        small = accumulators <= REGISTER_BYTES and operand <= CHUNK_BYTES * 32 * num_warps
+        small = accumulators <= REGISTER_BYTES[layer.rate == "float32"] and operand <= CHUNK_BYTES * 32 * num_warps
         if block_k <= widest and chunks <= MOST_CHUNKS and small:
             found.append((chunks * (parts * block_k + CHUNK_COLUMNS), parts, block_k, chunks))
     if not found:

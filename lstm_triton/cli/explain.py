@@ -12,6 +12,7 @@ import torch
 from lstm_triton_kernels.gpus import GPU, GPUS, gpu_of, nominal_constants
 from lstm_triton_kernels.limit import least_us_per_step
 from lstm_triton_kernels.plan import (
+    ALONE_REGISTER_BYTES,
     MOST_TRIES,
     REGISTER_BYTES,
     PersistentPlan,
@@ -357,8 +358,8 @@ def weights_words(layer: Layer, plan: PersistentPlan) -> str:
 
 
 def registers_words(plan: PersistentPlan) -> str:
-    """Describe the budget of registers, twice as large where a program holds all units."""
-    limit = REGISTER_BYTES * (2 if plan.alone else 1)
+    """Describe the budget of registers."""
+    limit = ALONE_REGISTER_BYTES if plan.alone else REGISTER_BYTES[plan.exact]
     text = f"{plan.accumulator_bytes} bytes of accumulators and gate inputs in a thread; the planner's limit is {limit}"
     return f"{text} where one program holds all units" if plan.alone else text
 
