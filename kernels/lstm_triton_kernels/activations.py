@@ -11,7 +11,8 @@ def sigmoid(x):
     """1 / (1 + e^-x): e^-x overflows to infinity for very negative x, which gives the right 0."""
     if x.dtype == tl.float64:
         return 1.0 / (1.0 + tl.exp(-x))
-    return reciprocal_approx(1.0 + exp2_approx(x * -1.4426950408889634))
+    else:
+        return reciprocal_approx(1.0 + exp2_approx(x * -1.4426950408889634))
 
 
 @triton.jit
