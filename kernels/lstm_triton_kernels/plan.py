@@ -58,8 +58,8 @@ POLL_US, POLL_US_PER_KIB = 0.45, 0.065
 """Waiting by the data, its last read included: for each 1,024 bytes that a program reads in a step."""
 GROUP_US = 0.3
 """Reading what others wrote in one group more."""
-ALONE_US = 1.1
-"""What a step takes beside the products where a program holds all units."""
+ALONE_US = {False: (1.0, 2.8), True: (1.25, 4.0)}
+"""Where a program holds all units: what a step takes, and how many times its product; forward, and backward (True)."""
 
 WAITING_MARGIN = 1.2
 """How much longer a plan without waiting may take by estimate, and still be preferred: it leaves the rest of the GPU to
@@ -207,13 +207,13 @@ def why_none(layer: Layer, gpu: GPU, preference: Preference) -> str:
 def candidates(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
     """Every plan that fits the GPU: all programs resident, shared memory and registers within their limits."""
     if layer.H <= LARGEST_ALONE:
-        yield from _alone(layer, gpu)
+        yield from _alone(layer, backward, gpu)
     for block_u in (8, 16, 32):  # backward, 8 units fill half of the rows that tensor cores take at once
         for block_b in (8, 16, 32):
             yield from _together(layer, backward, gpu, block_u, block_b)
 
 
-def _alone(layer: Layer, gpu: GPU) -> Iterator[PersistentPlan]:
+def _alone(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
     """One program holds all units; the rows are shared out, in as many programs as it takes."""
     units = max(16, next_power_of_2(layer.H))
     tiles = units * units * (layer.gates + layer.matrices) * layer.element_bytes
@@ -227,7 +227,8 @@ def _alone(layer: Layer, gpu: GPU) -> Iterator[PersistentPlan]:
         if row_blocks > MOST_PROGRAMS_OF_ROWS:
             continue
         rounds = ceil_div(row_blocks * layer.D, gpu.multiprocessors)
-        step = ALONE_US + 2 * _product_us(layer, gpu, tiles, block_b, units)
+        rest_us, products = ALONE_US[backward]
+        step_us = rest_us + products * _product_us(layer, gpu, tiles, block_b, units)
         yield PersistentPlan(
             block_u=units,
             block_b=block_b,
@@ -246,7 +247,7 @@ def _alone(layer: Layer, gpu: GPU) -> Iterator[PersistentPlan]:
             tile_bytes=tiles,
             accumulator_bytes=accumulated,
             shared_bytes=tiles + staging,
-            estimate_us=step * rounds,
+            estimate_us=step_us * rounds,
         )
 
 

@@ -248,7 +248,7 @@ KNOWN = [
     ("h100", dict(H=256), (32, 4, 1), dict(block_u=8, rows=4, row_blocks=4, wait="data")),
     ("h100", dict(D=2), (48, 1, 2), dict(block_u=16, rows=16, row_blocks=1, wait="counter")),
     ("h100", dict(H=1024), (64, 2, 1), dict(block_u=16, chunks=2, block_k=64, num_warps=4, wait="counter")),
-    ("h100", dict(H=1024, dtype=torch.float32), (128, 1, 1), dict(block_u=8, chunks=2, block_k=32, exact=True)),
+    ("h100", dict(H=1024, dtype=torch.float32), (128, 1, 1), dict(block_u=8, chunks=4, group=2, block_k=32)),
     ("h100", dict(H=1024, dtype=torch.float32, precision="tf32"), (128, 1, 1), dict(exact=False, num_warps=8)),
     ("h100", dict(H=128, B=64), (16, 8, 1), dict(block_u=8, rows=8, wait="data", num_warps=4)),
     ("h100", dict(H=128, B=512), (1, 32, 1), dict(block_u=128, block_b=16, row_blocks=32, wait=None, num_warps=8)),
