@@ -476,7 +476,7 @@ def is_persistent(task):
     [
         ("persistent", dict(H=4096), "no tiles of the recurrent weights"),
         ("persistent-data", dict(H=4096), "no tiles of the recurrent weights"),
-        ("persistent-u32", dict(), "no plan is Preference"),
+        ("persistent-u32", dict(H=1024), "no plan is Preference"),
         ("persistent-counter", dict(suite="core"), "is measured in smaller suites"),
         ("persistent", dict(suite="core"), None),
         ("persistent", dict(cell=True, T=1), "is no strategy of one step"),

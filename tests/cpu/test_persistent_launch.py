@@ -21,7 +21,7 @@ PLAN = ranked_plans(LAYER, False, H100)[0]
 def test_the_grid_is_units_rows_and_directions(monkeypatch):
     monkeypatch.setattr(sequence_persistent, "gpu_of", lambda device: H100)
     both = ranked_plans(LAYER._replace(D=2, B=40), False, H100)[0]
-    assert sequence_persistent.grid(PLAN, torch.device("cuda")) == (96, 1, 1)
+    assert sequence_persistent.grid(PLAN, torch.device("cuda")) == (48, 2, 1)
     assert sequence_persistent.grid(both, torch.device("cuda")) == (both.unit_programs, both.row_programs, 2)
 
 
