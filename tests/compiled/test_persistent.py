@@ -1,7 +1,8 @@
 """The persistent kernels on the plans that are ranked first for the suites' shapes and the GPUs of the table, compiled.
 
-Hundreds of kernels take longer to compile than a test run may: of each pass and tile one is compiled, those of a kind
-taking turns over GPU, variant and type. Which release of Triton compiles is the Makefile's variable.
+Hundreds of kernels take longer to compile than a test run may: of each pass and tile one is compiled, in the long tests of
+each way to cut the columns, too; those of a kind take turns over GPU, variant and type. Which release of Triton compiles
+is the Makefile's variable.
 """
 
 from __future__ import annotations
@@ -43,14 +44,15 @@ class Kernel(NamedTuple):
         )
 
 
-def kind(kernel: Kernel) -> tuple:
+def kind(kernel: Kernel, cuts: bool) -> tuple:
     plan = kernel.plan
-    tile = (plan.block_u, plan.block_b, plan.block_k, plan.parts, plan.chunks, plan.group, plan.num_warps)
-    return (kernel.backward, *tile, plan.wait, plan.exact, plan.blocks_per_program == 1)
+    tile = (plan.block_u, plan.block_b, plan.block_k, plan.num_warps)
+    cut = (plan.parts, plan.chunks, plan.group) if cuts else ()
+    return (kernel.backward, *tile, *cut, plan.wait, plan.exact, plan.blocks_per_program == 1)
 
 
-def chosen() -> list[Kernel]:
-    """One kernel of each kind."""
+def chosen(cuts: bool = False) -> list[Kernel]:
+    """One kernel of each kind; cuts: kernels whose columns are cut in another way are another kind."""
     found: dict[tuple, list[Kernel]] = {}
     suites = [case for case in cases(GPU_SUITES) if not case.cell]
     for gpu, case, ragged in itertools.product(GPUS.values(), suites, (False, True)):
@@ -59,7 +61,7 @@ def chosen() -> list[Kernel]:
             plans = ranked_plans(layer, backward, gpu)
             if not isinstance(plans, str):
                 kernel = Kernel(layer, backward, gpu, plans[0])
-                found.setdefault(kind(kernel), []).append(kernel)
+                found.setdefault(kind(kernel, cuts), []).append(kernel)
     return [kin[number * 7 % len(kin)] for number, kin in enumerate(found.values())]
 
 
@@ -102,8 +104,9 @@ def stays(ttgir: str, side: int) -> bool:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_plan_keeps_its_weights_on_the_chip_and_waits_as_it_says(part):
-    some = chosen()[part::PARTS]
+@pytest.mark.parametrize("cuts", [False, pytest.param(True, marks=pytest.mark.long)], ids=["tiles", "tiles and cuts"])
+def test_a_plan_keeps_its_weights_on_the_chip_and_waits_as_it_says(cuts, part):
+    some = chosen(cuts)[part::PARTS]
     assert some
     for kernel in some:
         found = compiled(kernel)
