@@ -1,8 +1,8 @@
 """The persistent kernels on the plans that are ranked first for the suites' shapes and the GPUs of the table, compiled.
 
-Hundreds of kernels take longer to compile than a test run may: of each pass and tile one is compiled, in the long tests of
-each way to cut the columns, too; those of a kind take turns over GPU, variant and type. Which release of Triton compiles
-is the Makefile's variable.
+Hundreds of kernels take longer to compile than a test run may: of each pass and tile one is compiled, in the long tests
+of each way to cut the columns, too; those of a kind take turns over GPU, variant and type. Which release of Triton
+compiles is the Makefile's variable.
 """
 
 from __future__ import annotations
