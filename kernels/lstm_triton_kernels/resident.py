@@ -160,12 +160,13 @@ def sum_parts(acc, WARPS: tl.constexpr):
 
     First over the parts that a warp holds, in registers. Then, through shared memory, every thread gets all remaining
     parts of its own outputs, and other outputs than any other thread: the axis of size 1 keeps the compiler from
-    leaving the sum in the layout of the product, in which every warp would compute every output.
+    leaving the sum in the layout of the product, in which every warp would compute every output. (Triton 3.9 removes an
+    axis that a reshape takes away before the sum.)
     """
     if acc.shape[0] > WARPS:
         acc = tl.sum(tl.reshape(acc, by_warp(acc.shape, WARPS)), 0)
-    parts = tl.expand_dims(acc, len(acc.shape))
-    return tl.sum(tl.reshape(parts, acc.shape), 0)
+    total = tl.sum(tl.expand_dims(acc, len(acc.shape)), 0)
+    return tl.reshape(total, acc.shape[1:])
 
 
 @triton.jit
