@@ -12,7 +12,7 @@ QUICK = {
     "an mma's operand registers swapped",
     "no turn of the data wait",
     "a st.global without its mask",
-    "wgmma waited for one group too few",
+    "wgmma waited for too few groups",
 }
 
 
