@@ -65,11 +65,11 @@ CUDNN_US = {
     "standard, capability 9.0, packed": {False: 16.0, True: 29.0},
 }
 """A step of cuDNN forward (False) and backward (True). Of its persistent kernel: H100, B=16, H=768, float16, from
-FlashRNN's published plot data; an H200 measured 2.03 forward. Of its persistent kernel of at most 192 units, GEMMs
-included: B=H=64, float32, on an H200 (benchmarks/results/h200-2026-11-26-trial-steps-present.txt; in float16 1.24 and
-2.25). Of its standard algorithm, without the time of the
-product: an assumption; on capability 9.0 as an H200 measured it, the smaller of its times alone and taking turns with
-this library (benchmarks/results/h200-2026-11-26-gpu.csv, rows of anchor, core, odd and ragged)."""
+FlashRNN's published plot data; an H200 measured 2.03 forward. Of few units, with its GEMMs: B=H=64, float32, on an H200
+(benchmarks/results/h200-2026-11-26-trial-steps-present.txt, where float16 takes 1.24 and 2.25). Of its standard
+algorithm, without the time of the product: an assumption; on capability 9.0 as an H200 measured it, the smaller of its
+times alone and taking turns with this library (benchmarks/results/h200-2026-11-26-gpu.csv, rows of anchor, core, odd
+and ragged)."""
 
 CUDNN_FEW_UNITS = {False: 192, True: 128}
 """Up to how many units PyTorch asks cuDNN for a persistent kernel in every type but float64; in training (True)."""

@@ -22,11 +22,11 @@ PHASES = {
 }
 
 # The kernels' functions by what they do; an instruction gets its phase by those that it was inlined from. A function
-# that the kernels gain is one name more here (tests/cpu/test_simulator.py finds a set that has no function any more).
-PRODUCTS = {"add_tile", "multiply_add"}
-SUMS = {"sum_parts", "sum_gates", "sum_one"}
+# that the kernels gain is one name more here (tests/cpu/test_simulator.py finds a name that no function has any more).
+PRODUCTS = {"multiply_add"}
+SUMS = {"sum_parts", "sum_units", "sum_gates"}
 POLLS = {"any_missing", "load_bits", "wait_for_count", "load_when_published"}
-LOADS = {"exchange_load", "as_left", "as_operand", "round_to_tf32", "opaque"}
+LOADS = {"exchange_load", "as_right", "as_operand", "round_to_tf32", "opaque"}
 EQUATIONS = {
     "next_cell", "output_gate", "output_gradients", "cell_gradients", "previous_cell_gradient", "tanh", "sigmoid",
     "exp2_approx", "reciprocal_approx",

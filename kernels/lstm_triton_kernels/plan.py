@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lstm_triton_kernels.gpus import GPU, L2_BYTES_PER_CLOCK
+from lstm_triton_kernels.gpus import GPU, L2_BYTES_PER_CLOCK, WAIT_US
 from lstm_triton_kernels.sizes import Layer, ceil_div, next_power_of_2
 
 PERSISTENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -52,8 +52,8 @@ REST_US = 0.7
 """What a row block takes beside waiting, reading and the traffic of its product with shared memory."""
 OUTPUT_US = 0.2
 """And for every output of a thread: activations, stores."""
-COUNTER_US = 0.94
-"""Waiting by the counter, from the last store of a step to the first load of the next, 128 programs."""
+COUNTER_US = WAIT_US["counter"][128]
+"""Waiting by the counter, from the last store of a step to the first load of the next, whatever the programs are."""
 POLL_US, POLL_US_PER_KIB = 0.45, 0.065
 """Waiting by the data, its last read included: for each 1,024 bytes that a program reads in a step."""
 GROUP_US = 0.3
@@ -243,7 +243,7 @@ def _alone(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
             row_blocks=row_blocks,
             num_warps=num_warps,
             wait=None,
-            exact=layer.rate == "float32",
+            exact=layer.exact,
             tile_bytes=tiles,
             accumulator_bytes=accumulated,
             shared_bytes=tiles + staging,
@@ -257,7 +257,6 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
     row_room = gpu.multiprocessors // (unit_programs * layer.D)
     if unit_programs == 1 or row_room < 1:
         return
-    exact = layer.rate == "float32"
     num_warps = _warps(layer, backward)
     threads = 32 * num_warps
     cut = _cut(layer, backward, block_u, block_b, num_warps)
@@ -284,7 +283,7 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
     shared_bytes = tiles + max(operand, num_warps * width * block_b * 4) + 1024
     if shared_bytes > gpu.shared_bytes:
         return
-    most = max(n for n in range(1, chunks + 1) if chunks % n == 0 and n * operand <= READ_BYTES[exact] * threads)
+    most = max(n for n in range(1, chunks + 1) if chunks % n == 0 and n * operand <= READ_BYTES[layer.exact] * threads)
     for wait, group in itertools.product(wait_us, sorted({most, 1})):
         groups = chunks // group * (2 if layer.matrices and not backward else 1)
         yield PersistentPlan(
@@ -301,7 +300,7 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
             row_blocks=row_blocks,
             num_warps=num_warps,
             wait=wait,
-            exact=exact,
+            exact=layer.exact,
             tile_bytes=tiles,
             accumulator_bytes=_accumulator_bytes(layer, backward, block_u, block_b, parts, num_warps),
             shared_bytes=shared_bytes,
@@ -327,7 +326,7 @@ def _cut(layer: Layer, backward: bool, block_u: int, block_b: int, num_warps: in
         chunks = ceil_div(K, parts * block_k)
         accumulators = _accumulator_bytes(layer, backward, block_u, block_b, parts, num_warps)
         operand = block_b * parts * block_k * _read_bytes(layer, backward)
-        small = accumulators <= REGISTER_BYTES[layer.rate == "float32"] and operand <= CHUNK_BYTES * 32 * num_warps
+        small = accumulators <= REGISTER_BYTES[layer.exact] and operand <= CHUNK_BYTES * 32 * num_warps
         if block_k <= widest and chunks <= MOST_CHUNKS and small:
             found.append((chunks * (parts * block_k + CHUNK_COLUMNS), parts, block_k, chunks))
     if not found:
@@ -358,5 +357,5 @@ def _product_us(layer: Layer, gpu: GPU, traffic: int, block_b: int, units: int) 
     """The product of a row block: its bytes through shared memory, or multiplying, whichever takes longer."""
     read = traffic / (SHARED_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
     operations = 2 * block_b * units * max(16, layer.H) * (layer.gates + layer.matrices)
-    rate = PRODUCT_RATE[layer.rate == "float32"] * gpu.tflop_per_s[layer.rate] / gpu.multiprocessors
+    rate = PRODUCT_RATE[layer.exact] * gpu.tflop_per_s[layer.rate] / gpu.multiprocessors
     return max(read, operations / (rate * 1e6))

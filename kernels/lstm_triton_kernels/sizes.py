@@ -77,6 +77,11 @@ class Layer(NamedTuple):
         return "tf32" if name == "float32" and self.precision == "tf32" else name
 
     @property
+    def exact(self) -> bool:
+        """Whether its products are of float32 without TF32, which tensor cores do not compute."""
+        return self.rate == "float32"
+
+    @property
     def recurrent_elements(self) -> int:
         """Elements of the recurrent weights of one direction."""
         return self.H * ((self.P or self.H) * self.gates + self.H * self.matrices)

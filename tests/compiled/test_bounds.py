@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
-from lstm_triton_kernels.operands import INTERPRETED
+from lstm_triton_kernels.inline_ptx import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)

@@ -4,7 +4,7 @@ The checks of the emulator see each access to memory: none outside of a tensor, 
 """
 
 import pytest
-from lstm_triton_kernels.operands import INTERPRETED
+from lstm_triton_kernels.inline_ptx import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)

@@ -1,7 +1,7 @@
 """Faults planted in the compiled kernels, each of which must be seen: what `test_executed` would not let pass."""
 
 import pytest
-from lstm_triton_kernels.operands import INTERPRETED
+from lstm_triton_kernels.inline_ptx import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)

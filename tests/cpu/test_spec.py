@@ -1,5 +1,6 @@
 """LSTMSpec, the order of the steps, and the launch plans: pure functions."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -54,6 +55,16 @@ def test_each_step_reads_what_the_step_before_it_wrote(T, reverse, saved):
     assert steps[-1].current == order.final_slot(saved)
     slots = {steps[0].previous, *(step.current for step in steps)}
     assert slots == (set(range(T + 1)) if saved else {0})
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+def test_products_by_wgmma_are_unpipelined_where_triton_does_not_fence_their_copies(fenced, monkeypatch):
+    gates = pytest.importorskip("lstm_triton_kernels.gates")
+    monkeypatch.setattr(gates, "FENCES_COPIES", fenced)
+    for dtype in SUPPORTED_DTYPES:
+        for B in (16, 64, 300):
+            stages = 1 if dtype.itemsize == 2 and B >= 64 and not fenced else matmul_blocks(B, 512, dtype).num_stages
+            assert gates.product_blocks(B, 512, dtype) == replace(matmul_blocks(B, 512, dtype), num_stages=stages)
 
 
 @given(st.integers(0, 100_000), st.integers(1, 100_000), st.sampled_from(SUPPORTED_DTYPES))
