@@ -83,7 +83,7 @@ POLLED = [
     one("LDG.E.STRONG.SYS R2, [R4]", label=".L_x_1", function="load_bits"),
     one("@P1 BRA `(.L_x_1)", function="load_bits"),
     one("LDSM.16.M88.4 R8, [R6]", label=".L_x_2"),
-    one("HMMA.16816.F32.BF16 R0, R8, R2, R0", function="add_tile"),
+    one("HMMA.16816.F32.BF16 R0, R8, R2, R0", function="multiply_add"),
     one("MUFU.EX2 R3, R0", function="sigmoid"),
     one("STG.E [R4], R3", function="publish"),
     one("IADD3 R5, R5, 1, RZ"),
