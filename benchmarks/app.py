@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import RESULTS, ROOT, constants, micro, plots, report, rows, run, suites, warm
+from benchmarks import RESULTS, ROOT, constants, micro, plots, report, rows, run, steps, suites, warm
 from benchmarks import readme as brief
 from benchmarks.environment import environment, machine
 from benchmarks.providers import BASELINES, PROVIDERS, Provider
@@ -143,6 +145,50 @@ def micro_command(device: Device = "auto", results: Results = RESULTS) -> None:
     constants.save(path, found, asdict(this))
     out.print(constants_table(found))
     out.print(f"{path}", soft_wrap=True)
+
+
+@app.command(name="steps")
+def steps_command(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows x units, as 16x768; repeat for several.", show_default="a list of its own"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the shapes: as for `run`.")] = "bfloat16",
+    variant: Annotated[str, typer.Option(help="Of the shapes' cell.")] = "standard",
+    wait: Annotated[
+        list[str] | None,
+        typer.Option(help="How programs wait: planned, counter or data; repeat for several.", show_default="all three"),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That compile at once.", show_default="one a core")
+    ] = None,
+    device: Device = "auto",
+    results: Results = RESULTS,
+) -> None:
+    """Time a step of the persistent kernels by itself: one launch a pass, compared with the reference first."""
+    out = console()
+    where = _device(device)
+    if where.type != "cuda":
+        raise typer.BadParameter("times persistent kernels: needs a GPU")
+    choose("--dtype", [dtype], tuple(suites.STORAGE))
+    choose("--variant", [variant], tuple(spec.name for spec in VARIANTS))
+    waits = choose("--wait", wait or ["planned", "counter", "data"], ("planned", "counter", "data"))
+    cases = steps.cases([(*parse_shape(text), dtype, variant) for text in shape] if shape else steps.SHAPES)
+    asked = [(case, None if name == "planned" else name) for case in cases for name in waits]
+    path = rows.new_file(_folder(results), machine(where), environment(where).date, "steps", "jsonl")
+    steps.compile_all(asked, str(where), processes or os.cpu_count() or 1)
+    path.write_text(json.dumps(asdict(environment(where))) + "\n")
+    for row in steps.run(asked, where, path):
+        out.print(str(row), markup=False, soft_wrap=True)
+    out.print(f"{path}", soft_wrap=True)
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """Rows and units. Raises BadParameter for another text than `16x768`."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise typer.BadParameter(f"--shape: {text!r} is not rows x units, as 16x768")
+    return int(match[1]), int(match[2])
 
 
 @app.command(name="warm")

@@ -1,4 +1,4 @@
-"""All that one visit to a GPU should bring home: parity first, then the constants, then the suites."""
+"""All that one visit to a GPU should bring home: a step by itself, parity, the constants, the suites."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from benchmarks.summary import short_table
 
 PARITY_SHARE = 0.4
 """Of the budget, for the parity tests at most; the last of them, many of one kind, are those that can be missed."""
+
+STEPS_SECONDS = 40.0
+"""For a step of the anchor by itself, whatever the rest comes to."""
 
 MICRO_SECONDS = 40.0
 WARM_SECONDS = 40.0
@@ -45,7 +48,10 @@ def run_all(budget: float, results: Path, out: Console) -> int:
     this = environment(where)
     before = set(results.glob("*.csv"))
     outcomes: dict[str, str | None] = {}
+    tool = [sys.executable, "-m", "benchmarks"]
 
+    anchor = ["--shape", "16x768", "--wait", "counter", "--wait", "data"]
+    outcomes["steps"] = stopped_after(STEPS_SECONDS, [*tool, "steps", *anchor, "--results", str(results)])
     parity = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
     if find_spec("xdist") is not None:
         parity += ["-n", str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1))]
@@ -53,7 +59,6 @@ def run_all(budget: float, results: Path, out: Console) -> int:
     outcomes["parity"] = stopped_after(PARITY_SHARE * budget, parity, log)
     out.print(f"parity tests, {log.name}: {last_line(log)}", markup=False, soft_wrap=True)
 
-    tool = [sys.executable, "-m", "benchmarks"]
     outcomes["micro"] = stopped_after(MICRO_SECONDS, [*tool, "micro", "--results", str(results)])
     warm = [*tool, "warm", "--suite", "gpu", "--processes", str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1))]
     outcomes["compiling"] = stopped_after(2 * WARM_SECONDS, [*warm, "--seconds", f"{WARM_SECONDS:.0f}"])

@@ -55,6 +55,12 @@ def in_turns(timed: Sequence[Timed], device: torch.device, seconds: float) -> li
     return [list(column) for column in zip(*(_finish(one, device) for one in counted), strict=True)]
 
 
+def one_round(timed: Sequence[Timed], device: torch.device) -> list[float]:
+    """Milliseconds of each, called once, when the device is done."""
+    clock = _device_round if device.type == "cuda" else _host_round
+    return _finish(clock(timed, 0), device)
+
+
 def _device_round(timed: Sequence[Timed], first: int) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
     events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
     for n in _order(len(timed), first):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from benchmarks import RESULTS, ROOT, app, plots, readme, report, rows, suites
@@ -68,6 +69,18 @@ def test_a_folder_that_cannot_be_written_is_named_first(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_step_by_itself_needs_a_gpu(tmp_path):
+    code, output = call("steps", "--device", "cpu", "--results", tmp_path)
+    assert code == 2 and "times persistent kernels: needs a GPU" in output and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["16", "16x", "x768", "0x768", "16x768x2", "axb"])
+def test_a_shape_is_rows_times_units(text):
+    assert app.parse_shape("16x768") == (16, 768)
+    with pytest.raises(typer.BadParameter, match=f"--shape: '{text}' is not rows x units, as 16x768"):
+        app.parse_shape(text)
+
+
 def test_without_a_gpu_the_visit_to_one_says_so(tmp_path):
     code, output = call("gpu", "--results", tmp_path)
     assert code == 2 and "there is no GPU" in output and not list(tmp_path.iterdir())

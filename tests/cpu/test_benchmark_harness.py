@@ -683,10 +683,11 @@ def test_a_visit_runs_parity_then_constants_then_suites_within_its_budget(tmp_pa
     monkeypatch.setattr(gpu, "machine", lambda device: "NVIDIA H100")
     out = Console(width=140, file=io.StringIO())
     code = gpu.run_all(540.0, tmp_path, out)
-    parts = ["pytest", "micro", "warm", "run"]
+    parts = ["benchmarks steps", "pytest", "micro", "warm", "run"]
     assert [name for _, words in ran for name in parts if f" {name}" in words] == parts
-    assert sum(seconds for seconds, _ in ran[:3]) < 540.0 and ran[3][0] <= 540.0
-    assert "--suite gpu" in ran[2][1] and "--suite gpu" in ran[3][1] and "-m gpu tests/gpu" in ran[0][1]
+    assert sum(seconds for seconds, _ in ran[:4]) < 540.0 and ran[4][0] <= 540.0
+    assert "--shape 16x768" in ran[0][1] and "-m gpu tests/gpu" in ran[1][1]
+    assert "--suite gpu" in ran[3][1] and "--suite gpu" in ran[4][1]
     text = out.file.getvalue()
     assert "571 passed" in text and "1.50" in text and "suites: done" in text
     assert (code, f"parity: {parity or 'done'}" in text) == (1 if parity else 0, True)
