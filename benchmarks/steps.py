@@ -151,7 +151,7 @@ def measure(case: Case, wait: str | None, device: torch.device) -> Iterator[Row]
     """Both passes of a case, its programs waiting as asked. Whatever goes wrong becomes a row that says so."""
     from lstm_triton_kernels import sequence_persistent
     from lstm_triton_kernels.gpus import gpu_of
-    from lstm_triton_kernels.plan import Preference, ranked_plans
+    from lstm_triton_kernels.plan import PersistentPlan, Preference, ranked_plans
     from lstm_triton_kernels.watch import check_launches
 
     row = Row(False, case.B, case.H, case.dtype, case.variant, wait or "")
@@ -165,9 +165,10 @@ def measure(case: Case, wait: str | None, device: torch.device) -> Iterator[Row]
                 row = replace(row, backward=backward)
                 us = us_of_steps(launch, device, case.T)
                 check_launches()
-                plan = sequence_persistent.plan_that_ran(case.layer, backward, wanted)
-                if plan is None:  # in the interpreter none is settled
-                    plan = ranked_plans(case.layer, backward, gpu_of(device), wanted)[0]
+                ranked = ranked_plans(case.layer, backward, gpu_of(device), wanted)
+                settled = sequence_persistent.plan_that_ran(case.layer, backward, wanted)
+                plan = settled or ranked[0]  # in the interpreter none is settled
+                assert isinstance(plan, PersistentPlan)
                 yield replace(
                     row, plan=plan.describe(), estimate_us=plan.estimate_us, error=error,
                     us=statistics.median(us), us_least=min(us), us_most=max(us),
