@@ -125,7 +125,8 @@ class Passes:
         return output, h_n, c_n
 
     def backward(self) -> tuple[torch.Tensor, ...]:
-        """The gradients of the pre-activations and of c_0."""
+        """The gradients of the pre-activations and of c_0; after `forward`."""
+        assert self.cells is not None
         d_gates, _, dc = self.engine.backward(self.grads, self.gates, self.cells, self.weights, self.order, self.call)
         return d_gates, dc
 
