@@ -27,7 +27,7 @@ def forward(
         layer, *tensors, order, save=call.every_cell, save_gates=call.save_gates
     )
     found = sequence_persistent.run(launch)
-    return found["hidden_ptr"][: order.T], found["h_n_ptr"], found["c_n_ptr"], found["cells_ptr"]
+    return sequence_persistent.hidden_of(found, layer), found["h_n_ptr"], found["c_n_ptr"], found["cells_ptr"]
 
 
 def backward(

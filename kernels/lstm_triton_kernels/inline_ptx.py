@@ -1,6 +1,6 @@
 """Instructions of NVIDIA GPUs that Triton has no function for, as inline PTX; in the interpreter, plain operations.
 
-For blocks of float32, but for `opaque`. The interpreter executes no PTX.
+For blocks of float32, but for `opaque` and `pause`. The interpreter executes no PTX.
 """
 
 import triton
@@ -51,6 +51,30 @@ def opaque(block):
         return block
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [block], dtype=block.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
+def pause(clocks):
+    """Let so many clocks of the multiprocessor pass (int32); the interpreter has none."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .u32 %start, %passed;
+            .reg .pred %early;
+            mov.u32 %start, %clock;
+            PAUSE:
+            mov.u32 %passed, %clock;
+            sub.u32 %passed, %passed, %start;
+            setp.lt.u32 %early, %passed, $1;
+            @%early bra PAUSE;
+            mov.u32 $0, %passed;
+            }""",
+            "=r,r",
+            [clocks],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 INTERPRETED = tl.constexpr(isinstance(opaque, InterpretedFunction))

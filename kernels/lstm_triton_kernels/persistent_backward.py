@@ -27,13 +27,21 @@ from lstm_triton_kernels.operands import as_operand, multiply_add
 from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
+    divided_by,
     load_gate_tiles,
     load_transposed_tiles,
     peephole_block,
     sum_units,
 )
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
-from lstm_triton_kernels.sync import COUNTER_STRIDE, exchange_arrive, exchange_load, exchange_store, exchange_wait
+from lstm_triton_kernels.sync import (
+    COUNTER_STRIDE,
+    exchange_arrive,
+    exchange_load,
+    exchange_pause,
+    exchange_store,
+    exchange_wait,
+)
 
 
 @triton.jit
@@ -63,17 +71,17 @@ def load_saved(
     return saved, (c_previous, c), grads
 
 
-@triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls"])
+@triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def persistent_backward_kernel(
     d_gates_ptr, dc_ptr, gates_ptr, cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr, grad_c_n_ptr,
     w_hh_ptr, w_ch_ptr, lengths_ptr, resets_ptr, counters_ptr, error_ptr,
-    T, B, H, rows, row_blocks, max_polls,
+    T, B, H, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_CELLS: tl.constexpr,
     HAS_GRAD_H_N: tl.constexpr, HAS_GRAD_C_N: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
     ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
-    WORDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr, H_DIVISOR: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0, without a full peephole's part.
 
@@ -85,6 +93,7 @@ def persistent_backward_kernel(
     G: tl.constexpr = 3 if COUPLED else 4
     Q: tl.constexpr = 2 if COUPLED else 3
     D_TYPE: tl.constexpr = d_gates_ptr.dtype.element_ty
+    H = divided_by(H, H_DIVISOR)
     direction = tl.program_id(2)
     reverse = direction == 1
     side = direction.to(tl.int64)
@@ -203,6 +212,7 @@ def persistent_backward_kernel(
             read_mask = carry_mask[:, None]
             d_after = at_time(d_gates_ptr, after, gates_stride, HAS_LENGTHS) + row[:, None] * G * H
             counter_ptr = counters_ptr + b * COUNTER_STRIDE
+            exchange_pause(pause, WAIT)
             max_polls = exchange_wait(counter_ptr, done * tl.num_programs(0), max_polls, error_ptr, WAIT)
             for first in tl.static_range(0, CHUNKS, GROUP):
                 pointers, masks = chunk_pointers(d_after, G * H, read_mask, first, GROUP, PARTS, BLOCK_K, WORDS)

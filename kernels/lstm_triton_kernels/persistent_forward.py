@@ -30,29 +30,37 @@ from lstm_triton_kernels.operands import as_operand, multiply_add
 from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
+    divided_by,
     load_gate_tiles,
     load_stacked_tiles,
     peephole_block,
     sum_gates,
 )
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
-from lstm_triton_kernels.sync import COUNTER_STRIDE, exchange_arrive, exchange_load, exchange_store, exchange_wait
+from lstm_triton_kernels.sync import (
+    COUNTER_STRIDE,
+    exchange_arrive,
+    exchange_load,
+    exchange_pause,
+    exchange_store,
+    exchange_wait,
+)
 
 
-@triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls"])
+@triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def persistent_forward_kernel(
     gates_ptr, hidden_ptr, cells_ptr, h_n_ptr, c_n_ptr, h_0_ptr, c_0_ptr, w_hh_ptr, w_ch_ptr, lengths_ptr, resets_ptr,
     counters_ptr, error_ptr,
-    T, B, H, rows, row_blocks, max_polls,
+    T, B, H, padded_H, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     SAVE_GATES: tl.constexpr, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
     ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
-    WORDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr, H_DIVISOR: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
 
-    - hidden: (T + 1, B, D·H) out; slot T is that of h_0
+    - hidden: (T + 1, B, D, padded_H) out, zero beyond H; slot T is that of h_0
     - cells: (D, T + 1, B, H) out, slot t the state before step t, in the second direction after it (CELLS == "all"); or
       (D, 1, B, H), the state between two steps (CELLS == "one"); or None (CELLS == "none": c stays in registers)
     - h_n, c_n: (D, B, H) out; h_0, c_0: (D, B, H); w_hh: (D, G·H, H); w_ch: (D, Q·H) diagonal, (D, Q·H, H) full
@@ -60,7 +68,7 @@ def persistent_forward_kernel(
 
     The output gate of a full peephole reads c_{t-1}. ONE_BLOCK: no program has a second row block.
     CHUNKS, PARTS, BLOCK_K: how the columns of the product are cut (resident.py); GROUP chunks, a divisor of CHUNKS, are
-    read at once, WORDS: as 32-bit words of two elements. WARPS: of the program.
+    read at once, WORDS: as 32-bit words of two elements. WARPS: of the program. H_DIVISOR: a power of two, divides H.
     """
     G: tl.constexpr = 3 if COUPLED else 4
     Q: tl.constexpr = 2 if COUPLED else 3
@@ -68,6 +76,7 @@ def persistent_forward_kernel(
     direction = tl.program_id(2)
     reverse = direction == 1
     D = tl.num_programs(2)
+    H = divided_by(H, H_DIVISOR)
     side = direction.to(tl.int64)
     unit_from = tl.program_id(0) * BLOCK_U
     unit = unit_from + tl.arange(0, BLOCK_U)
@@ -87,10 +96,10 @@ def persistent_forward_kernel(
             )
 
     gates_stride = B.to(tl.int64) * G * H
-    hidden_stride = B.to(tl.int64) * D * H
+    hidden_stride = B.to(tl.int64) * D * padded_H
     cells_stride = B.to(tl.int64) * H
     gates_ptr += side * T * gates_stride
-    hidden_ptr += side * H
+    hidden_ptr += side * padded_H
     if CELLS == "all":
         cells_ptr += side * (T + 1) * cells_stride
     if CELLS == "one":
@@ -120,7 +129,7 @@ def persistent_forward_kernel(
                 tl.store(place, c, mask=tile_mask)
         if not ALONE:
             h = tl.load(h_0_ptr + state, mask=tile_mask, other=0.0)
-            place = hidden_ptr + T * hidden_stride + row[:, None] * D * H + unit[None, :]
+            place = hidden_ptr + T * hidden_stride + row[:, None] * D * padded_H + unit[None, :]
             exchange_store(place, h, tile_mask, WAIT)
             exchange_arrive(counters_ptr + b * COUNTER_STRIDE, WAIT)
 
@@ -196,11 +205,12 @@ def persistent_forward_kernel(
             acc = tl.zeros((PARTS, 4 * BLOCK_U, BLOCK_B), ACC)
             before = tl.where(n == 0, T, tl.where(reverse, t + 1, t - 1))
             read_mask = carry_mask[:, None]
-            h_before = at_time(hidden_ptr, before, hidden_stride, HAS_LENGTHS) + row[:, None] * D * H
+            h_before = at_time(hidden_ptr, before, hidden_stride, HAS_LENGTHS) + row[:, None] * D * padded_H
             counter_ptr = counters_ptr + b * COUNTER_STRIDE
+            exchange_pause(pause, WAIT)
             max_polls = exchange_wait(counter_ptr, (n + 1) * tl.num_programs(0), max_polls, error_ptr, WAIT)
             for first in tl.static_range(0, CHUNKS, GROUP):
-                pointers, masks = chunk_pointers(h_before, H, read_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
+                pointers, masks = chunk_pointers(h_before, padded_H, read_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
                 read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                 for m in tl.static_range(GROUP):
                     right = as_right(read[m], H_TYPE, WORDS, PARTS, DOT, PRECISION)
@@ -223,7 +233,7 @@ def persistent_forward_kernel(
         h_now = o * tanh(c)
 
         # What others wait for goes first.
-        hidden_now = at_time(hidden_ptr, t, hidden_stride, HAS_LENGTHS) + row[:, None] * D * H + unit[None, :]
+        hidden_now = at_time(hidden_ptr, t, hidden_stride, HAS_LENGTHS) + row[:, None] * D * padded_H + unit[None, :]
         if ALONE:
             tl.store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0).to(H_TYPE), mask=tile_mask)
             h = h_now.to(H_TYPE).to(DOT)
@@ -244,6 +254,6 @@ def persistent_forward_kernel(
 
     if HAS_LENGTHS and ONE_BLOCK:
         for n in range(steps, T):
-            tl.store(hidden_ptr + hidden_stride * n + row[:, None] * D * H + unit[None, :], 0.0, mask=tile_mask)
+            tl.store(hidden_ptr + hidden_stride * n + row[:, None] * D * padded_H + unit[None, :], 0.0, mask=tile_mask)
             if CELLS == "all":
                 tl.store(cells_ptr + cells_stride * (n + 1) + state, 0.0, mask=tile_mask)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lstm_triton_kernels.gpus import GPU, L2_BYTES_PER_CLOCK, WAIT_US
+from lstm_triton_kernels.gpus import GPU, L2_BYTES_PER_CLOCK
 from lstm_triton_kernels.sizes import Layer, ceil_div, next_power_of_2
 
 PERSISTENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,22 +43,30 @@ READ_BYTES = {False: 512, True: 128}
 CHUNK_COLUMNS = 128
 """A chunk more costs about as much as so many columns of padding, by simulation: two barriers, and latencies."""
 
-# Constants of the estimate: fitted to steps measured on an H200 with Triton 3.6, of a trial of these kernels at seven
-# shapes with both waits (benchmarks/results/h200-2026-11-26-trial-steps-lean.txt).
+# Constants of the estimate: fitted to steps measured on an H100 with Triton 3.6, of up to 18 plans a pass at eight
+# shapes in bfloat16 (benchmarks/results/h100-80gb-hbm3-2026-11-26-trial-plans.jsonl).
 SHARED_BYTES_PER_CLOCK = 128
 PRODUCT_RATE = {True: 0.2, False: 0.5}
 """The part of the GPU's rate that the products reach: without tensor cores (True, by simulation), with them."""
-REST_US = 0.7
+REST_US = 0.67
 """What a row block takes beside waiting, reading and the traffic of its product with shared memory."""
-OUTPUT_US = 0.2
-"""And for every output of a thread: activations, stores."""
-COUNTER_US = WAIT_US["counter"][128]
-"""Waiting by the counter, from the last store of a step to the first load of the next, whatever the programs are."""
-POLL_US, POLL_US_PER_KIB = 0.45, 0.065
-"""Waiting by the data, its last read included: for each 1,024 bytes that a program reads in a step."""
+OUTPUT_US = {False: 0.3, True: 0.14}
+"""And for every output of a thread, activations and stores; forward, and backward (True)."""
+TRAFFIC = {False: 0.9, True: 1.45}
+"""How many times its bytes what a product moves through shared memory counts, likewise."""
+COUNTER_US, READS = {False: 0.72, True: 0.56}, {False: 1.25, True: 0.65}
+"""Waiting by the counter, from the last store of a step to the first load of the next, whatever the programs are; and
+how many times the rate of L2 what they read takes, likewise."""
+POLL_US, POLL_US_PER_KIB = 0.4, {False: 0.019, True: 0.013}
+"""Waiting by the data, its last read included: for each 1,024 bytes that a program reads in a step, likewise."""
+NARROW_US_PER_KIB = 0.5
+"""The same where rows do not begin on 16 bytes, so that every load is narrow."""
+PAUSE, PAUSE_PER_KIB, MOST_PAUSE = 300, 25, 800
+"""Clocks from a program's last store to its first poll of the data: the best of 0, 400, 600 and 800 on an H100, for 2
+to 64 KiB. With several row blocks a program has other work meanwhile, and none is best."""
 GROUP_US = 0.3
 """Reading what others wrote in one group more."""
-ALONE_US = {False: (1.0, 2.8), True: (1.25, 4.0)}
+ALONE_US = {False: (1.1, 2.8), True: (1.25, 4.0)}
 """Where a program holds all units: what a step takes, and how many times its product; forward, and backward (True)."""
 
 WAITING_MARGIN = 1.2
@@ -73,7 +81,8 @@ class PersistentPlan:
     - block_u units and block_b rows in a program's tile, of which `rows` are used; block_k columns in a part of a
       chunk, `parts` parts, `chunks` chunks (see resident.py), of which `group` are read at once
     - unit_programs, row_programs, directions: the grid; row_blocks: blocks of rows there are, at least row_programs
-    - wait: how programs wait for each other (sync.py), None where each holds all units
+    - wait: how programs wait for each other (sync.py), None where each holds all units; pause: clocks before the first
+      poll of the data
     - exact: float32 products without tensor cores
     - tile_bytes: of the resident weights of a program, padding included
     - accumulator_bytes: of accumulators and gate inputs in a thread; shared_bytes: of a program, both as estimated
@@ -93,6 +102,7 @@ class PersistentPlan:
     row_blocks: int
     num_warps: int
     wait: str | None
+    pause: int
     exact: bool
     tile_bytes: int
     accumulator_bytes: int
@@ -243,6 +253,7 @@ def _alone(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
             row_blocks=row_blocks,
             num_warps=num_warps,
             wait=None,
+            pause=0,
             exact=layer.exact,
             tile_bytes=tiles,
             accumulator_bytes=accumulated,
@@ -271,13 +282,15 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
     blocks = ceil_div(row_blocks, row_programs)
     row_bytes = exchanged_bytes(layer, backward)
     outputs = block_u * block_b / threads
-    block_us = (
-        REST_US + OUTPUT_US * outputs + _product_us(layer, gpu, tiles + 2 * row_bytes * block_b, block_b, block_u)
-    )
+    traffic = TRAFFIC[backward] * (tiles + 2 * row_bytes * block_b)
+    block_us = REST_US + OUTPUT_US[backward] * outputs + _product_us(layer, gpu, traffic, block_b, block_u)
     reads = unit_programs * layer.D * layer.B * row_bytes / blocks  # of all programs, in one of their row blocks
+    reads_us = reads / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
+    narrow = backward and row_bytes % 16 > 0
+    per_kib = NARROW_US_PER_KIB if narrow else POLL_US_PER_KIB[backward]
     wait_us = {
-        "counter": COUNTER_US + reads / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3),
-        "data": POLL_US + POLL_US_PER_KIB * rows * row_bytes / 1024,
+        "counter": COUNTER_US[backward] + READS[backward] * reads_us,
+        "data": POLL_US + per_kib * rows * row_bytes / 1024,
     }
     operand = block_b * parts * block_k * _read_bytes(layer, backward)
     shared_bytes = tiles + max(operand, num_warps * width * block_b * 4) + 1024
@@ -300,6 +313,7 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
             row_blocks=row_blocks,
             num_warps=num_warps,
             wait=wait,
+            pause=pause_clocks(rows * row_bytes) if wait == "data" and blocks == 1 else 0,
             exact=layer.exact,
             tile_bytes=tiles,
             accumulator_bytes=_accumulator_bytes(layer, backward, block_u, block_b, parts, num_warps),
@@ -348,12 +362,17 @@ def exchanged_bytes(layer: Layer, backward: bool) -> int:
     return layer.H * (layer.element_bytes + (4 if layer.matrices else 0))
 
 
+def pause_clocks(read: int) -> int:
+    """Return the clocks to wait before the first poll of the data, for the bytes that a program reads in a step."""
+    return min(MOST_PAUSE, PAUSE + PAUSE_PER_KIB * read // 1024)
+
+
 def _read_bytes(layer: Layer, backward: bool) -> int:
     """Return the bytes of the widest elements that a program reads of others: c of a full peephole is float32."""
     return 4 if layer.matrices and not backward else layer.element_bytes
 
 
-def _product_us(layer: Layer, gpu: GPU, traffic: int, block_b: int, units: int) -> float:
+def _product_us(layer: Layer, gpu: GPU, traffic: float, block_b: int, units: int) -> float:
     """The product of a row block: its bytes through shared memory, or multiplying, whichever takes longer."""
     read = traffic / (SHARED_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
     operations = 2 * block_b * units * max(16, layer.H) * (layer.gates + layer.matrices)

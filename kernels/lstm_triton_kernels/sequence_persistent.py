@@ -6,6 +6,7 @@ blocks. No projection; a full peephole reads c_{t-1} in all its gates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
 from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference, ranked_plans
 from lstm_triton_kernels.settle import SETTLED, Usage, settled, usage_elsewhere, usage_on_device
-from lstm_triton_kernels.sizes import Layer, accumulator_dtype, matmul_precision
+from lstm_triton_kernels.sizes import Layer, accumulator_dtype, ceil_div, matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec
 from lstm_triton_kernels.sync import COUNTER_STRIDE, POLLS, unpublish
 from lstm_triton_kernels.watch import error_words_of, one_at_a_time
@@ -72,8 +73,9 @@ def forward_launch(
     - order: of the first direction; beyond a row's length output and cells are zero, and h_n and c_n are the row's last
     - save: keep every c_t
 
-    Results, by the kernel's names: hidden_ptr (T + 1, B, D·H), h_t at index t, the last index is the kernel's own;
-    h_n_ptr, c_n_ptr (D, B, H); with `save` cells_ptr (D, T + 1, B, H) in the accumulator type, see order.py.
+    Results, by the kernel's names: hidden_ptr (T + 1, B, D, padded_H), h_t at index t, the last index is the kernel's
+    own (see `hidden_of`); h_n_ptr, c_n_ptr (D, B, H); with `save` cells_ptr (D, T + 1, B, H) in the accumulator type,
+    see order.py.
     """
     D, T, B, H = layer.D, layer.T, layer.B, layer.H
 
@@ -85,7 +87,7 @@ def forward_launch(
             cells = torch.empty(D, slots, B, H, dtype=accumulator_dtype(gates.dtype), device=gates.device)
         return dict(
             gates_ptr=gates,
-            hidden_ptr=torch.empty(T + 1, B, D * H, dtype=gates.dtype, device=gates.device),
+            hidden_ptr=torch.empty(T + 1, B, D, padded(layer, plan), dtype=gates.dtype, device=gates.device),
             cells_ptr=cells,
             h_n_ptr=torch.empty_like(h_0),
             c_n_ptr=torch.empty_like(c_0),
@@ -93,6 +95,8 @@ def forward_launch(
             c_0_ptr=c_0,
             w_hh_ptr=w_hh,
             w_ch_ptr=w_ch,
+            padded_H=padded(layer, plan),
+            WORDS=not plan.alone and layer.element_bytes == 2,
             SAVE_GATES=save_gates,
             CELLS="all" if every else "none" if cells is None else "one",
             **common_arguments(layer, plan, order, gates.device, f"the forward pass of {H} units"),
@@ -101,6 +105,20 @@ def forward_launch(
     exchanged = ("hidden_ptr", "cells_ptr") if layer.spec.full else ("hidden_ptr",)
     flags = (save, save_gates, *asked(order))
     return Launch(persistent_forward_kernel, layer, False, gates.device, arguments, exchanged, flags)
+
+
+def padded(layer: Layer, plan: PersistentPlan) -> int:
+    """Return the units of a row of the forward pass's buffer of hidden states: H, filled up where programs exchange it.
+
+    So that every row begins on 16 bytes, and is read in pieces of 16 bytes.
+    """
+    return layer.H if plan.alone else 16 * ceil_div(layer.H, 16)
+
+
+def hidden_of(found: dict[str, Any], layer: Layer) -> Tensor:
+    """Return every h_t, (T, B, D·H) contiguous, of a forward launch that ran."""
+    hidden: Tensor = found["hidden_ptr"][: layer.T, ..., : layer.H]
+    return hidden.reshape(layer.T, layer.B, layer.D * layer.H)
 
 
 def backward_launch(
@@ -131,6 +149,7 @@ def backward_launch(
             grad_c_n_ptr=grad_c_n,
             w_hh_ptr=w_hh,
             w_ch_ptr=w_ch,
+            WORDS=not plan.alone and layer.element_bytes == 2 and layer.gates * layer.H % 2 == 0,
             HAS_GRAD_OUTPUT=given[0],
             HAS_GRAD_CELLS=given[1],
             HAS_GRAD_H_N=given[2],
@@ -218,6 +237,8 @@ def run(launch: Launch) -> dict[str, Any]:
     if plan.wait == "data":
         for name in launch.exchanged:
             unpublish(given[name])
+    if not launch.backward and given["padded_H"] > launch.layer.H:
+        given["hidden_ptr"][..., launch.layer.H :] = 0
     with one_at_a_time(launch.device) if not plan.alone else nullcontext():
         launch.kernel[grid(plan, launch.device)](**given)
     return given
@@ -257,6 +278,7 @@ def common_arguments(
         rows=plan.rows,
         row_blocks=plan.row_blocks,
         max_polls=POLLS,
+        pause=plan.pause,
         HAS_LENGTHS=order.lengths is not None,
         HAS_RESETS=order.resets is not None,
         ALONE=plan.alone,
@@ -267,7 +289,7 @@ def common_arguments(
         GROUP=plan.group,
         PARTS=plan.parts,
         WARPS=plan.num_warps,
-        WORDS=not plan.alone and layer.element_bytes == 2 and layer.H % 2 == 0,
+        H_DIVISOR=math.gcd(layer.H, 16),
         BLOCK_B=plan.block_b,
         BLOCK_U=plan.block_u,
         BLOCK_K=plan.block_k,

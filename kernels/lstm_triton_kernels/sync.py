@@ -5,6 +5,7 @@ own slot for every t. A kernel is written once, with `WAIT: tl.constexpr`, "coun
 
     max_polls = limit
     for t in range(T):
+        exchange_pause(clocks, WAIT)
         max_polls = exchange_wait(counter_ptr, t * programs, max_polls, error_ptr, WAIT)   # all have written h_{t-1}
         h, max_polls = exchange_load((h_{t-1},), (mask,), max_polls, error_ptr, WAIT)      # a tuple of blocks at once
         ...
@@ -35,6 +36,10 @@ nothing at all: elements of 16 bits are stored one by one, and read as words of 
 an element is nevertheless read whole is how these GPUs are built. tests/compiled executes the kernels with stores that
 become visible late, one element at a time and in any order.
 
+A poll that comes too early costs a whole round trip more, and the traffic of polls delays what they wait for: on an
+H100 a step is shorter by up to a fifth where a program lets a few hundred clocks pass before its first poll
+(benchmarks/NOTES.md). `exchange_pause` does that; it changes no result.
+
 Both waits are bounded. A kernel starts with `max_polls`, the most polls that one wait may take; every wait returns that
 of the next one: the same, or 0 once a wait timed out, so that the program reaches its end at once instead of waiting T
 times. A wait that times out sets a bit of the int32 at `error_ptr`, and values that were never published are NaN.
@@ -53,6 +58,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lstm_triton_kernels.inline_ptx import pause
 from lstm_triton_kernels.watch import reasons
 
 WAIT_METHODS = ("counter", "data")
@@ -194,6 +200,13 @@ def exchange_arrive(counter_ptr, WAIT: tl.constexpr):
     """Count this program as done with a step's stores; nothing to do where readers poll the data."""
     if WAIT == "counter":
         arrive(counter_ptr)
+
+
+@triton.jit
+def exchange_pause(clocks, WAIT: tl.constexpr):
+    """Let the multiprocessor's clocks pass before the first poll of the data; nothing to do by the counter."""
+    if WAIT == "data":
+        pause(clocks)
 
 
 @triton.jit

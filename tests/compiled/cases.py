@@ -28,7 +28,8 @@ def quick() -> Iterator[Case]:
     for n, spec in enumerate(SERVED):
         dtype = types[(n + 1) % 4]
         flags = FLAGS[(n + n // 4) % 4]
-        yield Case(spec.name, dtype, 2, (5, 1)[n // 4 % 2], 8 if dtype == "fp32" else 24, 1 + n % 2, **flags)
+        H, block_u = (8, 16) if dtype == "fp32" else (24, 32)  # so wide a block has all units
+        yield Case(spec.name, dtype, 2, (5, 1)[n // 4 % 2], H, 1 + n % 2, block_u=block_u, **flags)
     for n, (spec, wait) in enumerate(itertools.product(SERVED, ("data", "counter"))):
         flags = FLAGS[(n // 2 + n // 8) % 4]
         yield Case(spec.name, types[(n + n // 4) % 4], 2, (1, 5, 11)[n % 3], 136, 1 + (n in (3, 10)), wait, **flags)

@@ -18,6 +18,9 @@ from tests.emulator.shared import SharedMemory
 from tests.emulator.tensor_cores import WARP
 from tests.emulator.values import UNSIGNED, Array, i4, i8, u4, u8
 
+CLOCKS = 1000
+"""What %clock has grown by when it is read again: a kernel that lets some pass goes on at once."""
+
 Stores = dict[int, tuple[int, int]]
 """Of stores that nobody else sees yet: by place in global memory (bytes, value)."""
 
@@ -92,6 +95,7 @@ class Gang:
         self.unreleased: list[Array] = []
         self.horizon = 0
         self.specials: dict[str, Array] = {}
+        self.clock = 0
 
     def report(self, check: str, index: int, message: str) -> None:
         """Record what a check saw at the instruction of this index."""
@@ -166,7 +170,10 @@ class Gang:
                 self.pc, self.fragments = only, None
 
     def special(self, name: str) -> Array:
-        """Return a special register, such as %tid.x."""
+        """Return a special register, such as %tid.x; %clock grows by CLOCKS each time it is read."""
+        if name == "%clock":
+            self.clock += CLOCKS
+            return np.full(self.n, self.clock, u4)
         if name not in self.specials:
             kind, _, axis = name[1:].partition(".")
             n = "xyz".index(axis) if axis else 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.emulator import Fault
+from tests.emulator.gangs import CLOCKS
 from tests.emulator.machine import Machine
 from tests.emulator.opcodes_of_effects import EFFECTS
 from tests.emulator.opcodes_of_values import VALUES
@@ -66,12 +67,19 @@ def test_what_the_parser_does_not_read_is_refused(text, words):
 def test_operands_and_arguments_that_do_not_fit_are_refused():
     with pytest.raises(Fault, match="operand nowhere"):
         run("mov.b32 %r1, nowhere;")
-    with pytest.raises(Fault, match="no such register here: %clock"):
-        run("mov.u32 %r1, %clock;")
+    with pytest.raises(Fault, match="no such register here: %smid"):
+        run("mov.u32 %r1, %smid;")
     with pytest.raises(Fault, match="wide, wanted 64"):
         run("mov.b64 %d1, %r1;")
     with pytest.raises(Fault, match="0 arguments for 3 parameters"):
         Machine(ptx_of("mov.b32 %r1, 0;", [1, 2, 3]), (1,), [], 0)
+
+
+def test_the_clock_grows():
+    body = "mov.u32 %r20, %clock;\n$again:\nmov.u32 %r1, %clock; sub.u32 %r1, %r1, %r20; setp.lt.u32 %p1, %r1, 2500;"
+    passed = zeros(1)
+    run(body + "@%p1 bra $again; st.global.b32 [%d0], %r1;", passed)
+    assert passed.item() == 3 * CLOCKS
 
 
 def counted(body, threads=32):

@@ -45,6 +45,7 @@ def plan_of(
         row_blocks=row_blocks,
         num_warps=4,
         wait=wait,
+        pause=0,
         exact=False,
         tile_bytes=0,
         accumulator_bytes=0,
