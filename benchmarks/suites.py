@@ -94,6 +94,36 @@ def _anchor() -> Iterator[Case]:
         yield Case("anchor", T=1024, B=16, I=768, H=768, dtype=dtype, mode=FORWARD)
 
 
+def _deepbench() -> Iterator[Case]:
+    """The LSTM training cases of DeepBench (baidu-research/DeepBench, rnn_problems.h): I = H, one layer, float16."""
+    sizes = [(25, H, B) for H in (512, 1024, 2048, 4096) for B in (16, 32, 64, 128)]
+    sizes += [(50, 1536, B) for B in (8, 16, 32)] + [(150, 256, B) for B in (16, 32, 64)]
+    for T, H, B in sizes:
+        rank = 1 if (H, B) in ((512, 64), (1024, 16), (256, 16), (1536, 16)) else 2 if H <= 1536 else 3
+        yield Case("deepbench", T=T, B=B, I=H, H=H, dtype="float16", mode=FORWARD, rank=rank)
+
+
+def _workloads() -> Iterator[Case]:
+    """Layers of models that people train; in float32 those that do so use PyTorch's default for an LSTM, TF32."""
+    half: dict[str, Any] = dict(dtype="float16", mode=FORWARD, rank=1)
+    single: dict[str, Any] = dict(dtype="tf32", mode=FORWARD, rank=1)
+    name = "workloads"
+    yield Case(name, T=557, B=32, I=240, H=1024, L=2, **half)  # RNN-T, MLPerf: the encoder's first layers
+    yield Case(name, T=279, B=32, I=2048, H=1024, L=3, **half)  # and those after its reduction in time
+    yield Case(name, T=50, B=128, I=1024, H=1024, L=4, **half)  # GNMT, MLPerf
+    yield Case(name, T=1000, B=64, I=1024, H=1024, **half)  # a basecaller's layer (Bonito)
+    yield Case(name, T=500, B=16, I=512, H=256, L=4, D=2, **single)  # DeepSpeech, AlgoPerf
+    yield Case(name, T=70, B=80, I=400, H=1150, **single)  # AWD-LSTM
+    yield Case(name, T=80, B=32, I=257, H=256, **single)  # IMPALA
+    yield Case(name, T=80, B=32, I=519, H=519, **single)  # and its shallow model
+    yield Case(name, T=120, B=64, I=520, H=512, **single)  # R2D2
+    yield Case(name, T=365, B=256, I=32, H=256, **single)  # hydrology (CAMELS)
+    yield Case(name, T=100, B=2000, I=192, H=192, D=2, **single)  # source separation
+    yield Case(name, T=500, B=32, I=60, H=128, L=4, D=2, **single)  # diarization (pyannote)
+    yield Case(name, T=200, B=1, I=640, H=256, D=2, **single)  # prosody of synthetic speech
+    yield Case(name, T=8192, B=16, I=1, H=32, **single)  # amplifier models
+
+
 def _core() -> Iterator[Case]:
     """Every combination; its rank counts how far each of its sizes is from the middle."""
     detour_t = {512: 1, 1024: 2, 128: 2}
@@ -172,7 +202,8 @@ def _compile() -> Iterator[Case]:
 
 
 _SUITES: dict[str, Callable[[], Iterator[Case]]] = {
-    "anchor": _anchor, "odd": _odd, "variants": _variants, "cell": _cell, "core": _core, "deep": _deep,
+    "anchor": _anchor, "odd": _odd, "variants": _variants, "deepbench": _deepbench, "workloads": _workloads,
+    "cell": _cell, "core": _core, "deep": _deep,
     "ragged": _ragged, "overhead-cell": _overhead_cell, "cpu": _cpu, "overhead": _overhead, "compile": _compile,
 }  # fmt: skip
 
