@@ -58,23 +58,29 @@ STEPWISE_US = {False: 7.0, True: 10.0}
 products: as measured on an H200 (benchmarks/NOTES.md)."""
 
 CUDNN_US = {
-    "persistent": {False: 1.96, True: 3.1},
-    "persistent, few units": {False: 0.64, True: 1.4},
+    "persistent": {False: 1.3, True: 3.1},
+    "persistent, 64 units": {False: 0.5, True: 1.0},
+    "persistent, few units": {False: 1.7, True: 2.1},
     "standard": {False: 6.0, True: 12.0},
-    "standard, capability 9.0": {False: 8.5, True: 17.0},
+    "standard, capability 9.0": {False: 6.1, True: 11.1},
     "standard, capability 9.0, packed": {False: 16.0, True: 29.0},
 }
-"""A step of cuDNN forward (False) and backward (True). Of its persistent kernel: H100, B=16, H=768, float16, from
-FlashRNN's published plot data; an H200 measured 2.03 forward. Of few units, with its GEMMs: B=H=64, float32, on an H200
-(benchmarks/results/h200-2026-11-26-trial-steps-present.txt, where float16 takes 1.24 and 2.25). Of its standard
-algorithm, without the time of the product: an assumption; on capability 9.0 as an H200 measured it, the smaller of its
-times alone and taking turns with this library (benchmarks/results/h200-2026-11-26-gpu.csv, rows of anchor, core, odd
-and ragged)."""
+"""A step of cuDNN forward (False) and backward (True), without its GEMMs for all steps. As an H100 measured it: of its
+persistent kernels the usual time in float16 and, of at most 64 units, in float32 with TF32; of its standard algorithm
+the smallest of float16, beside its product (benchmarks/results/h100-80gb-hbm3-2026-11-26-trial-layers*.jsonl); packed
+rows as an H200 measured them (h200-2026-11-26-gpu.csv). On other GPUs the standard algorithm is an assumption."""
+
+CUDNN_US_PER_1024 = {False: 0.8, True: 1.7}
+"""What 1,024 units add to a step of cuDNN's persistent kernel of many units, likewise."""
 
 CUDNN_FEW_UNITS = {False: 192, True: 128}
 """Up to how many units PyTorch asks cuDNN for a persistent kernel in every type but float64; in training (True)."""
 
-FASTER = 0.8
+CUDNN_PERSISTENT_ROWS = 32
+"""Rows up to which cuDNN's kernel of many units is persistent. PyTorch asks for it up to 128, but with 64 rows the H100
+measured the time of the standard algorithm."""
+
+FASTER = 0.9
 """`auto` takes the kernels in place of cuDNN where their estimate is below this part of cuDNN's: both are estimates."""
 
 COMPILED_FOR = (256, 16)
@@ -224,8 +230,9 @@ def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
     if engine == "stepwise":
         return (STEPWISE_US[backward] + product_us(layer, gpu)) * layer.D
     if cudnn_is_persistent(layer):
-        few = ", few units" if CUDNN_FEW_UNITS[False] >= layer.H else ""
-        return CUDNN_US[f"persistent{few}"][backward] * layer.D
+        if CUDNN_FEW_UNITS[False] >= layer.H:
+            return CUDNN_US["persistent, 64 units" if layer.H <= 64 else "persistent, few units"][backward] * layer.D
+        return (CUDNN_US["persistent"][backward] + CUDNN_US_PER_1024[backward] * layer.H / 1024) * layer.D
     measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
     return (CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + product_us(layer, gpu)) * layer.D
 
@@ -260,7 +267,10 @@ def cudnn_is_persistent(layer: Layer) -> bool:
     For bfloat16 it asks as well where there are few units, but the profile of a run shows cuDNN's standard algorithm
     (benchmarks/results, -kernels.json).
     """
-    return asks_for_persistent(layer) and not (layer.ragged or layer.P) and layer.dtype in CUDNN_PERSISTENT_DTYPES
+    if layer.ragged or layer.P or layer.dtype not in CUDNN_PERSISTENT_DTYPES:
+        return False
+    few = CUDNN_FEW_UNITS[layer.training] >= layer.H
+    return asks_for_persistent(layer) and (few or layer.B <= CUDNN_PERSISTENT_ROWS)
 
 
 def why_not_cudnn(device: torch.device, spec: LSTMSpec) -> str | None:

@@ -43,22 +43,23 @@ READ_BYTES = {False: 512, True: 128}
 CHUNK_COLUMNS = 128
 """A chunk more costs about as much as so many columns of padding, by simulation: two barriers, and latencies."""
 
-# Constants of the estimate: fitted to steps measured on an H100 with Triton 3.6, of up to 18 plans a pass at eight
-# shapes in bfloat16 (benchmarks/results/h100-80gb-hbm3-2026-11-26-trial-plans.jsonl).
+# Constants of the estimate: fitted to 254 steps measured on an H100 with Triton 3.6, of up to 18 plans a pass
+# (benchmarks/results/h100-80gb-hbm3-2026-11-26-trial-plans*.jsonl and -steps-2.jsonl).
 SHARED_BYTES_PER_CLOCK = 128
 PRODUCT_RATE = {True: 0.2, False: 0.5}
 """The part of the GPU's rate that the products reach: without tensor cores (True, by simulation), with them."""
-REST_US = 0.67
+REST_US = 0.63
 """What a row block takes beside waiting, reading and the traffic of its product with shared memory."""
 OUTPUT_US = {False: 0.3, True: 0.14}
 """And for every output of a thread, activations and stores; forward, and backward (True)."""
-TRAFFIC = {False: 0.9, True: 1.45}
+TRAFFIC = {False: 1.0, True: 1.4}
 """How many times its bytes what a product moves through shared memory counts, likewise."""
-COUNTER_US, READS = {False: 0.72, True: 0.56}, {False: 1.25, True: 0.65}
+COUNTER_US, READS = {False: 0.69, True: 0.62}, {False: 1.36, True: 0.6}
 """Waiting by the counter, from the last store of a step to the first load of the next, whatever the programs are; and
 how many times the rate of L2 what they read takes, likewise."""
-POLL_US, POLL_US_PER_KIB = 0.4, {False: 0.019, True: 0.013}
-"""Waiting by the data, its last read included: for each 1,024 bytes that a program reads in a step, likewise."""
+POLL_US, POLL_US_PER_KIB, POLL_US_PER_KIB_2 = 0.4, {False: 0.012, True: 0.017}, {False: 0.0004, True: 0.0}
+"""Waiting by the data, its last read included: for each 1,024 bytes that a program reads in a step, likewise; and for
+the square of those, where a program has one row block and so nothing to do while it waits."""
 NARROW_US_PER_KIB = 0.5
 """The same where rows do not begin on 16 bytes, so that every load is narrow."""
 PAUSE, PAUSE_PER_KIB, MOST_PAUSE = 300, 25, 800
@@ -288,9 +289,11 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
     reads_us = reads / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
     narrow = backward and row_bytes % 16 > 0
     per_kib = NARROW_US_PER_KIB if narrow else POLL_US_PER_KIB[backward]
+    kib = rows * row_bytes / 1024
+    squared = POLL_US_PER_KIB_2[backward] if blocks == 1 else 0.0
     wait_us = {
         "counter": COUNTER_US[backward] + READS[backward] * reads_us,
-        "data": POLL_US + per_kib * rows * row_bytes / 1024,
+        "data": POLL_US + (per_kib + squared * kib) * kib,
     }
     operand = block_b * parts * block_k * _read_bytes(layer, backward)
     shared_bytes = tiles + max(operand, num_warps * width * block_b * 4) + 1024

@@ -118,7 +118,7 @@ def padded(layer: Layer, plan: PersistentPlan) -> int:
 def hidden_of(found: dict[str, Any], layer: Layer) -> Tensor:
     """Return every h_t, (T, B, D·H) contiguous, of a forward launch that ran."""
     hidden: Tensor = found["hidden_ptr"][: layer.T, ..., : layer.H]
-    return hidden.reshape(layer.T, layer.B, layer.D * layer.H)
+    return hidden.reshape(layer.T, layer.B, layer.D * layer.H).contiguous()
 
 
 def backward_launch(

@@ -36,7 +36,7 @@ FLOOR = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3, torch.f
 TIMES_CUDNN = 1.5
 """An output or gradient may be so many times as far from the reference as cuDNN's own, or another's: see `bounds`."""
 
-ENOUGH, MOST_SEEDS = 512, 16
+ENOUGH, MOST_SEEDS = 512, 64
 """Elements whose errors are compared, and of how many inputs at most: the ratio of two errors of a few is chance."""
 
 LIKE = {"weight_ch": "weight_hh", "states": "c_n"}
