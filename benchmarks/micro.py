@@ -26,6 +26,9 @@ READ_BLOCK = 4096
 REGISTER_BYTES = 256 * 1024
 """Registers of a multiprocessor, of every compute capability since 3.0 (CUDA C++ Programming Guide)."""
 
+WARP = 32
+"""Threads of a warp."""
+
 LINE = 32
 """int32 elements of one cache line: a step of the dependent chain never finds its line read before."""
 
@@ -233,6 +236,7 @@ def wait_for_all(
     from benchmarks import micro_kernels
 
     require_resident(buffers.programs, multiprocessors)
+    seen = max(WARP // WAIT_BLOCK, next_power_of_2(buffers.programs)) if exchange else 1
     if method == "data" and not exchange:
         raise ValueError("programs that exchange nothing cannot wait by data")
     if not 0 < rounds <= buffers.rounds:
@@ -246,11 +250,11 @@ def wait_for_all(
         error_ptr=buffers.error,
         rounds=rounds,
         limit=POLLS if limit is None else limit,
-        SEEN=next_power_of_2(buffers.programs) if exchange else 1,
+        SEEN=seen,
         BLOCK=WAIT_BLOCK,
         WAIT=method,
         EXCHANGE=exchange,
-        num_warps=4,
+        num_warps=min(4, seen * WAIT_BLOCK // WARP) if exchange else 4,
         num_stages=1,
         launch_cooperative_grid=True,
     )

@@ -21,7 +21,8 @@ def wait_kernel(
     """`rounds` times: wait until all programs have come as far.
 
     With EXCHANGE each program stores BLOCK values (round + program) mod 256 in chunks (rounds, programs, BLOCK), 16-bit
-    floats, loads those of all programs and adds them up in sums (programs,) int32. SEEN is a power of two >= programs.
+    floats, loads those of all programs and adds them up in sums (programs,) int32. SEEN is a power of two >= programs;
+    SEEN · BLOCK is at least the threads of a program (see `sync.any_missing`).
     counter (1,) and error (1,) int32 are zero before. WAIT "data" needs EXCHANGE and chunks unpublished before.
     """
     me = tl.program_id(0)

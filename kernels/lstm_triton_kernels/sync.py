@@ -70,7 +70,6 @@ POLLS = 1 << 20
 COUNTER_STRIDE = tl.constexpr(32)
 """int32 from one counter to the next: each has a cache line of its own."""
 
-MOST_THREADS = tl.constexpr(1024)
 TIMED_OUT_COUNT = tl.constexpr(1)
 TIMED_OUT_DATA = tl.constexpr(2)
 
@@ -124,9 +123,8 @@ def any_missing(blocks, WORDS: tl.constexpr):
     bit of a half is set in both w and this only if the half is all ones: a smaller one with that bit has an inverse of
     1 to 0x7FFF, and one less than that has it not.
 
-    A block of fewer elements than there are threads is loaded by several warps redundantly, and the compiler reduces it
-    within each, so they may disagree. A second reduction, over as many elements as a program can have threads, goes
-    through shared memory.
+    A block needs at least as many elements as the program has threads. Of a smaller one several warps load the same
+    element, each at a time of its own, and a reduction takes the word of one of them for all.
     """
     if WORDS:
         top_bits = (-blocks[0] - 0x00010002) & blocks[0]
@@ -137,10 +135,7 @@ def any_missing(blocks, WORDS: tl.constexpr):
         unpublished = blocks[0] == -1
         for n in tl.static_range(1, len(blocks)):
             unpublished = unpublished | (blocks[n] == -1)
-    missing = tl.max(unpublished.to(tl.int32))
-    if blocks[0].numel < MOST_THREADS:
-        missing = tl.max(tl.full((MOST_THREADS,), 0, tl.int32) + missing)
-    return missing > 0
+    return tl.max(unpublished.to(tl.int32)) > 0
 
 
 @triton.jit
@@ -157,7 +152,7 @@ def load_bits(pointers, masks):
 
 @triton.jit
 def load_when_published(pointers, masks, max_polls, error_ptr):
-    """Wait until all blocks at a tuple of pointers are published, all of one shape and type.
+    """Wait until all blocks at a tuple of pointers are published, all of one shape and type, see `any_missing`.
 
     Pointers to int32 are to words of two elements of 16 bits. Returns the blocks (0 where masked) and the next wait's
     max_polls. All loads are issued before the first is examined: they cost one round trip together.

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ if INTERPRETED:
     pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)
 
 from benchmarks import micro, micro_kernels
+from tests.emulator.machine import Machine
 from tests.support.compiling import SHARED_MEMORY_LIMIT, compile_launch, record_launches
 
 CPU = torch.device("cpu")
@@ -116,9 +118,38 @@ def test_a_round_of_data_loads_until_it_is_there(name, capability):
     round_ = max(loops(ptx), key=len)
     inner = [loop for loop in loops(ptx) if loop != round_ and loop in round_]
     volatile = r"ld\.volatile\.global\.v4" if name == "data" else r"ld\.volatile\.global"  # few: an element a thread
-    assert any(re.search(volatile, loop) and "bar.sync" in loop for loop in inner), "all threads decide alike"
+    threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
+    barrier = "bar.sync" if threads > 32 else "redux|shfl"
+    assert any(re.search(volatile, loop) and re.search(barrier, loop) for loop in inner), "all threads decide alike"
     assert len(re.findall(volatile, round_)) > len(re.findall(volatile, inner[0]))
     assert not re.search(rf"fence|membar|acquire|{RELEASE_ADD}", ptx)
+
+
+def sums_of(programs, seed, rounds=8, **launch):
+    """What the programs have added up when they were executed, each warp by itself, and what they should have."""
+    buffers = micro.WaitBuffers(CPU, rounds=rounds, programs=programs)
+    with record_launches({micro_kernels: KERNELS}) as launches:
+        micro.wait_for_all(buffers, "data", rounds, 132, exchange=True, check=False)
+    (recorded,) = launches
+    recorded = replace(recorded, options=tuple((dict(recorded.options) | launch).items()))
+    kernel = compile_launch(micro_kernels.wait_kernel, recorded, 90)
+    arguments = [buffers.chunks, buffers.sums, buffers.counter, buffers.error, rounds, 1000]
+    machine = Machine(kernel.ptx, (programs,), arguments, kernel.shared, gang="warp", weak=seed % 2 == 1, seed=seed)
+    machine.run()
+    values = (torch.arange(rounds)[:, None] + torch.arange(programs)) % 256
+    return buffers.sums.tolist(), [micro.WAIT_BLOCK * int(values.sum())] * programs, machine.findings
+
+
+@pytest.mark.parametrize("programs", [1, 2, 8, 16, 33])
+def test_executed_programs_read_what_was_sent(programs):
+    for seed in range(4):
+        found, wanted, findings = sums_of(programs, seed)
+        assert found == wanted and not list(findings)
+
+
+def test_fewer_elements_than_threads_would_be_seen():
+    """A test of the test: where two warps load the same elements, one may see what the other does not."""
+    assert any(found != wanted for found, wanted, _ in (sums_of(8, seed, num_warps=4) for seed in range(6)))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

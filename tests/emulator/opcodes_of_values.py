@@ -246,11 +246,17 @@ def converted(w: Writer, ins: Instruction) -> str:
         return f"{w.source(first, 16)}.view(f2).astype(f4).view(u4)"
     if (to, source, rounding) == ("tf32", "f32", ["rna"]):
         return f"to_tf32({w.source(first, 32)})"
+    if (to, rounding) == ("s32", ["rzi"]) and source in ("f16", "f32"):  # NaN gives 0, what is beyond the nearest end
+        kind, bits = ("f2", 16) if source == "f16" else ("f4", 32)
+        value = f"{w.source(first, bits)}.view({kind}).astype(f8)"
+        return f"np.trunc(np.nan_to_num({value},nan=0.0)).clip(-2.0**31,2.0**31-1).astype(i4).view(u4)"
     require(source[0] in "us" and source[1:].isdigit(), ins)
     frm = Type(source[0], int(source[1:]))
     number = f"{w.source(first, frm.bits)}.view({'i' if frm.kind == 's' else 'u'}{frm.bits // 8})"
     if to == "f32" and rounding == ["rn"]:
         return f"{number}.astype(f4).view(u4)"
+    if to == "f16" and rounding == ["rn"]:
+        return f"{number}.astype(f8).astype(f2).view(u2)"
     require(to[0] in "us" and to[1:].isdigit() and not rounding, ins)
     sign = "i" if to[0] == "s" else "u"  # truncate to the destination's type, then extend to its register
     return f"{number}.astype({sign}{int(to[1:]) // 8}).astype({sign}{own // 8}).view(u{own // 8})"

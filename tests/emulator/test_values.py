@@ -347,6 +347,17 @@ def test_conversion_of_integers_to_floats_rounds_once(source):
     (a,) = operands((source,))
     expected = np.array([rounded(Fraction(x)) for x in a.tolist()], "f4")
     assert_floats(evaluate(f"cvt.rn.f32.{source} %o, %a;", [a], "f4"), expected)
+    small = (a % 4099).astype(a.dtype)
+    nearest = np.array([np.float16(x) for x in small.tolist()])
+    assert_floats(evaluate(f"cvt.rn.f16.{source} %o, %a;", [small], "f2"), nearest)
+
+
+@pytest.mark.parametrize("source, kind", [("f16", "f2"), ("f32", "f4")])
+def test_floats_become_integers_towards_zero(source, kind):
+    a = np.array([0.0, -0.9, 0.9, 2.5, -2.5, 1023.5, np.nan, np.inf, -np.inf] + [3e9, -3e9] * (kind == "f4"), kind)
+    expected = [0, 0, 0, 2, -2, 1023, 0, 2**31 - 1, -(2**31)] + [2**31 - 1, -(2**31)] * (kind == "f4")
+    found = evaluate(f"cvt.rzi.s32.{source} %o, %a;", [np.resize(a, 64)], "i4")
+    assert found[: len(a)].tolist() == expected
 
 
 def test_moves_pack_and_unpack():
