@@ -62,23 +62,23 @@ CUDNN_US = {
     "persistent, 64 units": {False: 0.5, True: 1.0},
     "persistent, few units": {False: 1.7, True: 2.1},
     "standard": {False: 6.0, True: 12.0},
-    "standard, capability 9.0": {False: 6.1, True: 11.1},
+    "standard, capability 9.0": {False: 8.4, True: 14.1},
     "standard, capability 9.0, packed": {False: 16.0, True: 29.0},
 }
 """A step of cuDNN forward (False) and backward (True), without its GEMMs for all steps. As an H100 measured it: of its
 persistent kernels the usual time in float16 and, of at most 64 units, in float32 with TF32; of its standard algorithm
-the smallest of float16, beside its product (benchmarks/results/h100-80gb-hbm3-2026-11-26-trial-layers*.jsonl); packed
-rows as an H200 measured them (h200-2026-11-26-gpu.csv). On other GPUs the standard algorithm is an assumption."""
+the smallest, beside its product (benchmarks/results/h100-80gb-hbm3-2026-11-26-trial-layers*.txt); packed rows
+as an H200 measured them (h200-2026-11-26-gpu.csv). On other GPUs the standard algorithm is an assumption."""
 
-CUDNN_US_PER_1024 = {False: 0.8, True: 1.7}
-"""What 1,024 units add to a step of cuDNN's persistent kernel of many units, likewise."""
+CUDNN_US_PER_1024, CUDNN_US_PER_ROW = {False: 0.8, True: 1.7}, {False: 0.1, True: 0.17}
+"""What 1,024 units add to a step of cuDNN's persistent kernel of many units; its least step for each row; likewise."""
+
+HOST_US = {"persistent": {False: 550.0, True: 1750.0}, "operator": {False: 150.0, True: 850.0}}
+"""What a call takes the host at least, forward (False) and for its backward pass (True), as measured beside an H100
+(h100-80gb-hbm3-2026-11-26-gpu.csv, rows of deepbench). Faster hosts need less for both."""
 
 CUDNN_FEW_UNITS = {False: 192, True: 128}
 """Up to how many units PyTorch asks cuDNN for a persistent kernel in every type but float64; in training (True)."""
-
-CUDNN_PERSISTENT_ROWS = 32
-"""Rows up to which cuDNN's kernel of many units is persistent. PyTorch asks for it up to 128, but with 64 rows the H100
-measured the time of the standard algorithm."""
 
 FASTER = 0.9
 """`auto` takes the kernels in place of cuDNN where their estimate is below this part of cuDNN's: both are estimates."""
@@ -143,7 +143,7 @@ def decide(facts: Facts) -> Choice:
     if facts.gpu is None:
         return Choice("kernels", "chosen when the graph runs")
     own = kernels("auto", layer, facts.gpu)
-    return unless_cudnn(own, layer._replace(T=0), facts.gpu) if facts.cudnn_may and layer.B > 0 else own
+    return unless_cudnn(own, layer, facts.gpu) if facts.cudnn_may and layer.B > 0 else own
 
 
 def backend_of(facts: Facts) -> Choice:
@@ -232,9 +232,22 @@ def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
     if cudnn_is_persistent(layer):
         if CUDNN_FEW_UNITS[False] >= layer.H:
             return CUDNN_US["persistent, 64 units" if layer.H <= 64 else "persistent, few units"][backward] * layer.D
-        return (CUDNN_US["persistent"][backward] + CUDNN_US_PER_1024[backward] * layer.H / 1024) * layer.D
+        of_units = CUDNN_US["persistent"][backward] + CUDNN_US_PER_1024[backward] * layer.H / 1024
+        return max(of_units, CUDNN_US_PER_ROW[backward] * layer.B) * layer.D
     measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
     return (CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + product_us(layer, gpu)) * layer.D
+
+
+def call_us(engine: str, layer: Layer, gpu: GPU) -> float:
+    """Return the time of a call with a layer of T steps by an engine, "persistent" or "operator": an estimate.
+
+    Of its recurrence, without the products outside of the loop; the host's time hides behind it or the other way round.
+    cuDNN's standard algorithm is launched step by step, so that its host's time comes on top.
+    """
+    host = sum(HOST_US[engine][backward] for backward in passes(layer).values())
+    device = layer.T * estimate_us(engine, layer, gpu)
+    by_steps = engine == "operator" and not cudnn_is_persistent(layer)
+    return host + device if by_steps else max(host, device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -242,9 +255,9 @@ def unless_cudnn(own: Choice, layer: Layer, gpu: GPU) -> Choice:
     """Return the route by the persistent kernels where they are faster than cuDNN by a margin; else by the operator."""
     if own.name != "persistent":
         return Choice("operator", f"it has this variant, and the persistent kernels are out: {own.reason}")
-    ours, other = estimate_us(own.name, layer, gpu), estimate_us("operator", layer, gpu)
+    ours, other = call_us(own.name, layer, gpu), call_us("operator", layer, gpu)
     algorithm = "persistent" if cudnn_is_persistent(layer) else "standard"
-    compared = f"{ours:.1f} us a step, {other:.1f} us by cuDNN's {algorithm} algorithm; both are estimates"
+    compared = f"{ours / 1e3:.2f} ms a call, {other / 1e3:.2f} ms by cuDNN's {algorithm} algorithm; both are estimates"
     if ours < FASTER * other:
         return Choice("persistent", compared)
     return Choice("operator", f"the persistent kernels would not take less than {FASTER} of its time: {compared}")
@@ -267,10 +280,7 @@ def cudnn_is_persistent(layer: Layer) -> bool:
     For bfloat16 it asks as well where there are few units, but the profile of a run shows cuDNN's standard algorithm
     (benchmarks/results, -kernels.json).
     """
-    if layer.ragged or layer.P or layer.dtype not in CUDNN_PERSISTENT_DTYPES:
-        return False
-    few = CUDNN_FEW_UNITS[layer.training] >= layer.H
-    return asks_for_persistent(layer) and (few or layer.B <= CUDNN_PERSISTENT_ROWS)
+    return asks_for_persistent(layer) and not (layer.ragged or layer.P) and layer.dtype in CUDNN_PERSISTENT_DTYPES
 
 
 def why_not_cudnn(device: torch.device, spec: LSTMSpec) -> str | None:

@@ -168,8 +168,8 @@ def test_alone_on_more_programs_than_multiprocessors():
         (dict(hidden=250, batch=4), False, "data: a program reads h until nothing is missing"),
         (dict(hidden=250, batch=4, variant="full"), False, "data: a program reads h and c until"),
         (dict(hidden=250, batch=1), True, "data: a program reads gradients until"),
-        (dict(hidden=760), False, "counter: a program counts up when it has stored its part"),
-        (dict(hidden=500), True, "counter: a program counts up"),
+        (dict(hidden=1536), False, "counter: a program counts up when it has stored its part"),
+        (dict(hidden=760), True, "counter: a program counts up"),
     ],
 )
 def test_how_programs_wait_and_what_the_other_way_would_take(options, backward, how):
@@ -183,7 +183,7 @@ def test_how_programs_wait_and_what_the_other_way_would_take(options, backward, 
 def test_a_wait_without_an_alternative_says_so(monkeypatch):
     monkeypatch.setattr(explain, "ranked_plans", lambda *_: "none")
     plan = plan_of(BF16, name="forward")
-    assert explain.wait_words(BF16, False, plan, GPUS["h100"]).endswith("; no plan with data fits")
+    assert explain.wait_words(BF16, False, plan, GPUS["h100"]).endswith("; no plan with counter fits")
 
 
 def test_units_and_rows_that_do_not_divide():
