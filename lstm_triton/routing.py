@@ -68,7 +68,7 @@ CUDNN_US = {
 """A step of cuDNN forward (False) and backward (True), without its GEMMs for all steps. As an H100 measured it: of its
 persistent kernels the usual time in float16 and, of at most 64 units, in float32 with TF32; of its standard algorithm
 the smallest, beside its product (benchmarks/results/h100-80gb-hbm3-2026-11-26-trial-layers*.txt); packed rows
-as an H200 measured them (h200-2026-11-26-gpu.csv). On other GPUs the standard algorithm is an assumption."""
+as an H200 measured them (older/h200-2026-11-26-gpu.csv). On other GPUs the standard algorithm is an assumption."""
 
 CUDNN_US_PER_1024, CUDNN_US_PER_ROW = {False: 0.8, True: 1.7}, {False: 0.1, True: 0.17}
 """What 1,024 units add to a step of cuDNN's persistent kernel of many units; its least step for each row; likewise."""

@@ -43,7 +43,7 @@ READ_BYTES = {False: 512, True: 128}
 CHUNK_COLUMNS = 128
 """A chunk more costs about as much as so many columns of padding, by simulation: two barriers, and latencies."""
 
-# Constants of the estimate: fitted to 254 steps measured on an H100 with Triton 3.6, of up to 18 plans a pass
+# Constants of the estimate: fitted to 254 steps measured on an H100 with Triton 3.6, of up to 13 plans a pass
 # (benchmarks/results/h100-80gb-hbm3-2026-11-26-trial-plans*.txt and -steps-2.jsonl).
 SHARED_BYTES_PER_CLOCK = 128
 PRODUCT_RATE = {True: 0.2, False: 0.5}

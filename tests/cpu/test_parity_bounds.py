@@ -152,8 +152,8 @@ def test_a_result_that_is_not_a_number_is_no_small_error():
 @pytest.mark.parametrize(
     "seeds, sizes",
     [
-        (16, dict(T=8, B=3, I=5, H=7)),
-        (16, dict(T=2, B=3, I=5, H=1, bias=False)),
+        (25, dict(T=8, B=3, I=5, H=7)),
+        (64, dict(T=2, B=3, I=5, H=1, bias=False)),
         (4, dict(T=2, B=1, I=300, H=130)),
         (3, dict(T=5, B=6, I=40, H=48, layout="expanded")),
         (1, dict(T=2, B=16, I=16, H=128)),

@@ -260,7 +260,7 @@ def cudnn_measured(file):
                 yield layer, 1e3 * float(row["baseline_ms"]) / (layer.T * int(row["L"]))
 
 
-@pytest.mark.parametrize("file", ["h200-2026-11-26-gpu.csv", "h100-80gb-hbm3-2026-11-26-gpu.csv"])
+@pytest.mark.parametrize("file", ["older/h200-2026-11-26-gpu.csv", "h100-80gb-hbm3-2026-11-26-gpu.csv"])
 def test_auto_never_takes_kernels_that_are_estimated_to_be_slower_than_cudnn_was_measured(file):
     measured = list(cudnn_measured(file))
     taken = 0

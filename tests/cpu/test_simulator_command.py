@@ -19,7 +19,7 @@ from benchmarks.simulator.passes import Pass
 from benchmarks.simulator.step import PHASES
 from benchmarks.simulator.step_time import StepTime
 
-ALONE = ("simulate", "--hidden", 32, "--batch", 16)
+ALONE = ("simulate", "--hidden", 8, "--batch", 16)
 TOO_LARGE = ("simulate", "--hidden", 8192, "--batch", 16)
 
 

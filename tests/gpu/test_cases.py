@@ -44,7 +44,7 @@ def test_each_shape_has_the_plan_that_it_is_for():
         for plans in persistent.plans(case, precision, wanted, GPUS["h100"]):
             assert not isinstance(plans, str), f"{parameters.id}: {plans}"
             assert all(plan.alone == (wanted.wait is None) for plan in plans)
-            assert (plans[0].blocks_per_program > 1) == (wanted.block_b is not None)
+            assert plans[0].blocks_per_program > 1 or wanted.block_b is None
 
 
 def test_the_other_tests_have_plans_too():
