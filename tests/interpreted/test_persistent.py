@@ -103,6 +103,16 @@ def test_the_gradient_of_one_result_alone(wait, gradient):
     assert_right(case, concurrently(delay=0.0))
 
 
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("H", [16, 19])
+def test_results_are_contiguous_as_their_fakes_are(H, D):
+    """Of 19 units the kernels write rows of 32."""
+    case = LayerCase(STANDARD, plan_of(3, H, D, wait="counter"), 3, 3, H)
+    with concurrently(delay=0.0):
+        found = computed(case, inputs_of(case))
+    assert all(tensor.is_contiguous() for tensor in found[:4])
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_shape(data):
