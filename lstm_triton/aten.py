@@ -1,7 +1,7 @@
 """PyTorch's own LSTM operator: the standard variant, and the coupled one, which is a standard LSTM with other weights.
 
 On a CPU the operator is called as `torch.nn.LSTM` calls it, and autograd does the rest. cuDNN has no second derivative;
-there a Function keeps the graph that the operator recorded, and differentiates the reference under `create_graph=True`.
+there a Function behind the operator differentiates the reference under `create_graph=True`.
 
 Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), L layers,
 D directions, N the steps of all rows of a packed batch together.
@@ -9,10 +9,7 @@ D directions, N the steps of all rows of a packed batch together.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +17,6 @@ from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.sizes import accumulator_dtype
 from lstm_triton_kernels.spec import STANDARD, LSTMSpec, LSTMWeights
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from lstm_triton import second_order, transforms
 from lstm_triton.layer import Call, Gradients, LayerGradients, LayerResult, Needs
@@ -84,7 +80,7 @@ def lstm(
     # A trace and an exported program have room for operators alone.
     alone = torch.jit.is_tracing() or torch.compiler.is_compiling()
     if tracked and x.device.type == "cuda" and not alone:
-        return TwiceDifferentiable.apply(options, *inputs)
+        return twice_differentiable(options, *inputs)
     return operator(tracked or torch.jit.is_tracing(), options, *inputs)
 
 
@@ -100,87 +96,42 @@ def operator(
     return torch._VF.lstm(x, (h_0, c_0), weights, bias, layers, dropout, train, bidirectional, False)
 
 
-@dataclass(eq=False)
-class InnerGraph:
-    """The graph that the operator recorded, between its results and its inputs, without the tensors that it saved.
+def twice_differentiable(options: Options, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the operator, on x, h_0, c_0 and the weights, so that its results can be differentiated twice."""
+    return SecondDerivative.apply(options, *operator(True, options, *inputs), *inputs)
 
-    - outputs, inputs: its edges, None where no gradient passes
-    - saved: those tensors, while a backward pass runs through it; else they are the outer graph's alone, so that hooks
-      see them, and they are freed with it
 
-    The nodes of the graph hold the hook that asks for a saved tensor. So the hook may not hold the graph: the cycle
-    would pass through nodes that Python's collector cannot see.
+class SecondDerivative(torch.autograd.Function):
+    """apply(options, output, h_n, c_n, x, h_0, c_0, *weights) -> output, h_n, c_n, as they are.
+
+    It stands behind the operator in the graph. A gradient passes through it to the operator; one that is to be
+    differentiated again, or that is a batch of gradients, goes to the operator's inputs instead, by the reference.
     """
 
-    outputs: list[GradientEdge | None] = field(default_factory=list)
-    inputs: list[GradientEdge | None] = field(default_factory=list)
-    saved: Sequence[Tensor] = ()
-
-    @contextmanager
-    def holding(self, saved: Sequence[Tensor]) -> Iterator[None]:
-        """Give the graph the tensors that it saved, inside of the block."""
-        self.saved = saved
-        try:
-            yield
-        finally:
-            self.saved = ()
-
-
-def edge(tensor: Tensor) -> GradientEdge | None:
-    """Return the edge at which the gradient of a tensor enters its graph."""
-    return get_gradient_edge(tensor) if tensor.requires_grad else None
-
-
-class TwiceDifferentiable(torch.autograd.Function):
-    """apply(options, x, h_0, c_0, *weights) -> output, h_n, c_n: the operator with a second derivative."""
-
     @staticmethod
-    def forward(ctx: Any, options: Options, *inputs: Tensor) -> tuple[Tensor, ...]:
-        graph, saved = InnerGraph(), []
-        held = weakref.ref(graph)
-
-        def keep(tensor: Tensor) -> int:
-            saved.append(tensor.detach())
-            return len(saved) - 1
-
-        def kept(number: int) -> Tensor:
-            alive = held()
-            assert alive is not None  # the context holds it, and whoever asks runs inside `holding`
-            return alive.saved[number]
-
-        with torch.enable_grad(), saved_tensors_hooks(keep, kept):
-            inner = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-            results = operator(True, options, *inner)
-        graph.outputs, graph.inputs = list(map(edge, results)), list(map(edge, inner))
-        ctx.options, ctx.graph, ctx.count = options, graph, len(inputs)
+    def forward(ctx: Any, options: Options, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results, inputs = tensors[:3], tensors[3:]
+        ctx.options = options
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *saved)
-        saved.clear()  # the nodes hold the hook, the hook this list
+        ctx.save_for_backward(*inputs)
         detached = tuple(result.detach() for result in results)
         # Of a single step with a projection c_n does not depend on weight_hr: where that alone is trained, it is fixed.
-        pairs = zip(detached, results, strict=True)
-        ctx.mark_non_differentiable(*(own for own, result in pairs if not result.requires_grad))
+        fixed = [own for own, needed in zip(detached, ctx.needs_input_grad[1:4], strict=True) if not needed]
+        ctx.mark_non_differentiable(*fixed)
         return detached
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
-        tensors = ctx.saved_tensors  # read on every path: a freed graph is PyTorch's usual error
-        inputs, saved = tensors[: ctx.count], tensors[ctx.count :]
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        if transforms.beyond_operators((*inputs, *grads), inputs[0], None):
-            options = ctx.options
-            projection = inputs[1].shape[2] != inputs[2].shape[2]
-            call = Call(STANDARD.name, options.bias, projection, "operator")
-            layers = (options.num_layers, 2 if options.bidirectional else 1)
-            given, order = Gradients(grads[0], grads[1], grads[2], None), Order(len(inputs[0]))
-            return None, *second_order.backward(given, inputs, needs, call, layers, order, options.packing)
-        wanted = [own for own, needed in zip(ctx.graph.inputs, needs, strict=True) if needed]
-        with ctx.graph.holding(saved):
-            # Whether the user will come back is known to the outer graph alone: keep the inner one.
-            found = gradients_where_needed(ctx.graph.outputs, grads, wanted, needs, retain_graph=True)
-        return None, *found
+        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]  # a freed graph is PyTorch's usual error
+        given = [grad for grad in grads if grad is not None]
+        if not given or not transforms.beyond_operators((*inputs, *given), inputs[0], None):
+            return None, *grads, *[None] * len(inputs)
+        options = ctx.options
+        projection = inputs[1].shape[2] != inputs[2].shape[2]
+        call = Call(STANDARD.name, options.bias, projection, "operator")
+        layers, order = (options.num_layers, 2 if options.bidirectional else 1), Order(len(inputs[0]))
+        again = second_order.backward(Gradients(*grads, None), inputs, needs, call, layers, order, options.packing)
+        return None, None, None, None, *again
 
 
 def forward(

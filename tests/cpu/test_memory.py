@@ -31,7 +31,7 @@ def test_nothing_is_kept_over_hundreds_of_steps(path, grown):
 
 @pytest.mark.parametrize("path", memory.FUNCTIONS)
 def test_a_cycle_through_the_graph_is_seen(path, grown_by_a_cycle):
-    """The hook of the saved tensors holds the graph whose nodes hold the hook: Python's collector cannot see those."""
+    """A hook of the graph holds a result whose node holds the hook: Python's collector cannot see the node."""
     ways = [memory.name_of(way) for way in memory.STEPS if way is not memory.without_gradients]
     found = {way: grown_by_a_cycle[f"{path}: {way}"] for way in ways}
     assert min(found.values()) > 1.5 * memory.BOUND, found

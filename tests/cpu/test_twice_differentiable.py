@@ -1,4 +1,4 @@
-"""The Function that serves on CUDA, on tensors of the CPU: `aten.TwiceDifferentiable` beside the float64 reference."""
+"""The Function that serves on CUDA, on tensors of the CPU: `aten.twice_differentiable` beside the float64 reference."""
 
 import pytest
 import torch
@@ -53,10 +53,10 @@ class Problem:
         module, (x, *others) = self.module, self.leaves
         options = aten.Options(module.bias, module.num_layers, 0.0, module.bidirectional)
         if self.lengths is None:
-            return aten.TwiceDifferentiable.apply(options, x, *others)
+            return aten.twice_differentiable(options, x, *others)
         rows = pack_padded_sequence(x, self.lengths)
         packing = Packing(rows)
-        output, *states = aten.TwiceDifferentiable.apply(options._replace(packing=packing), rows.data, *others)
+        output, *states = aten.twice_differentiable(options._replace(packing=packing), rows.data, *others)
         return [packing.pad(output), *states]
 
     def by_reference(self):
@@ -93,7 +93,7 @@ def test_gradients_pass_gradgradcheck():
     options = aten.Options(True, 2, 0.0, False)
 
     def call(*inputs):
-        return aten.TwiceDifferentiable.apply(options, *inputs)
+        return aten.twice_differentiable(options, *inputs)
 
     assert torch.autograd.gradcheck(call, problem.leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, problem.leaves, fast_mode=True)
