@@ -130,7 +130,9 @@ class SecondDerivative(torch.autograd.Function):
         projection = inputs[1].shape[2] != inputs[2].shape[2]
         call = Call(STANDARD.name, options.bias, projection, "operator")
         layers, order = (options.num_layers, 2 if options.bidirectional else 1), Order(len(inputs[0]))
-        again = second_order.backward(Gradients(*grads, None), inputs, needs, call, layers, order, options.packing)
+        again = second_order.backward(
+            Gradients(grads[0], grads[1], grads[2], None), inputs, needs, call, layers, order, options.packing
+        )
         return None, None, None, None, *again
 
 
