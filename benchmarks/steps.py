@@ -35,9 +35,6 @@ QUEUED_BEHIND = 2_000_000
 ALLOWED = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest relative error of a right result."""
 
-WAITS = (None, "counter", "data")
-"""How programs wait; None: as planned."""
-
 # B, H, dtype, variant: those that the planner's constants were fitted to, then workloads, variants and odd sizes.
 SHAPES = (
     (16, 768, "bfloat16", "standard"), (16, 768, "float16", "standard"), (64, 512, "bfloat16", "standard"),

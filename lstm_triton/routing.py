@@ -241,8 +241,8 @@ def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
 def call_us(engine: str, layer: Layer, gpu: GPU) -> float:
     """Return the time of a call with a layer of T steps by an engine, "persistent" or "operator": an estimate.
 
-    Of its recurrence, without the products outside of the loop; the host's time hides behind it or the other way round.
-    cuDNN's standard algorithm is launched step by step, so that its host's time comes on top.
+    Of its recurrence, without the products outside of the loop. The host and the device work at the same time, so that
+    the slower of them decides; but cuDNN's standard algorithm is launched step by step, and there the times add up.
     """
     host = sum(HOST_US[engine][backward] for backward in passes(layer).values())
     device = layer.T * estimate_us(engine, layer, gpu)
