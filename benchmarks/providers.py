@@ -17,7 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from lstm_triton_kernels import gpus
-from lstm_triton_kernels.plan import ANY, Preference, ranked_plans
+from lstm_triton_kernels.plan import ANY, Preference
+from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.spec import LSTMWeights
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence

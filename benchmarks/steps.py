@@ -149,7 +149,8 @@ def measure(case: Case, wait: str | None, device: torch.device) -> Iterator[Row]
     """Both passes of a case, its programs waiting as asked. Whatever goes wrong becomes a row that says so."""
     from lstm_triton_kernels import sequence_persistent
     from lstm_triton_kernels.gpus import gpu_of
-    from lstm_triton_kernels.plan import PersistentPlan, Preference, ranked_plans
+    from lstm_triton_kernels.plan import PersistentPlan, Preference
+    from lstm_triton_kernels.planner import ranked_plans
     from lstm_triton_kernels.watch import check_launches
 
     row = Row(False, case.B, case.H, case.dtype, case.variant, wait or "")

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lstm_triton_kernels.gpus import GPU, gpu_of, product_us
-from lstm_triton_kernels.plan import ranked_plans
+from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import SUPPORTED_DTYPES, Layer, matmul_precision
 from lstm_triton_kernels.spec import STANDARD, LSTMSpec
 

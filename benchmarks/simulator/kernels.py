@@ -17,8 +17,9 @@ import torch
 import triton
 from lstm_triton_kernels.gpus import GPUS
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
-from lstm_triton_kernels.plan import PersistentPlan, Preference, ranked_plans
-from lstm_triton_kernels.sequence_persistent import Launch, launch_without_data
+from lstm_triton_kernels.plan import PersistentPlan, Preference
+from lstm_triton_kernels.planner import ranked_plans
+from lstm_triton_kernels.sequence_persistent import Launch, kernel_of, launch_without_data
 from lstm_triton_kernels.settle import Usage, absent_gpu, first_clean, usage_elsewhere
 from lstm_triton_kernels.sizes import Layer
 from triton.runtime.interpreter import InterpretedFunction
@@ -101,11 +102,11 @@ def compile_case(case: Case) -> Compiled:
 def compile_plan(layer: Layer, backward: bool, plan: PersistentPlan) -> Compiled:
     """Compile a pass of a layer on a plan, by the library's own launcher."""
     launch = launch_without_data(layer, backward)
-    arguments = launch.arguments(plan)
+    arguments, kernel = launch.arguments(plan), kernel_of(launch, plan)
     with own_cache():
-        usage = usage_elsewhere(launch.kernel, plan.grid, arguments, H100.capability)
+        usage = usage_elsewhere(kernel, plan.grid, arguments, H100.capability)
         with absent_gpu(H100.capability):
-            compiled = launch.kernel.run(grid=plan.grid, warmup=True, **arguments)
+            compiled = kernel.run(grid=plan.grid, warmup=True, **arguments)
     return Compiled(launch, plan, compiled.asm["cubin"], compiled.asm["ptx"], usage)
 
 
@@ -142,7 +143,7 @@ def arguments_of_one(compiled: Compiled) -> list[Any]:
     """
     launch, plan = compiled.launch, compiled.plan
     given = launch.arguments(plan) | dict(max_polls=0, row_blocks=plan.blocks_per_program)
-    values = [given[parameter.name] for parameter in launch.kernel.params if not parameter.is_constexpr]
+    values = [given[parameter.name] for parameter in kernel_of(launch, plan).params if not parameter.is_constexpr]
     return [
         torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
         for value in values

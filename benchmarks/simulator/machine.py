@@ -120,25 +120,28 @@ class ThreadBlock:
     - counter: whether they wait by a counter, else by the data
     - row_blocks: that it works through in a time step, one an iteration
     - fill: the share of a tile's rows that exist
+    - together: such thread blocks, each with rows of its own, that share the multiprocessor
 
     Raises NotImplementedError for an instruction that the model does not have.
     """
 
     def __init__(
-        self, step: Step, warps: int, machine: Machine, readers: int, counter: bool, row_blocks: int, fill: float
-    ) -> None:
+        self, step: Step, warps: int, machine: Machine, readers: int, counter: bool, row_blocks: int, fill: float,
+        together: int = 1,
+    ) -> None:  # fmt: skip
         if unknown := {one.name for one in step.code} & UNKNOWN:
             raise NotImplementedError(f"the model of the machine has no {', '.join(sorted(unknown))}")
         self.step, self.machine, self.row_blocks, self.fill = step, machine, row_blocks, fill
         self.port = min(machine.port, machine.l2_bytes / readers)
         self.readers, self.counter = readers, counter
-        self.warps = [Warp(n, step.code, step.phases) for n in range(warps)]
+        self.size = warps
+        self.warps = [Warp(n, step.code, step.phases) for n in range(warps * together)]
         self.pipe_free: dict[tuple[str, int], float] = {}
         self.memory_free = 0.0
         self.port_free = 0.0
-        self.waiting: dict[int, list[tuple[Warp, int]]] = {}  # at a barrier, by its number
-        self.published: dict[int, int] = {}  # when, by iteration
-        self.samples: dict[tuple[int, int], int] = {}  # when a poll first read what others publish
+        self.waiting: dict[tuple[int, int], list[tuple[Warp, int]]] = {}  # at a barrier, by thread block and number
+        self.published: dict[tuple[int, int], int] = {}  # when, by thread block and iteration
+        self.samples: dict[tuple[int, int, int], int] = {}  # when a poll first read what others publish
         self.failed_polls: Counter[int] = Counter()  # by iteration
 
     def run(self, iterations: int) -> None:
@@ -199,7 +202,7 @@ class ThreadBlock:
     def latency(self, one: Instruction, warp: Warp, now: int) -> int:
         """Return the cycles until a result is there, its time in the queues included."""
         machine, name = self.machine, one.name
-        if one.predicate and warp.number and ONE_THREAD & set(names(one)):
+        if one.predicate and warp.number % self.size and ONE_THREAD & set(names(one)):
             return 1  # one thread of the block does it
         if name in ("LDS", "STS", "LDSM", "ATOMS", "STSM"):
             needed = needed_wavefronts(one)
@@ -220,7 +223,7 @@ class ThreadBlock:
         if name in ("ATOMG", "ATOM", "RED", "REDG"):
             return self.count(one, warp, now)
         if name == "MEMBAR":
-            stored = [cycle + machine.l2 for other in self.warps for cycle in other.stores[-8:]]
+            stored = [cycle + machine.l2 for other in self.beside(warp) for cycle in other.stores[-8:]]
             until = max(stored, default=now) + machine.fence
             warp.ready = max(warp.ready, until)
             return max(0, until - now)
@@ -250,7 +253,8 @@ class ThreadBlock:
             return self.machine.dram
         if polls(one):
             self.sample(warp, now)
-        moved = 32 * one.width * self.fill
+        again = 0.25 if self.step.apart and warp.origin is not None else 1.0  # a part of them, an assumption
+        moved = 32 * one.width * self.fill * again
         self.port_free = max(self.port_free, start + self.machine.l2) + moved / self.port
         return int(self.port_free - now)
 
@@ -260,28 +264,38 @@ class ThreadBlock:
         if ARRIVES & set(names(one)):
             self.publish(warp, int(now + machine.l2 // 2 + machine.atomic_gap * self.readers))
             return machine.l2
-        if warp.number == 0:
+        if warp.number % self.size == 0:
             self.sample(warp, now)
         return machine.l2 + int(machine.atomic_gap * self.readers / 2)
 
     def sample(self, warp: Warp, now: int) -> None:
         """Note when a load or an atomic operation of a poll reads in L2 what others publish; the first one counts."""
-        key, when = (warp.iteration, warp.polled), now + self.machine.l2 // 2
+        key, when = self.poll_of(warp), now + self.machine.l2 // 2
         self.samples[key] = min(self.samples.get(key, when), when)
+
+    def poll_of(self, warp: Warp) -> tuple[int, int, int]:
+        """Return which poll a warp is at: of all warps of its thread block together, or its own."""
+        return warp.iteration, warp.polled, warp.number if self.step.apart else warp.number // self.size
+
+    def beside(self, warp: Warp) -> list[Warp]:
+        """Return the warps of a warp's thread block."""
+        return [other for other in self.warps if other.number // self.size == warp.number // self.size]
 
     def publish(self, warp: Warp, when: int) -> None:
         """Note from when on what is stored in this iteration is visible; the last store counts."""
-        self.published[warp.iteration] = max(self.published.get(warp.iteration, 0), when)
+        key = warp.number // self.size, warp.iteration
+        self.published[key] = max(self.published.get(key, 0), when)
 
     def meet(self, warp: Warp, now: int) -> None:
         """Wait at a barrier of all warps; the last one releases them."""
-        group = self.waiting.setdefault(warp.barriers, [])
+        key = warp.number // self.size, warp.barriers
+        group = self.waiting.setdefault(key, [])
         group.append((warp, now))
         warp.at_barrier = True
-        if len(group) < len(self.warps):
+        if len(group) < self.size:
             return
-        del self.waiting[warp.barriers]
-        release = now + self.machine.barrier[0] + self.machine.barrier[1] * len(self.warps)
+        del self.waiting[key]
+        release = now + self.machine.barrier[0] + self.machine.barrier[1] * self.size
         for member, came in group:
             member.at_barrier = False
             member.barriers += 1
@@ -326,8 +340,9 @@ class ThreadBlock:
 
     def failed(self, warp: Warp) -> bool:
         """Whether the poll before was too early for what the other thread blocks published an iteration before."""
-        sample = self.samples.get((warp.iteration, warp.polled))
-        awaited = self.published.get(warp.iteration - self.row_blocks, 0) + self.machine.skew
+        sample = self.samples.get(self.poll_of(warp))
+        before = warp.number // self.size, warp.iteration - self.row_blocks
+        awaited = self.published.get(before, 0) + self.machine.skew
         return sample is not None and sample < awaited
 
     def critical(self, iteration: int) -> tuple[int, Counter[str]]:
@@ -340,8 +355,9 @@ class ThreadBlock:
             stored = [one.cycle for one in warp.log if one.iteration == n and one.phase == "store" and one.in_step]
             return max(stored or [one.cycle for one in warp.log if one.iteration == n])
 
-        last = max(self.warps, key=lambda warp: publication(warp, iteration))
-        start = max(publication(warp, iteration - 1) for warp in self.warps)
+        own = self.warps[: self.size]
+        last = max(own, key=lambda warp: publication(warp, iteration))
+        start = max(publication(warp, iteration - 1) for warp in own)
         end = publication(last, iteration)
         spent: Counter[str] = Counter()
         previous = start

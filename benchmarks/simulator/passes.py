@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import triton
-from lstm_triton_kernels.plan import PersistentPlan, ranked_plans
+from lstm_triton_kernels.plan import PersistentPlan
+from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.settle import Usage
 
 from benchmarks.simulator.kernels import H100 as GPU

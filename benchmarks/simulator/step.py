@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,15 +24,15 @@ PHASES = {
 
 # The kernels' functions by what they do; an instruction gets its phase by those that it was inlined from. A function
 # that the kernels gain is one name more here (tests/cpu/test_simulator.py finds a name that no function has any more).
-PRODUCTS = {"multiply_add"}
-SUMS = {"sum_parts", "sum_units", "sum_gates"}
-POLLS = {"any_missing", "load_bits", "wait_for_count", "load_when_published"}
+PRODUCTS = {"multiply_add", "add_products", "as_values"}
+SUMS = {"sum_parts", "sum_units", "sum_gates", "sum_of_warps", "as_own"}
+POLLS = {"any_missing", "load_bits", "wait_for_count", "load_when_published", "load_when_there"}
 LOADS = {"exchange_load", "as_right", "as_operand", "round_to_tf32", "opaque"}
 EQUATIONS = {
-    "next_cell", "output_gate", "output_gradients", "cell_gradients", "previous_cell_gradient", "tanh", "sigmoid",
+    "next_cell", "output_gate", "output_derivatives", "cell_derivatives", "previous_cell_gradient", "tanh", "sigmoid",
     "exp2_approx", "reciprocal_approx",
 }  # fmt: skip
-STORES = {"exchange_store", "exchange_arrive", "publish", "arrive"}
+STORES = {"exchange_store", "exchange_arrive", "publish", "arrive", "publish_state", "publish_gates"}
 ARRIVES = {"arrive"}
 ONE_THREAD = {"wait_for_count", "arrive"}
 """One thread of the block does what is under a predicate there."""
@@ -105,6 +106,7 @@ class Step:
 
     - code, phases: its instructions where no poll fails, and the phase of each
     - detours: by the place of the branch, the instructions of another poll, which run while one fails
+    - apart: whether every warp polls for itself, and again only what was not there
     - wavefronts: by place, cycles that an access to shared memory holds its path, where counted; else as without
       conflicts
     """
@@ -112,6 +114,7 @@ class Step:
     code: list[Instruction]
     phases: list[str]
     detours: dict[int, list[Instruction]]
+    apart: bool = False
     wavefronts: dict[int, float] = field(default_factory=dict)
 
 
@@ -119,13 +122,19 @@ def step_of(code: list[Instruction]) -> Step:
     """Return the iteration of a kernel's time loop, from its head on."""
     blocks = basic_blocks(code)
     head, body = time_loop(blocks)
-    polling = [
-        inner
-        for _, inner in loops_inside(blocks, (head, body))
+    polling = {
+        first: inner
+        for first, inner in loops_inside(blocks, (head, body))
         if any(polls(one) for n in inner for one in blocks[n].instructions)
-    ]
+    }
+    # Loops of a warp that look first and ask again only if they must: where they begin is on the way.
+    apart = {
+        first: inner
+        for first, inner in polling.items()
+        if not any(polls(one) for one in blocks[first].instructions) and set(blocks[first].successors) - inner
+    }
     time_outs = {n for n in body if any(times_out(one) for one in blocks[n].instructions)}
-    avoid = time_outs.union(*polling)
+    avoid = time_outs.union(*(inner - set(apart) & inner for inner in polling.values()))
     while more := {n for n in body - avoid if blocks[n].successors and set(blocks[n].successors) & body <= avoid}:
         avoid |= more
     path = [head]
@@ -137,14 +146,17 @@ def step_of(code: list[Instruction]) -> Step:
         after = [n for n in block.successors if n in body]
         off = [n for n in after if n in avoid and n not in time_outs]
         if off and len(after) > 1:
-            detours[position - 1] = detour(blocks, off[0], polling)
+            detours[position - 1] = detour(blocks, off[0], polling.values())
+            if path[-1] in apart:
+                again = [*sorted(apart[path[-1]] - {path[-1]}), path[-1]]
+                detours[position - 1] = [one for n in again for one in blocks[n].instructions]
         onward = [n for n in after if n not in avoid and n not in path]
         if not onward:
             break
         path.append(min(onward))
     found = [one for n in path for one in blocks[n].instructions]
     detours = {n: instructions for n, instructions in detours.items() if instructions}
-    return Step(found, phases_of(found, max(detours, default=-1)), detours)
+    return Step(found, phases_of(found, max(detours, default=-1)), detours, bool(apart))
 
 
 def times_out(one: Instruction) -> bool:
@@ -152,7 +164,7 @@ def times_out(one: Instruction) -> bool:
     return one.opcode.startswith(("ATOMG.E.OR", "REDG.E.OR", "ATOM.E.OR"))
 
 
-def detour(blocks: list[Block], start: int, polling: list[frozenset[int]]) -> list[Instruction]:
+def detour(blocks: list[Block], start: int, polling: Iterable[frozenset[int]]) -> list[Instruction]:
     """Return one iteration of the polling loop that a block leads to; empty where there is none."""
     n = start
     for _ in range(10):  # blocks of a few instructions lead to it

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
+from lstm_triton_kernels.sizes import ceil_div
+
 from benchmarks.simulator.conflicts import SHARED, needed_wavefronts, wavefronts_of
 from benchmarks.simulator.kernels import Compiled, accesses_of
 from benchmarks.simulator.machine import H100, Machine, ThreadBlock
@@ -47,7 +49,8 @@ def simulate(compiled: Compiled, machine: Machine = H100, conflicts: bool = True
         step.wavefronts = wavefronts_of(step.code, accesses_of(compiled))
     blocks = plan.blocks_per_program
     fill = min(plan.rows, compiled.launch.layer.B) / plan.block_b
-    thread_block = ThreadBlock(step, plan.num_warps, machine, plan.programs, plan.wait == "counter", blocks, fill)
+    readers, counter = ceil_div(plan.programs, plan.together), plan.wait == "counter"
+    thread_block = ThreadBlock(step, plan.num_warps, machine, readers, counter, blocks, fill, plan.together)
     thread_block.run(ITERATIONS)
     counted = range(SETTLED, ITERATIONS)
     spent: Counter[str] = Counter()

@@ -17,12 +17,12 @@ from torch import Tensor
 from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.blocks import elementwise_blocks
 from lstm_triton_kernels.equations import (
-    cell_gradients,
+    cell_derivatives,
     load_blocks,
     load_peephole,
     next_cell,
+    output_derivatives,
     output_gate,
-    output_gradients,
     previous_cell_gradient,
     store_gates,
 )
@@ -114,12 +114,13 @@ def cell_backward_kernel(
     c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=tile_mask, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
 
-    d_o, dc_by_hidden = output_gradients(dh, o, c)
+    by_o, by_c = output_derivatives(o, c)
+    d_o = dh * by_o
     if GRAD_HIDDEN:
         tl.store(d_gates_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=tile_mask)
 
     if GRAD_CELL:
-        dc += dc_by_hidden
+        dc += dh * by_c
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v[F + 1] * d_o
         carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
@@ -130,7 +131,8 @@ def cell_backward_kernel(
             i = 1.0 - f
         else:
             i = tl.load(gates_ptr + gate, mask=tile_mask, other=0.0).to(dc.dtype)
-        d_i, d_f, d_g = cell_gradients(dc, i, f, g, c_previous, COUPLED)
+        by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
+        d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         store_gates(d_gates_ptr + gate, d_i, d_f, d_g, H, tile_mask, COUPLED)
         dc_previous = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
         tl.store(dc_ptr + state, dc_previous, mask=tile_mask)

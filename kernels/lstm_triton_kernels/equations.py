@@ -39,23 +39,26 @@ def output_gate(a_o, v, c_previous, c, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: t
 
 
 @triton.jit
-def output_gradients(dh, o, c):
-    """Return, from h_t = o tanh(c_t), the gradient of o's pre-activation and what dh adds to the gradient of c_t."""
+def output_derivatives(o, c):
+    """Return, from h_t = o tanh(c_t), how h_t changes with o's pre-activation and with c_t."""
     tanh_c = tanh(c)
-    return dh * tanh_c * o * (1.0 - o), dh * o * (1.0 - tanh_c * tanh_c)
+    return tanh_c * o * (1.0 - o), o * (1.0 - tanh_c * tanh_c)
 
 
 @triton.jit
-def cell_gradients(dc, i, f, g, c_previous, COUPLED: tl.constexpr):
-    """Return, from c_t = f c_{t-1} + i g, the gradients d_i, d_f, d_g of the pre-activations; coupled: d_i in d_f."""
-    d_g = dc * i * (1.0 - g * g)
+def cell_derivatives(i, f, g, c_previous, COUPLED: tl.constexpr):
+    """Return, from c_t = f c_{t-1} + i g, how c_t changes with the pre-activations of i, f and g.
+
+    Coupled, i and f have one, that of f.
+    """
+    by_g = i * (1.0 - g * g)
     if COUPLED:
-        d_f = dc * (c_previous - g) * f * (1.0 - f)
-        d_i = d_f
+        by_f = (c_previous - g) * f * (1.0 - f)
+        by_i = by_f
     else:
-        d_f = dc * c_previous * f * (1.0 - f)
-        d_i = dc * g * i * (1.0 - i)
-    return d_i, d_f, d_g
+        by_f = c_previous * f * (1.0 - f)
+        by_i = g * i * (1.0 - i)
+    return by_i, by_f, by_g
 
 
 @triton.jit

@@ -18,6 +18,7 @@ class GPU:
 
     - capability: compute capability times ten; multiprocessors; shared_bytes: shared memory of one program, at most
     - clock_ghz, tflop_per_s (dense, by type as in `limit.Constants`), memory_gb_per_s: of the data sheet, boost clock
+    - interpreted: whether it is Triton's interpreter
     """
 
     name: str
@@ -27,6 +28,7 @@ class GPU:
     clock_ghz: float
     tflop_per_s: Mapping[str, float]
     memory_gb_per_s: float
+    interpreted: bool = False
 
     def __hash__(self) -> int:
         return hash((self.name, self.capability, self.multiprocessors, self.shared_bytes))
@@ -46,7 +48,7 @@ GPUS: dict[str, GPU] = {
 }
 """GPUs that plans can be made for where none of them is at hand (limits: CUDA C++ Programming Guide)."""
 
-INTERPRETER = replace(GPUS["h100"], name="Triton's interpreter", multiprocessors=1)
+INTERPRETER = replace(GPUS["h100"], name="Triton's interpreter", multiprocessors=1, interpreted=True)
 """It runs the programs of a launch one after another: none may wait for another."""
 
 L2_BYTES_PER_CLOCK = 40

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 from lstm_triton_kernels.equations import (
-    cell_gradients,
+    cell_derivatives,
     load_blocks,
     load_peephole,
-    output_gradients,
+    output_derivatives,
     previous_cell_gradient,
     store_gates,
 )
@@ -129,7 +129,8 @@ def persistent_backward_kernel(
     counters_ptr += side * row_blocks * COUNTER_STRIDE
 
     block = tl.program_id(1)
-    row, row_mask, length = rows_of_block(block, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS)
+    in_block = tl.arange(0, BLOCK_B)
+    row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
     state = row[:, None] * H + unit[None, :]
     dc = tl.zeros((BLOCK_B, BLOCK_U), ACC)
@@ -158,7 +159,7 @@ def persistent_backward_kernel(
         n = steps - 1 - done
         b = block + (iteration - done * blocks) * tl.num_programs(1)
         if not ONE_BLOCK:
-            row, row_mask, length = rows_of_block(b, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS)
+            row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
             state = row[:, None] * H + unit[None, :]
             dc = tl.load(dc_ptr + state, mask=tile_mask, other=0.0)
@@ -172,7 +173,7 @@ def persistent_backward_kernel(
         if not ONE_BLOCK:
             next_block = block + (iteration + 1 - done_next * blocks) * tl.num_programs(1)
             next_row, next_row_mask, next_length = rows_of_block(
-                next_block, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS
+                in_block, next_block, rows, B, lengths_ptr, T, HAS_LENGTHS
             )
         saved_next, c_next, grads_next = load_saved(
             gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
@@ -239,11 +240,13 @@ def persistent_backward_kernel(
         c_previous, c = c_read[0], c_read[1]
         if HAS_RESETS:
             c_previous = tl.where(reset[:, None], 0.0, c_previous)
-        d_o, dc_by_hidden = output_gradients(dh, o, c)
-        dc += dc_by_hidden
+        by_o, by_c = output_derivatives(o, c)
+        d_o = dh * by_o
+        dc += dh * by_c
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v[Q - 1] * d_o
-        d_i, d_f, d_g = cell_gradients(dc, i, f, g, c_previous, COUPLED)
+        by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
+        d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         dc = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
         if HAS_RESETS:
             dc = tl.where(reset[:, None], 0.0, dc)

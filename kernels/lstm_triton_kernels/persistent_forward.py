@@ -112,10 +112,11 @@ def persistent_forward_kernel(
 
     # The initial states are published like all others.
     block = tl.program_id(1)
-    row, row_mask, length = rows_of_block(block, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS)
+    in_block = tl.arange(0, BLOCK_B)
+    row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
     for b in range(block, row_blocks, tl.num_programs(1)):
         if not ONE_BLOCK:
-            row, row_mask, length = rows_of_block(b, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS)
+            row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
         tile_mask = row_mask[:, None] & (unit < H)[None, :]
         state = row[:, None] * H + unit[None, :]
         if CELLS != "none":
@@ -142,7 +143,7 @@ def persistent_forward_kernel(
     blocks = 1
     if not ONE_BLOCK:
         blocks = tl.cdiv(row_blocks - block, tl.num_programs(1))
-        row, row_mask, length = rows_of_block(block, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS)
+        row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
     elif HAS_LENGTHS:
         steps = tl.max(length, 0)
 
@@ -156,7 +157,7 @@ def persistent_forward_kernel(
         n = iteration // blocks
         b = block + (iteration - n * blocks) * tl.num_programs(1)
         if not ONE_BLOCK:
-            row, row_mask, length = rows_of_block(b, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS)
+            row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
             state = row[:, None] * H + unit[None, :]
         t = time_of_step(n, length, reverse)
@@ -169,7 +170,7 @@ def persistent_forward_kernel(
         if not ONE_BLOCK:
             next_block = block + (iteration + 1 - after * blocks) * tl.num_programs(1)
             next_row, next_row_mask, next_length = rows_of_block(
-                next_block, rows, B, lengths_ptr, T, BLOCK_B, HAS_LENGTHS
+                in_block, next_block, rows, B, lengths_ptr, T, HAS_LENGTHS
             )
         next_t = time_of_step(after, next_length, reverse)
         next_tile = next_row[:, None] * G * H + unit[None, :]

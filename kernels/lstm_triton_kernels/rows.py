@@ -9,9 +9,8 @@ import triton.language as tl
 
 
 @triton.jit
-def rows_of_block(block, rows, B, lengths_ptr, T, BLOCK_B: tl.constexpr, HAS_LENGTHS: tl.constexpr):
-    """Return the row index, row mask and sequence length of each row of a block of `rows` rows, (BLOCK_B,) each."""
-    n = tl.arange(0, BLOCK_B)
+def rows_of_block(n, block, rows, B, lengths_ptr, T, HAS_LENGTHS: tl.constexpr):
+    """Return the index, the mask and the sequence length of row n of a block of `rows` rows; all of the shape of n."""
     row = block * rows + n
     row_mask = (n < rows) & (row < B)
     if HAS_LENGTHS:

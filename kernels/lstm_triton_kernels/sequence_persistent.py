@@ -20,12 +20,18 @@ from lstm_triton_kernels.operands import product_constants
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
-from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference, ranked_plans
+from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference
+from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.settle import SETTLED, Usage, settled, usage_elsewhere, usage_on_device
 from lstm_triton_kernels.sizes import Layer, accumulator_dtype, ceil_div, matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec
 from lstm_triton_kernels.sync import COUNTER_STRIDE, POLLS, unpublish
+from lstm_triton_kernels.tensor_core_plan import exchanged_columns, no_gluon, thread_registers
 from lstm_triton_kernels.watch import error_words_of, one_at_a_time
+
+if no_gluon() is None:
+    from lstm_triton_kernels.exchanged_backward import exchanged_backward_kernel
+    from lstm_triton_kernels.exchanged_forward import exchanged_forward_kernel
 
 _preferences: list[Preference] = []
 
@@ -49,11 +55,10 @@ class Launch(NamedTuple):
     """One pass that is to be launched, on whatever plan.
 
     - arguments: makes the kernel's arguments for a plan, buffers for its results included
-    - exchanged: names of the buffers through which programs exchange values
+    - exchanged: names of the buffers through which programs of the plain kernels exchange values
     - flags: what decides, beside the layer, which kernel is compiled
     """
 
-    kernel: Any
     layer: Layer
     backward: bool
     device: torch.device
@@ -80,14 +85,13 @@ def forward_launch(
     D, T, B, H = layer.D, layer.T, layer.B, layer.H
 
     def arguments(plan: PersistentPlan) -> dict[str, Any]:
-        every = save or (layer.spec.full and not plan.alone)
+        every = save or (layer.spec.full and plan.exact and not plan.alone)
         cells = None
         if every or plan.blocks_per_program > 1:
             slots = T + 1 if every else 1
             cells = torch.empty(D, slots, B, H, dtype=accumulator_dtype(gates.dtype), device=gates.device)
-        return dict(
+        given: dict[str, Any] = dict(
             gates_ptr=gates,
-            hidden_ptr=torch.empty(T + 1, B, D, padded(layer, plan), dtype=gates.dtype, device=gates.device),
             cells_ptr=cells,
             h_n_ptr=torch.empty_like(h_0),
             c_n_ptr=torch.empty_like(c_0),
@@ -95,16 +99,20 @@ def forward_launch(
             c_0_ptr=c_0,
             w_hh_ptr=w_hh,
             w_ch_ptr=w_ch,
-            padded_H=padded(layer, plan),
-            WORDS=not plan.alone and layer.element_bytes == 2,
             SAVE_GATES=save_gates,
             CELLS="all" if every else "none" if cells is None else "one",
-            **common_arguments(layer, plan, order, gates.device, f"the forward pass of {H} units"),
         )
+        name = f"the forward pass of {H} units"
+        if not plan.exact:
+            given["output_ptr"] = torch.empty(T, B, D, H, dtype=gates.dtype, device=gates.device)
+            return given | exchanged_arguments(layer, plan, order, gates.device, name)
+        given["hidden_ptr"] = torch.empty(T + 1, B, D, padded(layer, plan), dtype=gates.dtype, device=gates.device)
+        given |= dict(padded_H=padded(layer, plan), WORDS=not plan.alone and layer.element_bytes == 2)
+        return given | plain_arguments(layer, plan, order, gates.device, name)
 
     exchanged = ("hidden_ptr", "cells_ptr") if layer.spec.full else ("hidden_ptr",)
     flags = (save, save_gates, *asked(order))
-    return Launch(persistent_forward_kernel, layer, False, gates.device, arguments, exchanged, flags)
+    return Launch(layer, False, gates.device, arguments, exchanged, flags)
 
 
 def padded(layer: Layer, plan: PersistentPlan) -> int:
@@ -117,7 +125,7 @@ def padded(layer: Layer, plan: PersistentPlan) -> int:
 
 def hidden_of(found: dict[str, Any], layer: Layer) -> Tensor:
     """Return every h_t, (T, B, D·H) contiguous, of a forward launch that ran."""
-    hidden: Tensor = found["hidden_ptr"][: layer.T, ..., : layer.H]
+    hidden: Tensor = found["output_ptr"] if "output_ptr" in found else found["hidden_ptr"][: layer.T, ..., : layer.H]
     return hidden.reshape(layer.T, layer.B, layer.D * layer.H).contiguous()
 
 
@@ -138,7 +146,7 @@ def backward_launch(
 
     def arguments(plan: PersistentPlan) -> dict[str, Any]:
         dc = torch.zeros if plan.blocks_per_program > 1 else torch.empty
-        return dict(
+        given_tensors = dict(
             d_gates_ptr=torch.empty_like(gates),
             dc_ptr=dc(shape, dtype=cells.dtype, device=gates.device),
             gates_ptr=gates,
@@ -149,16 +157,19 @@ def backward_launch(
             grad_c_n_ptr=grad_c_n,
             w_hh_ptr=w_hh,
             w_ch_ptr=w_ch,
-            WORDS=not plan.alone and layer.element_bytes == 2 and layer.gates * layer.H % 2 == 0,
             HAS_GRAD_OUTPUT=given[0],
             HAS_GRAD_CELLS=given[1],
             HAS_GRAD_H_N=given[2],
             HAS_GRAD_C_N=given[3],
-            **common_arguments(layer, plan, order, gates.device, f"the backward pass of {layer.H} units"),
         )
+        name = f"the backward pass of {layer.H} units"
+        if not plan.exact:
+            return given_tensors | exchanged_arguments(layer, plan, order, gates.device, name)
+        words = not plan.alone and layer.element_bytes == 2 and layer.gates * layer.H % 2 == 0
+        return given_tensors | dict(WORDS=words) | plain_arguments(layer, plan, order, gates.device, name)
 
     flags = (*given, *asked(order))
-    return Launch(persistent_backward_kernel, layer, True, gates.device, arguments, ("d_gates_ptr",), flags)
+    return Launch(layer, True, gates.device, arguments, ("d_gates_ptr",), flags)
 
 
 def layer_of(gates: Tensor, H: int, spec: LSTMSpec, order: Order) -> Layer:
@@ -184,7 +195,7 @@ def plan_of(launch: Launch) -> PersistentPlan:
     key = (key_of(launch.layer), launch.backward, wanted, launch.device, launch.flags)
 
     def usage_of(plan: PersistentPlan) -> Usage | None:
-        return usage_on_device(launch.kernel, plan.grid, launch.arguments(plan))
+        return usage_on_device(kernel_of(launch, plan), plan.grid, launch.arguments(plan))
 
     return settled(key, plans, usage_of, launch.device)
 
@@ -204,7 +215,9 @@ def key_of(layer: Layer) -> Layer:
 def usages(layer: Layer, backward: bool, gpu: GPU, plans: Sequence[PersistentPlan]) -> list[Usage]:
     """Compile the plans of a layer for a GPU that need not be here. Raises RuntimeError as `usage_elsewhere`."""
     launch = launch_without_data(layer, backward)
-    return [usage_elsewhere(launch.kernel, plan.grid, launch.arguments(plan), gpu.capability) for plan in plans]
+    return [
+        usage_elsewhere(kernel_of(launch, plan), plan.grid, launch.arguments(plan), gpu.capability) for plan in plans
+    ]
 
 
 def launch_without_data(layer: Layer, backward: bool) -> Launch:
@@ -234,14 +247,25 @@ def run(launch: Launch) -> dict[str, Any]:
     """
     plan = plan_of(launch)
     given = launch.arguments(plan)
-    if plan.wait == "data":
-        for name in launch.exchanged:
-            unpublish(given[name])
-    if not launch.backward and given["padded_H"] > launch.layer.H:
-        given["hidden_ptr"][..., launch.layer.H :] = 0
+    if not plan.exact:
+        unpublish(given["exchange_ptr"])
+        zero_unpublished(given["exchange_ptr"], launch.layer, launch.backward, plan)
+    else:
+        if plan.wait == "data":
+            for name in launch.exchanged:
+                unpublish(given[name])
+        if not launch.backward and given["padded_H"] > launch.layer.H:
+            given["hidden_ptr"][..., launch.layer.H :] = 0
     with one_at_a_time(launch.device) if not plan.alone else nullcontext():
-        launch.kernel[grid(plan, launch.device)](**given)
+        kernel_of(launch, plan)[grid(plan, launch.device)](**given)
     return given
+
+
+def kernel_of(launch: Launch, plan: PersistentPlan) -> Any:
+    """Return the kernel of a pass on a plan."""
+    if not plan.exact:
+        return exchanged_backward_kernel if launch.backward else exchanged_forward_kernel
+    return persistent_backward_kernel if launch.backward else persistent_forward_kernel
 
 
 def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:
@@ -249,7 +273,7 @@ def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:
 
     Raises RuntimeError where programs that wait for each other could not all be resident.
     """
-    if not plan.alone and device.type == "cuda" and plan.programs > gpu_of(device).multiprocessors:
+    if not plan.alone and device.type == "cuda" and plan.programs > plan.together * gpu_of(device).multiprocessors:
         raise RuntimeError(
             f"{plan.programs} programs that wait for each other do not fit the {gpu_of(device).multiprocessors} "
             f"multiprocessors of {device}"
@@ -257,20 +281,69 @@ def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:
     return plan.grid
 
 
-def common_arguments(
+def exchanged_arguments(
     layer: Layer, plan: PersistentPlan, order: Order, device: torch.device, name: str
 ) -> dict[str, Any]:
-    """Return the arguments that both passes share. name: what the launch is, for errors."""
+    """Return the arguments that both passes of the kernels in Gluon share. name: what the launch is, for errors."""
+    slot = plan.block_b * plan.columns
+    return common_arguments(layer, plan, order, device, name) | dict(
+        exchange_ptr=torch.empty(layer.D, layer.T + 1, plan.row_blocks, slot, dtype=layer.dtype, device=device),
+        KEPT=plan.kept,
+        PIECES=plan.chunks // plan.group,
+        TILED=plan.tiled,
+        ROWS=plan.block_b,
+        UNITS=plan.block_u,
+        PRECISION=product_constants(layer.dtype, layer.precision)["PRECISION"],
+        maxnreg=thread_registers(plan.num_warps, plan.together),
+        launch_cooperative_grid=True,
+    )
+
+
+def zero_unpublished(exchange: Tensor, layer: Layer, backward: bool, plan: PersistentPlan) -> None:
+    """Set the columns of an exchange buffer to zero that no program publishes."""
+    columns, published = plan.columns, exchanged_columns(layer, backward)
+    if published == columns:
+        return
+    if plan.tiled:
+        of_lane = 16 // layer.element_bytes
+        exchange.view(-1, plan.block_b // 8, columns // of_lane, 8 * of_lane)[:, :, published // of_lane :] = 0
+    else:
+        exchange.view(-1, columns)[:, published:] = 0
+
+
+def plain_arguments(
+    layer: Layer, plan: PersistentPlan, order: Order, device: torch.device, name: str
+) -> dict[str, Any]:
+    """Return the arguments that both passes of the plain kernels share. name: what the launch is, for errors."""
     if plan.wait == "counter":
         count = plan.directions * plan.row_blocks * COUNTER_STRIDE.value
         counters = torch.zeros(count, dtype=torch.int32, device=device)
     else:
         counters = torch.empty(1, dtype=torch.int32, device=device)  # nobody counts
+    return common_arguments(layer, plan, order, device, name) | dict(
+        counters_ptr=counters,
+        ALONE=plan.alone,
+        WAIT=plan.wait,
+        GROUP=plan.group,
+        PARTS=plan.parts,
+        H_DIVISOR=math.gcd(layer.H, 16),
+        BLOCK_B=plan.block_b,
+        BLOCK_U=plan.block_u,
+        BLOCK_K=plan.block_k,
+        num_stages=1,
+        launch_cooperative_grid=not plan.alone,
+        **product_constants(layer.dtype, layer.precision),
+    )
+
+
+def common_arguments(
+    layer: Layer, plan: PersistentPlan, order: Order, device: torch.device, name: str
+) -> dict[str, Any]:
+    """Return the arguments that all kernels share."""
     text = f"{name}, {order.T} steps of {layer.B} rows, {plan.programs} programs on {device}"
     return dict(
         lengths_ptr=order.lengths,
         resets_ptr=order.reset_bytes,
-        counters_ptr=counters,
         error_ptr=error_words_of(device).take(text),
         T=order.T,
         B=layer.B,
@@ -281,22 +354,10 @@ def common_arguments(
         pause=plan.pause,
         HAS_LENGTHS=order.lengths is not None,
         HAS_RESETS=order.resets is not None,
-        ALONE=plan.alone,
         ONE_BLOCK=plan.blocks_per_program == 1,
-        WAIT=plan.wait,
         FULL=layer.spec.full,
         CHUNKS=plan.chunks,
-        GROUP=plan.group,
-        PARTS=plan.parts,
         WARPS=plan.num_warps,
-        H_DIVISOR=math.gcd(layer.H, 16),
-        BLOCK_B=plan.block_b,
-        BLOCK_U=plan.block_u,
-        BLOCK_K=plan.block_k,
         num_warps=plan.num_warps,
-        num_stages=1,
-        maxnreg=None if plan.exact else 255,
-        launch_cooperative_grid=not plan.alone,
-        **product_constants(layer.dtype, layer.precision),
         **variant_constants(layer.spec),
     )

@@ -111,7 +111,7 @@ def publish(ptr, value, mask):
     BITS: tl.constexpr = bits_type(ptr.dtype.element_ty)
     NAN: tl.constexpr = quiet_nan(ptr.dtype.element_ty)
     bits = value.to(ptr.dtype.element_ty).to(BITS, bitcast=True)
-    bits = tl.where(bits == -1, tl.full(bits.shape, NAN, BITS), bits)
+    bits = tl.where(bits == -1, NAN, bits)
     tl.store(ptr.to(tl.pointer_type(BITS)), bits, mask=mask)
 
 

@@ -9,18 +9,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from lstm_triton_kernels.float32_plan import ALONE_REGISTER_BYTES, REGISTER_BYTES
 from lstm_triton_kernels.gpus import GPU, GPUS, gpu_of, nominal_constants
 from lstm_triton_kernels.limit import least_us_per_step
-from lstm_triton_kernels.plan import (
-    ALONE_REGISTER_BYTES,
-    MOST_TRIES,
-    REGISTER_BYTES,
-    PersistentPlan,
-    Preference,
-    ranked_plans,
-)
+from lstm_triton_kernels.plan import PersistentPlan, Preference
+from lstm_triton_kernels.planner import MOST_TRIES, ranked_plans
 from lstm_triton_kernels.sizes import Layer
 from lstm_triton_kernels.spec import VARIANTS, LSTMSpec
+from lstm_triton_kernels.tensor_core_plan import thread_registers
 
 from lstm_triton import routing
 from lstm_triton.cli.errors import UserError
@@ -286,6 +282,8 @@ def programs_words(plan: PersistentPlan, gpu: GPU) -> str:
     """Describe the grid, and how it meets the multiprocessors."""
     grid = f"{plan.unit_programs} for units x {plan.row_programs} for rows x {plan.directions} for directions"
     text = f"{plan.programs} = {grid}; the GPU has {gpu.multiprocessors} multiprocessors"
+    if plan.together > 1:
+        return f"{text}, of which each runs up to {plan.together} at once"
     if plan.programs > gpu.multiprocessors:
         return f"{text}, so some share one or run after others"
     return f"{text}, so all run at once"
@@ -322,6 +320,8 @@ def product_words(layer: Layer, backward: bool, plan: PersistentPlan) -> str:
         cut = f"{columns} columns at once (H = {layer.H}){each}, the warps share the units"
     else:
         real = f"{layer.gates} gates of H = {layer.H}" if backward else f"H = {layer.H}"
+        if layer.matrices and not (backward or plan.exact):
+            real += " of h and of c"
         cut = f"{plural(plan.chunks, 'chunk')} x {plan.parts} parts x {plan.block_k} = {columns} columns ({real})"
         if plan.chunks > 1:
             cut += ", all chunks read at once" if plan.group == plan.chunks else f", {plan.group} read at a time"
@@ -334,7 +334,10 @@ def wait_words(layer: Layer, backward: bool, plan: PersistentPlan, gpu: GPU) -> 
         return "none: one program holds all units"
     if plan.wait == "data":
         values = "gradients" if backward else "h and c" if layer.matrices else "h"
-        how = f"data: a program reads {values} until nothing is missing"
+        how = f"data: a {'program' if plan.exact else 'warp'} reads {values} until nothing is missing"
+        how += f", for the first time after {plan.pause} clocks" if plan.pause else ""
+        if not plan.exact:
+            return how
     else:
         how = "counter: a program counts up when it has stored its part, and reads when all have"
     other = "counter" if plan.wait == "data" else "data"
@@ -354,19 +357,26 @@ def weights_words(layer: Layer, plan: PersistentPlan) -> str:
     """The resident weights: of a program, and of the layer."""
     matrices = f"{layer.gates} gates" + (f" and {layer.matrices} peephole matrices" if layer.matrices else "")
     total = size(layer.recurrent_bytes * layer.D)
-    return f"{size(plan.tile_bytes)} stay in a program: its units of {matrices}; {total} in the layer"
+    where = f"its units of {matrices}"
+    if not plan.exact:
+        kept = plan.tile_bytes * plan.kept // plan.chunks
+        where += f", {size(kept)} of them in shared memory, the rest in registers" if kept else ", in registers"
+    return f"{size(plan.tile_bytes)} stay in a program: {where}; {total} in the layer"
 
 
 def registers_words(plan: PersistentPlan) -> str:
     """Describe the budget of registers."""
-    limit = ALONE_REGISTER_BYTES if plan.alone else REGISTER_BYTES[plan.exact]
-    text = f"{plan.accumulator_bytes} bytes of accumulators and gate inputs in a thread; the planner's limit is {limit}"
+    if not plan.exact:
+        limit = thread_registers(plan.num_warps, plan.together)
+        return f"{plan.register_bytes // 4} of {limit} in a thread, for weights, operands and accumulators"
+    limit = ALONE_REGISTER_BYTES if plan.alone else REGISTER_BYTES
+    text = f"{plan.register_bytes} bytes of accumulators and gate inputs in a thread; the planner's limit is {limit}"
     return f"{text} where one program holds all units" if plan.alone else text
 
 
 def estimate_words(plan: PersistentPlan) -> str:
     """What the planner thinks that a step takes."""
-    return f"{time(plan.estimate_us)} a step, by the planner's model of the launch alone, with constants of an H200"
+    return f"{time(plan.estimate_us)} a step, by the planner's model of the launch alone, with constants of an H100"
 
 
 def stepwise_us(layer: Layer, backward: bool, gpu: GPU) -> float:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lstm_triton_kernels.gpus import GPUS
-from lstm_triton_kernels.plan import PersistentPlan, ranked_plans
+from lstm_triton_kernels.plan import PersistentPlan
+from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import Layer
 
 from benchmarks import suites

@@ -16,7 +16,8 @@ import torch
 from lstm_triton_kernels import sequence_persistent, sequence_stepwise, watch
 from lstm_triton_kernels.gpus import GPUS
 from lstm_triton_kernels.order import Order
-from lstm_triton_kernels.plan import PersistentPlan, Preference, ranked_plans
+from lstm_triton_kernels.plan import PersistentPlan, Preference
+from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import Layer
 from torch import Tensor
 

@@ -20,7 +20,8 @@ if INTERPRETED:
 import torch
 from lstm_triton_kernels import sequence_persistent, settle
 from lstm_triton_kernels.gpus import GPU, GPUS
-from lstm_triton_kernels.plan import MOST_TRIES, PersistentPlan, ranked_plans
+from lstm_triton_kernels.plan import PersistentPlan
+from lstm_triton_kernels.planner import MOST_TRIES, ranked_plans
 from lstm_triton_kernels.sizes import Layer
 
 from benchmarks.suites import GPU_SUITES, cases

@@ -15,7 +15,7 @@ import pytest
 import torch
 from lstm_triton_kernels import gpus
 from lstm_triton_kernels.limit import Constants
-from lstm_triton_kernels.plan import ranked_plans
+from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.watch import error_words_of
 from rich.console import Console
 

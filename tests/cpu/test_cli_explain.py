@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lstm_triton_kernels.gpus import GPUS, nominal_constants
 from lstm_triton_kernels.limit import least_us_per_step
-from lstm_triton_kernels.plan import Preference, ranked_plans
+from lstm_triton_kernels.plan import Preference
+from lstm_triton_kernels.planner import ranked_plans
 from rich.console import Console
 
 from lstm_triton import VARIANTS, cli, routing

@@ -9,7 +9,8 @@ import torch
 from lstm_triton_kernels import sequence_persistent
 from lstm_triton_kernels.gpus import GPUS
 from lstm_triton_kernels.order import Order
-from lstm_triton_kernels.plan import ANY, Preference, ranked_plans
+from lstm_triton_kernels.plan import ANY, Preference
+from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import Layer
 from lstm_triton_kernels.spec import STANDARD
 

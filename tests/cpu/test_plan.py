@@ -10,22 +10,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from lstm_triton_kernels import gpus
-from lstm_triton_kernels import plan as planner
+from lstm_triton_kernels import gpus, planner
+from lstm_triton_kernels.float32_plan import MOST_CHUNKS, exchanged_bytes
 from lstm_triton_kernels.gpus import GPU, GPUS, INTERPRETER, KIB, gpu_of, nominal_constants
 from lstm_triton_kernels.limit import least_us_per_step
-from lstm_triton_kernels.plan import (
-    ANY,
-    MOST_CHUNKS,
-    PERSISTENT_DTYPES,
-    WAITING_MARGIN,
-    PersistentPlan,
-    Preference,
-    candidates,
-    exchanged_bytes,
-    ranked_plans,
-    why_not,
-)
+from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference
+from lstm_triton_kernels.planner import PERSISTENT_DTYPES, WAITING_MARGIN, candidates, ranked_plans, why_not
 from lstm_triton_kernels.sizes import Layer
 
 from lstm_triton import VARIANTS, LSTMSpec

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lstm_triton_kernels.gpus import GPUS, INTERPRETER
-from lstm_triton_kernels.plan import ranked_plans
+from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import Layer
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence

@@ -21,10 +21,13 @@ from tests.emulator.machine import Machine
 from tests.emulator.memory import GARBAGE
 
 KERNELS = {
-    sequence_persistent: ["persistent_forward_kernel", "persistent_backward_kernel"],
+    sequence_persistent: [
+        "persistent_forward_kernel", "persistent_backward_kernel", "exchanged_forward_kernel",
+        "exchanged_backward_kernel",
+    ],
     gates: ["gate_preactivations_kernel", "output_peephole_kernel"],
     cell: ["cell_forward_kernel", "cell_backward_kernel"],
-}
+}  # fmt: skip
 """By module."""
 
 Change = Callable[[str, str], str]

@@ -16,7 +16,8 @@ from dataclasses import replace
 
 from lstm_triton_kernels import sequence_persistent
 from lstm_triton_kernels.gpus import GPUS, gpu_of
-from lstm_triton_kernels.plan import Preference, ranked_plans
+from lstm_triton_kernels.plan import Preference
+from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import next_power_of_2
 
 import lstm_triton

@@ -46,9 +46,9 @@ def plan_of(
         num_warps=4,
         wait=wait,
         pause=0,
-        exact=False,
+        exact=True,
         tile_bytes=0,
-        accumulator_bytes=0,
+        register_bytes=0,
         shared_bytes=0,
         estimate_us=0.0,
     )

@@ -1,0 +1,251 @@
+"""The backward pass of a layer in one launch, in Gluon, as `exchanged_forward`, with the weights transposed.
+
+In each step, from the last to the first, a program computes how far its states change with its pre-activations, waits
+for the gradients of all gates of the step after, and multiplies them with its columns of W_hh, which gives the dh of
+its units (with a full peephole, and of V: their dc). What it publishes then are the gradients of its own gates.
+
+Slot n of the exchange buffer holds the gradients of step n as the step before reads them: zeros in rows that do not
+have step n, or are reset before it. Slot `steps`, behind the last step, is zero. They are stored twice, there and in
+d_gates, which the GEMMs after the loop read.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from lstm_triton_kernels.equations import (
+    cell_derivatives,
+    load_peephole,
+    output_derivatives,
+    previous_cell_gradient,
+    store_gates,
+)
+from lstm_triton_kernels.inline_ptx import round_to_tf32
+from lstm_triton_kernels.persistent_backward import load_saved
+from lstm_triton_kernels.polling import lane_elements, load_when_there, read_places, slot_place
+from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
+from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
+from lstm_triton_kernels.tiles import (
+    add_products,
+    barrier,
+    load_weights,
+    no_products,
+    operand_layout,
+    own_gates_layout,
+    own_layout,
+    padded_units,
+    part_buffer_layout,
+    row_in_block,
+    sum_of_warps,
+)
+
+
+@gluon.jit
+def publish_gates(
+    slot_ptr, first_unit, rows, d_i, d_f, d_g, d_o, H: gl.constexpr, G: gl.constexpr, P: gl.constexpr, V: gl.constexpr,
+    TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, WARPS: gl.constexpr, PRECISION: gl.constexpr,
+):  # fmt: skip
+    """Publish the gradients of a program's own gates, as operands of the products: four of a unit in one store."""
+    HP: gl.constexpr = padded_units(H)
+    if PRECISION == "tf32":
+        d_i, d_f, d_g, d_o = round_to_tf32(d_i), round_to_tf32(d_f), round_to_tf32(d_g), round_to_tf32(d_o)
+    layout: gl.constexpr = own_gates_layout(UNITS, WARPS) if G == 4 else own_layout(UNITS, WARPS)
+    row = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), ROWS)[:, None]
+    if G == 4:
+        column = 4 * first_unit + gl.arange(0, 4 * UNITS, layout=gl.SliceLayout(0, layout))[None, :]
+        gates = gl.reshape(gl.join(gl.join(d_i, d_g), gl.join(d_f, d_o)), [ROWS, 4 * UNITS])
+        gates = gl.convert_layout(gates, layout, assert_trivial=True)
+        publish(slot_ptr + slot_place(row, column, P, V, TILED), gates, (row < rows) & (column < 4 * HP))
+    else:
+        unit = first_unit + gl.arange(0, UNITS, layout=gl.SliceLayout(0, layout))[None, :]
+        mask = (row < rows) & (unit < HP)
+        publish(slot_ptr + slot_place(row, unit, P, V, TILED), d_f, mask)
+        publish(slot_ptr + slot_place(row, HP + unit, P, V, TILED), d_g, mask)
+        publish(slot_ptr + slot_place(row, 2 * HP + unit, P, V, TILED), d_o, mask)
+
+
+@gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
+def exchanged_backward_kernel(
+    d_gates_ptr, dc_ptr, exchange_ptr, gates_ptr, cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr,
+    grad_c_n_ptr, w_hh_ptr, w_ch_ptr, lengths_ptr, resets_ptr, error_ptr,
+    T, B, rows, row_blocks, max_polls, pause,
+    H: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr, OUTPUT_CURRENT: gl.constexpr,
+    HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr, HAS_GRAD_H_N: gl.constexpr,
+    HAS_GRAD_C_N: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr, ONE_BLOCK: gl.constexpr,
+    PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr, TILED: gl.constexpr,
+    ROWS: gl.constexpr, UNITS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0, without a full peephole's part.
+
+    - exchange: as forward, with the columns of `weights_at`
+    - the other tensors as in `persistent_backward_kernel`; the constants as in `exchanged_forward_kernel`
+    """
+    G: gl.constexpr = 3 if COUPLED else 4
+    Q: gl.constexpr = 2 if COUPLED else 3
+    SETS: gl.constexpr = 2 if FULL else 1
+    D_TYPE: gl.constexpr = d_gates_ptr.dtype.element_ty
+    V: gl.constexpr = lane_elements(D_TYPE)
+    P: gl.constexpr = 4 * V * CHUNKS * WARPS
+    own: gl.constexpr = own_layout(UNITS, WARPS)
+    words: gl.constexpr = operand_layout(1, 4, WARPS)
+    each: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    direction = gl.program_id(2)
+    reverse = direction == 1
+    side = direction.to(gl.int64)
+    first_unit = gl.program_id(0) * UNITS
+    unit = first_unit + gl.arange(0, UNITS, layout=gl.SliceLayout(0, own))
+    w_hh_ptr += side * G * H * H
+    v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
+    if FULL:
+        w_ch_ptr += side * Q * H * H
+    w, kept = load_weights(w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, True, CHUNKS, KEPT, UNITS, V, WARPS, PRECISION)
+    parts = gl.allocate_shared_memory(gl.float32, [WARPS, SETS, UNITS, ROWS], part_buffer_layout(ROWS))
+
+    gates_stride = B.to(gl.int64) * G * H
+    cells_stride = B.to(gl.int64) * H
+    slot_stride = row_blocks.to(gl.int64) * ROWS * P
+    d_gates_ptr += side * T * gates_stride
+    gates_ptr += side * T * gates_stride
+    exchange_ptr += side * (T + 1) * slot_stride
+    before_ptr = cells_ptr + (side * (T + 1) + side) * cells_stride  # c_{t-1} stands at index t of it
+    current_ptr = cells_ptr + (side * (T + 1) + 1 - side) * cells_stride  # and c_t at index t of this
+    if HAS_GRAD_OUTPUT:
+        grad_output_ptr += side * H
+    if HAS_GRAD_CELLS:
+        grad_cells_ptr += side * H
+    if HAS_GRAD_H_N:
+        grad_h_n_ptr += side * cells_stride
+    if HAS_GRAD_C_N:
+        grad_c_n_ptr += side * cells_stride
+    dc_ptr += side * cells_stride
+
+    block = gl.program_id(1)
+    in_block = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, own)), ROWS)
+    row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
+    tile_mask = row_mask[:, None] & (unit < H)[None, :]
+    state = row[:, None] * H + unit[None, :]
+    zero = gl.zeros([ROWS, UNITS], gl.float32, own)
+    dc = zero
+    steps = T
+    blocks = 1
+    if not ONE_BLOCK:
+        blocks = gl.cdiv(row_blocks - block, gl.num_programs(1))
+    elif HAS_LENGTHS:
+        steps = gl.max(length, 0)
+        for n in range(steps, T):
+            place = d_gates_ptr + gates_stride * n + row[:, None] * G * H + unit[None, :]
+            for g in gl.static_range(G):
+                gl.store(place + g * H, zero.to(D_TYPE), mask=tile_mask)
+    for b in range(block, row_blocks, gl.num_programs(1)):
+        slot_ptr = exchange_ptr + steps * slot_stride + b.to(gl.int64) * (ROWS * P)
+        publish_gates(
+            slot_ptr, first_unit, gl.minimum(rows, B - b * rows), zero, zero, zero, zero, H, G, P, V, TILED, ROWS,
+            UNITS, WARPS, PRECISION,
+        )  # fmt: skip
+    places = read_places(gl.minimum(rows, B - block * rows), P, V, TILED, CHUNKS, ROWS, WARPS)
+    none = gl.full([32 * WARPS], 0, gl.int32, each)
+    polls, clocks = none + max_polls, none + pause
+
+    # What the forward pass saved does not depend on other programs: it is loaded an iteration ahead.
+    saved_next, c_next, grads_next = load_saved(
+        gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1, row, row_mask, length, unit, B,
+        H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+    )  # fmt: skip
+
+    for iteration in range(steps * blocks):
+        done = iteration // blocks
+        n = steps - 1 - done
+        b = block + (iteration - done * blocks) * gl.num_programs(1)
+        if not ONE_BLOCK:
+            row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
+            tile_mask = row_mask[:, None] & (unit < H)[None, :]
+            state = row[:, None] * H + unit[None, :]
+            dc = gl.load(dc_ptr + state, mask=tile_mask, other=0.0)
+            places = read_places(gl.minimum(rows, B - b * rows), P, V, TILED, CHUNKS, ROWS, WARPS)
+        t = time_of_step(n, length, reverse)
+        step_mask = row_mask & (n < length)
+        step_tile_mask = tile_mask & step_mask[:, None]
+
+        saved, c_read, grads = saved_next, c_next, grads_next
+        done_next = (iteration + 1) // blocks
+        next_row, next_row_mask, next_length = row, row_mask, length
+        if not ONE_BLOCK:
+            next_block = block + (iteration + 1 - done_next * blocks) * gl.num_programs(1)
+            next_row, next_row_mask, next_length = rows_of_block(
+                in_block, next_block, rows, B, lengths_ptr, T, HAS_LENGTHS
+            )
+        saved_next, c_next, grads_next = load_saved(
+            gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
+            next_row_mask, next_length, unit, B, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+        )  # fmt: skip
+
+        last_mask = step_tile_mask & row_values(n == length - 1, HAS_LENGTHS)
+        if HAS_GRAD_H_N:
+            d_h_n = gl.load(grad_h_n_ptr + state, mask=last_mask, other=0.0)
+        if HAS_GRAD_C_N:
+            d_c_n = gl.load(grad_c_n_ptr + state, mask=last_mask, other=0.0)
+        f, g, o = saved[G - 3].to(gl.float32), saved[G - 2].to(gl.float32), saved[G - 1].to(gl.float32)
+        i = 1.0 - f if COUPLED else saved[0].to(gl.float32)
+        c_previous, c = c_read[0], c_read[1]
+        if HAS_RESETS:
+            reset = gl.load(resets_ptr + (t.to(gl.int64) * B + row), mask=step_mask, other=0) != 0
+            c_previous = gl.where(reset[:, None], 0.0, c_previous)
+        by_o, by_c = output_derivatives(o, c)
+        by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
+
+        slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * (ROWS * P)
+        acc = no_products(SETS * UNITS, ROWS, WARPS)
+        PIECE: gl.constexpr = CHUNKS // PIECES
+        STEP: gl.constexpr = 4 * V * (8 if TILED else 1)
+        for piece in gl.static_range(PIECES):
+            there, polls_left = load_when_there(
+                slot_ptr + slot_stride + piece * (PIECE * STEP), places, polls, clocks if piece == 0 else none, PIECE,
+                TILED, ROWS, WARPS, words,
+            )  # fmt: skip
+            polls = gl.where(polls_left > 0, polls, 0)  # a warp that gave up once does not wait again
+            acc = add_products(acc, w, kept, there, piece * PIECE, D_TYPE, PRECISION, V, WARPS)
+        recurrent = sum_of_warps(acc, parts, SETS, UNITS, WARPS)
+        dh = recurrent[0]
+        if FULL:
+            dc += recurrent[1]
+        if HAS_GRAD_OUTPUT:
+            dh += grads[0].to(gl.float32)
+        if HAS_GRAD_CELLS:
+            dc += grads[len(grads) - 1].to(gl.float32)
+        if HAS_GRAD_H_N:
+            dh += d_h_n.to(gl.float32)
+        if HAS_GRAD_C_N:
+            dc += d_c_n.to(gl.float32)
+
+        d_o = dh * by_o
+        dc += dh * by_c
+        if DIAGONAL and OUTPUT_CURRENT:
+            dc += v[Q - 1] * d_o
+        d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
+        rows_here = gl.minimum(rows, B - b * rows)
+        if HAS_RESETS:
+            read = (reset == 0)[:, None]
+            publish_gates(
+                slot_ptr, first_unit, rows_here, gl.where(read, d_i, 0.0), gl.where(read, d_f, 0.0),
+                gl.where(read, d_g, 0.0), gl.where(read, d_o, 0.0), H, G, P, V, TILED, ROWS, UNITS, WARPS, PRECISION,
+            )  # fmt: skip
+        else:
+            publish_gates(
+                slot_ptr, first_unit, rows_here, d_i, d_f, d_g, d_o, H, G, P, V, TILED, ROWS, UNITS, WARPS, PRECISION
+            )
+        dc = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
+        if HAS_RESETS:
+            dc = gl.where(reset[:, None], 0.0, dc)
+
+        # A row that does not have this step has zero gradients and zero dc: its loads were masked.
+        d_now = at_time(d_gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
+        store_gates(d_now, d_i, d_f, d_g, H, tile_mask, COUPLED)
+        gl.store(d_now + (G - 1) * H, d_o.to(D_TYPE), mask=tile_mask)
+        if not ONE_BLOCK:
+            gl.store(dc_ptr + state, dc, mask=tile_mask)
+            barrier()  # where several threads have one element, one stores dc and all load it
+    if ONE_BLOCK:
+        gl.store(dc_ptr + state, dc, mask=tile_mask)
+    if gl.min(polls, 0) <= 0:
+        gl.atomic_or(error_ptr, TIMED_OUT_DATA, sem="relaxed", scope="gpu")

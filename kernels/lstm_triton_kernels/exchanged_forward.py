@@ -1,0 +1,251 @@
+"""The forward pass of a layer in one launch, in Gluon: programs exchange h through L2, weights stay in registers.
+
+Shapes, programs and masks as in `persistent_forward`; a tile is (ROWS, UNITS). What differs is the exchange. It has a
+buffer of its own with a slot for each step, which holds what that step reads of all units (polling.py): slot 0 h_0,
+slot n + 1 what step n leaves, zeros in rows that end there or are reset before their next step. So a step needs no
+masks for what it reads. With a full peephole c is exchanged beside h, in the same type, and is more columns of the same product.
+
+In each step a program pauses for a time in which no other can be done, polls until its warps have what they multiply,
+adds up the parts of its warps, and publishes.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from lstm_triton_kernels.activations import tanh
+from lstm_triton_kernels.equations import load_blocks, load_peephole, next_cell, output_gate, store_gates
+from lstm_triton_kernels.inline_ptx import round_to_tf32
+from lstm_triton_kernels.polling import lane_elements, load_when_there, read_places, slot_place
+from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
+from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
+from lstm_triton_kernels.tiles import (
+    add_products,
+    barrier,
+    load_weights,
+    no_products,
+    operand_layout,
+    own_layout,
+    padded_units,
+    part_buffer_layout,
+    row_in_block,
+    sum_of_warps,
+)
+
+
+@gluon.jit
+def publish_state(
+    slot_ptr, place, h, c, mask, H: gl.constexpr, P: gl.constexpr, V: gl.constexpr, TILED: gl.constexpr,
+    FULL: gl.constexpr, PRECISION: gl.constexpr,
+):  # fmt: skip
+    """Publish h, and with a full peephole c, of a program's own rows and units, as operands of the products."""
+    publish(slot_ptr + place, round_to_tf32(h) if PRECISION == "tf32" else h, mask)
+    if FULL:
+        HP: gl.constexpr = padded_units(H)
+        behind = HP // V * (8 * V) if TILED else HP
+        publish(slot_ptr + place + behind, round_to_tf32(c) if PRECISION == "tf32" else c, mask)
+
+
+@gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
+def exchanged_forward_kernel(
+    gates_ptr, output_ptr, exchange_ptr, cells_ptr, h_n_ptr, c_n_ptr, h_0_ptr, c_0_ptr, w_hh_ptr, w_ch_ptr, lengths_ptr,
+    resets_ptr, error_ptr,
+    T, B, rows, row_blocks, max_polls, pause,
+    H: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr, OUTPUT_CURRENT: gl.constexpr,
+    SAVE_GATES: gl.constexpr, CELLS: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr,
+    ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr,
+    TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
+
+    - output: (T, B, D, H) out; exchange: (D, T + 1, row_blocks, ROWS · P), all ones, but zero in columns that no
+      program publishes; P = 4 V · CHUNKS · WARPS
+    - cells, h_n, c_n, h_0, c_0, w_hh, w_ch, lengths, resets, error, ONE_BLOCK: as in `persistent_forward_kernel`
+
+    CHUNKS of each warp, KEPT of them in shared memory; they are waited for and multiplied in PIECES. ROWS: 8 or 16 of a
+    tile, of which `rows` are used; UNITS: a multiple of 8.
+    """
+    G: gl.constexpr = 3 if COUPLED else 4
+    Q: gl.constexpr = 2 if COUPLED else 3
+    H_TYPE: gl.constexpr = output_ptr.dtype.element_ty
+    V: gl.constexpr = lane_elements(H_TYPE)
+    P: gl.constexpr = 4 * V * CHUNKS * WARPS
+    own: gl.constexpr = own_layout(UNITS, WARPS)
+    words: gl.constexpr = operand_layout(1, 4, WARPS)
+    each: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    direction = gl.program_id(2)
+    reverse = direction == 1
+    D = gl.num_programs(2)
+    side = direction.to(gl.int64)
+    first_unit = gl.program_id(0) * UNITS
+    unit = first_unit + gl.arange(0, UNITS, layout=gl.SliceLayout(0, own))
+    w_hh_ptr += side * G * H * H
+    v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
+    if FULL:
+        w_ch_ptr += side * Q * H * H
+    w, kept = load_weights(w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, False, CHUNKS, KEPT, UNITS, V, WARPS, PRECISION)
+    parts = gl.allocate_shared_memory(gl.float32, [WARPS, 4, UNITS, ROWS], part_buffer_layout(ROWS))
+
+    gates_stride = B.to(gl.int64) * G * H
+    output_stride = B.to(gl.int64) * D * H
+    cells_stride = B.to(gl.int64) * H
+    slot_stride = row_blocks.to(gl.int64) * ROWS * P
+    gates_ptr += side * T * gates_stride
+    output_ptr += side * H
+    exchange_ptr += side * (T + 1) * slot_stride
+    if CELLS == "all":
+        cells_ptr += side * (T + 1) * cells_stride
+    if CELLS == "one":
+        cells_ptr += side * cells_stride
+    h_0_ptr += side * cells_stride
+    c_0_ptr += side * cells_stride
+    h_n_ptr += side * cells_stride
+    c_n_ptr += side * cells_stride
+
+    # The initial states are published like all others.
+    block = gl.program_id(1)
+    in_block = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, own)), ROWS)
+    own_place = slot_place(in_block[:, None], unit[None, :], P, V, TILED)
+    row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
+    for b in range(block, row_blocks, gl.num_programs(1)):
+        if not ONE_BLOCK:
+            row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
+        tile_mask = row_mask[:, None] & (unit < H)[None, :]
+        state = row[:, None] * H + unit[None, :]
+        c = gl.load(c_0_ptr + state, mask=tile_mask, other=0.0).to(gl.float32)
+        h = gl.load(h_0_ptr + state, mask=tile_mask, other=0.0).to(gl.float32)
+        if CELLS != "none":
+            place = cells_ptr + state
+            if CELLS == "all":
+                place = at_time(place, gl.where(reverse, length, 0), cells_stride, HAS_LENGTHS)
+            gl.store(place, c, mask=tile_mask)
+        if HAS_RESETS:
+            first_t = time_of_step(0, length, reverse)
+            reset = gl.load(resets_ptr + (first_t.to(gl.int64) * B + row), mask=row_mask, other=0) != 0
+            c = gl.where(reset[:, None], 0.0, c)
+            h = gl.where(reset[:, None], 0.0, h)
+        publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
+        slot_ptr = exchange_ptr + b.to(gl.int64) * (ROWS * P)
+        publish_state(slot_ptr, own_place, h, c, publish_mask, H, P, V, TILED, FULL, PRECISION)
+
+    tile_mask = row_mask[:, None] & (unit < H)[None, :]
+    publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
+    state = row[:, None] * H + unit[None, :]
+    if ONE_BLOCK:
+        c = gl.load(c_0_ptr + state, mask=tile_mask, other=0.0).to(gl.float32)
+    steps = T
+    blocks = 1
+    if not ONE_BLOCK:
+        blocks = gl.cdiv(row_blocks - block, gl.num_programs(1))
+        row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
+    elif HAS_LENGTHS:
+        steps = gl.max(length, 0)
+    places = read_places(gl.minimum(rows, B - block * rows), P, V, TILED, CHUNKS, ROWS, WARPS)
+    none = gl.full([32 * WARPS], 0, gl.int32, each)
+    polls, clocks = none + max_polls, none + pause
+
+    # Gate inputs do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
+    t = time_of_step(0, length, reverse)
+    tile = row[:, None] * G * H + unit[None, :]
+    step_tile_mask = (row_mask & (length > 0))[:, None] & (unit < H)[None, :]
+    a_next = load_blocks(at_time(gates_ptr + tile, t, gates_stride, HAS_LENGTHS), H, step_tile_mask, G)
+
+    for iteration in range(steps * blocks):
+        n = iteration // blocks
+        b = block + (iteration - n * blocks) * gl.num_programs(1)
+        if not ONE_BLOCK:
+            row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
+            tile_mask = row_mask[:, None] & (unit < H)[None, :]
+            publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
+            state = row[:, None] * H + unit[None, :]
+            places = read_places(gl.minimum(rows, B - b * rows), P, V, TILED, CHUNKS, ROWS, WARPS)
+        t = time_of_step(n, length, reverse)
+        step_mask = row_mask & (n < length)
+        step_tile_mask = tile_mask & step_mask[:, None]
+
+        a = a_next
+        after = (iteration + 1) // blocks
+        next_row, next_row_mask, next_length = row, row_mask, length
+        if not ONE_BLOCK:
+            next_block = block + (iteration + 1 - after * blocks) * gl.num_programs(1)
+            next_row, next_row_mask, next_length = rows_of_block(
+                in_block, next_block, rows, B, lengths_ptr, T, HAS_LENGTHS
+            )
+        next_t = time_of_step(after, next_length, reverse)
+        next_tile = next_row[:, None] * G * H + unit[None, :]
+        next_tile_mask = (next_row_mask & (after < next_length))[:, None] & (unit < H)[None, :]
+        a_next = load_blocks(at_time(gates_ptr + next_tile, next_t, gates_stride, HAS_LENGTHS), H, next_tile_mask, G)
+
+        if CELLS == "all":
+            cells_before = at_time(cells_ptr, t + direction, cells_stride, HAS_LENGTHS) + state
+            slot = gl.where(n < length, t + 1 - direction, n + 1)
+            cells_now = at_time(cells_ptr, slot, cells_stride, HAS_LENGTHS) + state
+        else:
+            cells_before = cells_ptr + state if CELLS == "one" else cells_ptr
+            cells_now = cells_before
+        if not ONE_BLOCK:
+            c = gl.load(cells_before, mask=step_tile_mask, other=0.0)
+        read_mask = row_mask & (n + 1 < length)  # rows whose state is read by a next step
+        if HAS_RESETS:
+            reset = gl.load(resets_ptr + (t.to(gl.int64) * B + row), mask=step_mask, other=0) != 0
+            c = gl.where(reset[:, None], 0.0, c)
+            step_after = time_of_step(n + 1, length, reverse)
+            reset = gl.load(resets_ptr + (step_after.to(gl.int64) * B + row), mask=read_mask, other=0) != 0
+            read_mask = read_mask & (reset == 0)
+
+        slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * (ROWS * P)
+        acc = no_products(4 * UNITS, ROWS, WARPS)
+        PIECE: gl.constexpr = CHUNKS // PIECES
+        STEP: gl.constexpr = 4 * V * (8 if TILED else 1)
+        for piece in gl.static_range(PIECES):
+            there, polls_left = load_when_there(
+                slot_ptr + piece * (PIECE * STEP),
+                places,
+                polls,
+                clocks if piece == 0 else none,
+                PIECE,
+                TILED,
+                ROWS,
+                WARPS,
+                words,
+            )
+            polls = gl.where(polls_left > 0, polls, 0)  # a warp that gave up once does not wait again
+            acc = add_products(acc, w, kept, there, piece * PIECE, H_TYPE, PRECISION, V, WARPS)
+        recurrent = sum_of_warps(acc, parts, 4, UNITS, WARPS)
+        sums = ()
+        for g in gl.static_range(G):
+            sums = sums + (a[g].to(gl.float32) + recurrent[g + 4 - G],)  # noqa: RUF005
+
+        c_previous = c
+        i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
+        o = output_gate(sums[G - 1], v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
+        h = o * tanh(c)
+
+        # What others wait for goes first.
+        h_read = gl.where(read_mask[:, None], h, 0.0)
+        c_read = gl.where(read_mask[:, None], c, 0.0)
+        publish_state(slot_ptr + slot_stride, own_place, h_read, c_read, publish_mask, H, P, V, TILED, FULL, PRECISION)
+        output_now = at_time(output_ptr, t, output_stride, HAS_LENGTHS) + row[:, None] * D * H + unit[None, :]
+        gl.store(output_now, gl.where(step_mask[:, None], h, 0.0).to(H_TYPE), mask=tile_mask)
+        if CELLS != "none":
+            gl.store(cells_now, gl.where(step_mask[:, None], c, 0.0), mask=tile_mask)
+        if SAVE_GATES:
+            gates_now = at_time(gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
+            store_gates(gates_now, i, f, g, H, step_tile_mask, COUPLED)
+            gl.store(gates_now + (G - 1) * H, o.to(gates_ptr.dtype.element_ty), mask=step_tile_mask)
+        last_mask = step_tile_mask & row_values(n == length - 1, HAS_LENGTHS)
+        gl.store(h_n_ptr + state, h.to(h_n_ptr.dtype.element_ty), mask=last_mask)
+        gl.store(c_n_ptr + state, c.to(c_n_ptr.dtype.element_ty), mask=last_mask)
+        if not ONE_BLOCK:
+            barrier()  # where several threads have one element, one stores c and all load it
+
+    if HAS_LENGTHS and ONE_BLOCK:
+        zero = gl.zeros([ROWS, UNITS], gl.float32, own)
+        for n in range(steps, T):
+            output_now = output_ptr + output_stride * n + row[:, None] * D * H + unit[None, :]
+            gl.store(output_now, zero.to(H_TYPE), mask=tile_mask)
+            if CELLS == "all":
+                gl.store(cells_ptr + cells_stride * (n + 1) + state, zero, mask=tile_mask)
+    if gl.min(polls, 0) <= 0:
+        gl.atomic_or(error_ptr, TIMED_OUT_DATA, sem="relaxed", scope="gpu")

@@ -1,0 +1,159 @@
+"""Waiting for published values in the registers that tensor cores read them from, and where those values are.
+
+Programs exchange values through a buffer of slots, one for every step and a first one for the initial state. A slot
+holds ROWS rows (of a row block) of P elements, P a multiple of what the warps of a program read at once. With V
+elements in 16 bytes, element (row, column) of a slot is at
+
+- `TILED`: tile (row // 8, column // V), in it row % 8, column % V. A tile is a line of 128 bytes; what a program
+  publishes fills tiles, and a load of a warp reads four whole tiles.
+- else row · P + column.
+
+What is published, and how a reader sees that it is there, is that of `sync.py` (*data*): a buffer filled with all ones,
+a NaN that no value has. Here every warp waits by itself, for no more than it multiplies, in a small loop of inline PTX
+without a barrier. A thread loads 16 bytes at a time, and repeats only loads whose bytes were not all there; the threads
+of a warp leave the loop together.
+
+Operands: a thread of `mma` has of a right operand one row (lane // 4) and pairs of columns of its own. Which columns is
+free, as long as weights are permuted alike: so a thread takes V columns in a row, one load of 16 bytes (a layout with a
+k_width of V). A chunk is 64 bytes of a row, which four lanes share: 32 columns of 16-bit elements, 16 of 32-bit ones.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.target_info import cuda_capability_geq
+
+
+@triton.constexpr_function
+def lane_elements(element):
+    """Return the elements in 16 bytes."""
+    return 128 // element.primitive_bitwidth
+
+
+@triton.constexpr_function
+def poll_ptx(places, tiles, step, bits, has_max):
+    """Return inline PTX that loads 16 bytes at every place until no element is all ones; and its constraints.
+
+    - places: loads of a thread, at `step` bytes from each other, in each of `tiles` (1 or 2) sets of 8 rows
+    - bits: of an element, 16 or 32; has_max: whether the GPU has the maximum of two 16-bit halves
+
+    Outputs: the words in the order place, tile, word; then the polls left. Inputs: an address for each tile; the most
+    polls; the clocks of the multiprocessor to pass before the first. When no poll is left, the loop ends: then that
+    output is less than 1, and words may hold all ones.
+    """
+    loads = [(tile, step * place) for place in range(places) for tile in range(tiles)]
+    n = 4 * len(loads)
+    vectors = [[f"${4 * v + m}" for m in range(4)] for v in range(len(loads))]
+    asks = [
+        f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(words)}}}, [${n + 1 + tile}+{offset}];"
+        for words, (tile, offset) in zip(vectors, loads)  # noqa: B905
+    ]
+    left, most, clocks = f"${n}", f"${n + 1 + tiles}", f"${n + 2 + tiles}"
+    lines = ["{", f".reg .pred %absent<{len(loads)}>, %any;", ".reg .b32 %seen, %t, %start, %now;"]
+    lines += ["mov.u32 %start, %clock;", "PAUSE:", "mov.u32 %now, %clock;", "sub.u32 %t, %now, %start;"]
+    lines += [f"setp.lt.u32 %any, %t, {clocks};", "@%any bra PAUSE;"]
+    lines += [*asks, f"mov.b32 {left}, {most};", "AGAIN:", "setp.ne.b32 %any, 0, 0;"]
+    for v, words in enumerate(vectors):
+        lines += missing_ptx(words, f"%absent{v}", bits, has_max)
+        lines.append(f"or.pred %any, %any, %absent{v};")
+    lines += ["vote.sync.any.pred %any, %any, 0xffffffff;", "@!%any bra THERE;", f"sub.s32 {left}, {left}, 1;"]
+    lines += [f"@%absent{v} {ask}" for v, ask in enumerate(asks)]
+    lines += [f"setp.gt.s32 %any, {left}, 0;", "@%any bra AGAIN;", "THERE:", "}"]
+    return "\n".join(lines), ",".join(["=&r"] * (n + 1) + ["l"] * tiles + ["r", "r"])
+
+
+@triton.constexpr_function
+def missing_ptx(words, absent, bits, has_max):
+    """Return PTX that sets the predicate if an element of four words is all ones.
+
+    All ones is the largest unsigned number: of an element it is enough to see whether the largest is that. Of a half h
+    the top bit of h & (-h - 2) is set only then: a smaller h with that bit has an inverse of at most 0x7FFF, less one.
+    The subtraction of both halves at once, 0xFFFEFFFE - w, borrows nothing unless a half is all ones. GPUs before
+    compute capability 9.0 have no maximum of halves, and look at every word.
+    """
+    if bits == 32:
+        found = [f"max.u32 %seen, {words[0]}, {words[1]};"]
+        found += [f"max.u32 %seen, %seen, {word};" for word in words[2:]]
+        return [*found, f"setp.eq.u32 {absent}, %seen, 0xFFFFFFFF;"]
+    if has_max:
+        found = [f"max.u16x2 %seen, {words[0]}, {words[1]};"]
+        found += [f"max.u16x2 %seen, %seen, {word};" for word in words[2:]]
+        found += ["sub.u32 %t, 0xFFFEFFFE, %seen;", "lop3.b32 %seen, %t, %seen, 0x80008000, 0x80;"]
+        return [*found, f"setp.ne.u32 {absent}, %seen, 0;"]
+    found = ["mov.b32 %seen, 0;"]
+    for word in words:
+        found += [f"sub.u32 %t, 0xFFFEFFFE, {word};", f"lop3.b32 %seen, %t, {word}, %seen, 0xEA;"]
+    return [*found, "and.b32 %seen, %seen, 0x80008000;", f"setp.ne.u32 {absent}, %seen, 0;"]
+
+
+@gluon.jit
+def slot_place(row, column, P: gl.constexpr, V: gl.constexpr, TILED: gl.constexpr):
+    """Return where element (row, column) of a slot is."""
+    if TILED:
+        return row // 8 * (8 * P) + column // V * (8 * V) + row % 8 * V + column % V
+    else:
+        return row * P + column
+
+
+@gluon.jit
+def read_places(
+    rows, P: gl.constexpr, V: gl.constexpr, TILED: gl.constexpr, CHUNKS: gl.constexpr, ROWS: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Return where the first of a thread's columns are in a slot, for each 8 of ROWS rows, (32 · WARPS,) each.
+
+    A warp has CHUNKS chunks of columns. A thread whose row is not one of the `rows` that exist reads the last of them.
+    """
+    n = gl.arange(0, WARPS * 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    column = n // 32 * (CHUNKS * 4 * V) + n % 4 * V
+    row = n % 32 // 4
+    if ROWS == 16:
+        first = slot_place(gl.minimum(row, rows - 1), column, P, V, TILED)
+        return first, slot_place(gl.minimum(row + 8, rows - 1), column, P, V, TILED)
+    else:
+        return (slot_place(gl.minimum(row, rows - 1), column, P, V, TILED),)
+
+
+@gluon.jit
+def join_words(v, FIRST: gl.constexpr):
+    """Return four (threads,) blocks of a 16-byte load as (threads, 2, 2): bits 0 and 1 of a word's number."""
+    return gl.join(gl.join(v[FIRST], v[FIRST + 1]), gl.join(v[FIRST + 2], v[FIRST + 3]))
+
+
+@gluon.jit
+def load_when_there(
+    slot_ptr, places, polls, clocks, COUNT: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr,
+    WARPS: gl.constexpr, words: gl.constexpr,
+):  # fmt: skip
+    """Wait for COUNT chunks of each warp, after so many clocks; returns them, and the polls left, (32 · WARPS,).
+
+    slot_ptr: the slot, plus the first chunk; places: of `read_places`; polls, clocks: (32 · WARPS,). A chunk is a block
+    (WARPS, 16, ROWS) of 32-bit words in the layout `words`, that of a right operand. Less than one poll left: a warp
+    gave up.
+    """
+    TILES: gl.constexpr = ROWS // 8
+    BITS: gl.constexpr = slot_ptr.dtype.element_ty.primitive_bitwidth
+    PTX: gl.constexpr = poll_ptx(COUNT, TILES, 512 if TILED else 64, BITS, cuda_capability_geq(9))
+    if TILES == 2:
+        addresses = [
+            (slot_ptr + places[0]).to(gl.int64, bitcast=True),
+            (slot_ptr + places[1]).to(gl.int64, bitcast=True),
+        ]
+    else:
+        addresses = [(slot_ptr + places[0]).to(gl.int64, bitcast=True)]
+    v = gl.inline_asm_elementwise(
+        PTX[0], PTX[1], [*addresses, polls, clocks], dtype=(gl.int32,) * (4 * TILES * COUNT + 1), is_pure=False, pack=1
+    )
+    chunks = ()
+    for n in gl.static_range(COUNT):
+        # dimensions: warp, lane // 4, lane % 4, bits 0 and 1 of a word's number, set of eight rows
+        if TILES == 2:
+            block = gl.join(join_words(v, 8 * n), join_words(v, 8 * n + 4))
+            block = gl.permute(gl.reshape(block, [WARPS, 8, 4, 2, 2, 2]), (0, 2, 4, 3, 5, 1))
+        else:
+            block = gl.permute(gl.reshape(join_words(v, 4 * n), [WARPS, 8, 4, 2, 2]), (0, 2, 4, 3, 1))
+        block = gl.reshape(block, [WARPS, 16, ROWS])
+        chunks = chunks + (gl.convert_layout(block, words, assert_trivial=True),)  # noqa: RUF005
+    return chunks, v[4 * TILES * COUNT]
