@@ -157,7 +157,10 @@ def steps_command(
     variant: Annotated[str, typer.Option(help="Of the shapes' cell.")] = "standard",
     wait: Annotated[
         list[str] | None,
-        typer.Option(help="How programs wait: planned, counter or data; repeat for several.", show_default="all three"),
+        typer.Option(
+            help="How programs wait: planned, counter or data; repeat for several.",
+            show_default="planned; in exact float32 all three",
+        ),
     ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="That compile at once.", show_default="one a core")
@@ -172,9 +175,9 @@ def steps_command(
         raise typer.BadParameter("times persistent kernels: needs a GPU")
     choose("--dtype", [dtype], tuple(suites.STORAGE))
     choose("--variant", [variant], tuple(spec.name for spec in VARIANTS))
-    waits = choose("--wait", wait or ["planned", "counter", "data"], ("planned", "counter", "data"))
+    choose("--wait", wait or [], steps.WAITS)
     cases = steps.cases([(*parse_shape(text), dtype, variant) for text in shape] if shape else steps.SHAPES)
-    asked = [(case, None if name == "planned" else name) for case in cases for name in waits]
+    asked = [(case, name) for case in cases for name in steps.waits(case, wait)]
     path = rows.new_file(_folder(results), machine(where), environment(where).date, "steps", "jsonl")
     steps.compile_all(asked, str(where), processes or os.cpu_count() or 1)
     path.write_text(json.dumps(asdict(environment(where))) + "\n")

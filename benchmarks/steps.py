@@ -35,7 +35,8 @@ QUEUED_BEHIND = 2_000_000
 ALLOWED = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest relative error of a right result."""
 
-# B, H, dtype, variant: those that the planner's constants were fitted to, then workloads, variants and odd sizes.
+# B, H, dtype, variant: those that the first constants of the planner were fitted to (float32_plan.py), then workloads,
+# variants and odd sizes.
 SHAPES = (
     (16, 768, "bfloat16", "standard"), (16, 768, "float16", "standard"), (64, 512, "bfloat16", "standard"),
     (16, 1024, "bfloat16", "standard"), (128, 256, "bfloat16", "standard"), (1, 256, "bfloat16", "standard"),
@@ -76,6 +77,15 @@ class Row:
             return f"{start} {self.error}"
         times = f"{self.us:.3f} us a step ({self.us_least:.3f} to {self.us_most:.3f})"
         return f"{start} {times}, estimated {self.estimate_us:.2f}; error {self.error:.1e}; {self.plan}"
+
+
+WAITS = ("planned", "counter", "data")
+
+
+def waits(case: Case, asked: Sequence[str] | None) -> list[str | None]:
+    """How programs wait in the launches of a case: as asked, else as planned and, where there is a choice, by both."""
+    names = asked or (WAITS if case.layer.exact else WAITS[:1])
+    return [None if name == "planned" else name for name in names]
 
 
 def cases(shapes: Sequence[tuple[int, int, str, str]] = SHAPES) -> list[Case]:

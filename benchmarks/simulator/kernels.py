@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lstm_triton_kernels
 import torch
@@ -22,6 +22,7 @@ from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sequence_persistent import Launch, kernel_of, launch_without_data
 from lstm_triton_kernels.settle import Usage, absent_gpu, first_clean, usage_elsewhere
 from lstm_triton_kernels.sizes import Layer
+from lstm_triton_kernels.tensor_core_plan import fits
 from triton.runtime.interpreter import InterpretedFunction
 
 from benchmarks.simulator.conflicts import Access, count_wavefronts
@@ -68,7 +69,8 @@ class Case:
         return Preference(wait=self.wait, block_u=self.block_u, block_b=self.block_b)
 
 
-class Compiled(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Compiled:
     """A pass of a layer on a plan, compiled for sm_90."""
 
     launch: Launch
@@ -87,7 +89,7 @@ def compile_case(case: Case) -> Compiled:
 
     def usage_of(plan: PersistentPlan) -> Usage | None:
         usage = compile_plan(case.layer, case.backward, plan).usage
-        return usage if usage.shared <= H100.shared_bytes else None
+        return usage if fits(plan.together, usage.shared, H100) else None
 
     plans = ranked_plans(case.layer, case.backward, H100, case.wanted)
     if isinstance(plans, str):

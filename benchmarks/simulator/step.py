@@ -27,7 +27,7 @@ PHASES = {
 PRODUCTS = {"multiply_add", "add_products", "as_values"}
 SUMS = {"sum_parts", "sum_units", "sum_gates", "sum_of_warps", "as_own"}
 POLLS = {"any_missing", "load_bits", "wait_for_count", "load_when_published", "load_when_there"}
-LOADS = {"exchange_load", "as_right", "as_operand", "round_to_tf32", "opaque"}
+LOADS = {"exchange_load", "as_right", "as_operand", "round_to_tf32"}
 EQUATIONS = {
     "next_cell", "output_gate", "output_derivatives", "cell_derivatives", "previous_cell_gradient", "tanh", "sigmoid",
     "exp2_approx", "reciprocal_approx",
@@ -106,16 +106,16 @@ class Step:
 
     - code, phases: its instructions where no poll fails, and the phase of each
     - detours: by the place of the branch, the instructions of another poll, which run while one fails
-    - apart: whether every warp polls for itself, and again only what was not there
     - wavefronts: by place, cycles that an access to shared memory holds its path, where counted; else as without
       conflicts
+    - apart: whether every warp polls for itself, and again only what was not there
     """
 
     code: list[Instruction]
     phases: list[str]
     detours: dict[int, list[Instruction]]
-    apart: bool = False
     wavefronts: dict[int, float] = field(default_factory=dict)
+    apart: bool = False
 
 
 def step_of(code: list[Instruction]) -> Step:
@@ -156,7 +156,7 @@ def step_of(code: list[Instruction]) -> Step:
         path.append(min(onward))
     found = [one for n in path for one in blocks[n].instructions]
     detours = {n: instructions for n, instructions in detours.items() if instructions}
-    return Step(found, phases_of(found, max(detours, default=-1)), detours, bool(apart))
+    return Step(found, phases_of(found, max(detours, default=-1)), detours, apart=bool(apart))
 
 
 def times_out(one: Instruction) -> bool:

@@ -3,7 +3,8 @@
 Shapes, programs and masks as in `persistent_forward`; a tile is (ROWS, UNITS). What differs is the exchange. It has a
 buffer of its own with a slot for each step, which holds what that step reads of all units (polling.py): slot 0 h_0,
 slot n + 1 what step n leaves, zeros in rows that end there or are reset before their next step. So a step needs no
-masks for what it reads. With a full peephole c is exchanged beside h, in the same type, and is more columns of the same product.
+masks for what it reads. With a full peephole c is exchanged beside h, in the same type, and is more columns of the same
+product.
 
 In each step a program pauses for a time in which no other can be done, polls until its warps have what they multiply,
 adds up the parts of its warps, and publishes.

@@ -45,6 +45,7 @@ GPUS: dict[str, GPU] = {
     "l4": GPU("L4", 89, 58, 99 * KIB, 2.04, _rates(121, 60, 30.3, 0.5), 300),
     "rtx4090": GPU("RTX 4090", 89, 128, 99 * KIB, 2.52, _rates(165, 82.6, 82.6, 1.3), 1008),
     "b200": GPU("B200", 100, 148, 227 * KIB, 1.85, _rates(2250, 1125, 75, 37), 8000),
+    "rtx5090": GPU("RTX 5090", 120, 170, 99 * KIB, 2.41, _rates(209.5, 104.8, 104.8, 1.6), 1792),
 }
 """GPUs that plans can be made for where none of them is at hand (limits: CUDA C++ Programming Guide)."""
 

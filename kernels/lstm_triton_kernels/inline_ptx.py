@@ -1,6 +1,6 @@
 """Instructions of NVIDIA GPUs that Triton has no function for, as inline PTX; in the interpreter, plain operations.
 
-For blocks of float32, but for `opaque` and `pause`. The interpreter executes no PTX.
+For blocks of float32, but for `pause`. The interpreter executes no PTX.
 """
 
 import triton
@@ -45,15 +45,6 @@ def round_to_tf32(x):
 
 
 @triton.jit
-def opaque(block):
-    """Return a block of 16-bit floats as it is, by a copy that the compiler neither removes nor moves past its uses."""
-    if INTERPRETED:
-        return block
-    else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [block], dtype=block.dtype, is_pure=False, pack=2)
-
-
-@triton.jit
 def pause(clocks):
     """Let so many clocks of the multiprocessor pass (int32); the interpreter has none."""
     if not INTERPRETED:
@@ -77,5 +68,5 @@ def pause(clocks):
         )
 
 
-INTERPRETED = tl.constexpr(isinstance(opaque, InterpretedFunction))
+INTERPRETED = tl.constexpr(isinstance(pause, InterpretedFunction))
 """Whether the kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""

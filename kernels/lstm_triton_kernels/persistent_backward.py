@@ -23,13 +23,13 @@ from lstm_triton_kernels.equations import (
     previous_cell_gradient,
     store_gates,
 )
-from lstm_triton_kernels.operands import as_operand, multiply_add
 from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
     divided_by,
     load_gate_tiles,
     load_transposed_tiles,
+    multiply_add,
     peephole_block,
     sum_units,
 )
@@ -79,20 +79,20 @@ def persistent_backward_kernel(
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_CELLS: tl.constexpr,
     HAS_GRAD_H_N: tl.constexpr, HAS_GRAD_C_N: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
-    ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
-    WORDS: tl.constexpr, H_DIVISOR: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr, WARPS: tl.constexpr, H_DIVISOR: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0, without a full peephole's part.
 
-    - dc: (D, B, H) accumulator type, the gradient of c_{t-1} when step t is done; zero before, unless ONE_BLOCK
+    - dc: (D, B, H), the gradient of c_{t-1} when step t is done; zero before, unless ONE_BLOCK
     - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as saved
     - grad_output, grad_cells: (T, B, D·H); grad_h_n, grad_c_n: (D, B, H)
     - w_hh, w_ch, lengths, resets, counters, error, and the constants of the product: as in the forward pass
     """
     G: tl.constexpr = 3 if COUPLED else 4
     Q: tl.constexpr = 2 if COUPLED else 3
-    D_TYPE: tl.constexpr = d_gates_ptr.dtype.element_ty
+    ELEMENT: tl.constexpr = gates_ptr.dtype.element_ty
     H = divided_by(H, H_DIVISOR)
     direction = tl.program_id(2)
     reverse = direction == 1
@@ -103,13 +103,13 @@ def persistent_backward_kernel(
     if FULL:
         w_ch_ptr += side * Q * H * H
     if ALONE:
-        w = load_gate_tiles(w_hh_ptr, unit, H, G, True, BLOCK_K, DOT, PRECISION)
+        w = load_gate_tiles(w_hh_ptr, unit, H, G, True, BLOCK_K)
         if FULL:
-            v_full = load_gate_tiles(w_ch_ptr, unit, H, Q, True, BLOCK_K, DOT, PRECISION)
+            v_full = load_gate_tiles(w_ch_ptr, unit, H, Q, True, BLOCK_K)
     else:
-        w = load_transposed_tiles(w_hh_ptr, unit, H, G, False, CHUNKS, PARTS, BLOCK_U, BLOCK_K, DOT, PRECISION)
+        w = load_transposed_tiles(w_hh_ptr, unit, H, G, False, CHUNKS, PARTS, BLOCK_U, BLOCK_K)
         if FULL:
-            v_full = load_transposed_tiles(w_ch_ptr, unit, H, G, True, CHUNKS, PARTS, BLOCK_U, BLOCK_K, DOT, PRECISION)
+            v_full = load_transposed_tiles(w_ch_ptr, unit, H, G, True, CHUNKS, PARTS, BLOCK_U, BLOCK_K)
 
     gates_stride = B.to(tl.int64) * G * H
     cells_stride = B.to(tl.int64) * H
@@ -133,9 +133,9 @@ def persistent_backward_kernel(
     row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
     state = row[:, None] * H + unit[None, :]
-    dc = tl.zeros((BLOCK_B, BLOCK_U), ACC)
+    dc = tl.zeros((BLOCK_B, BLOCK_U), ELEMENT)
     if ALONE:
-        d_i = tl.zeros((BLOCK_B, BLOCK_U), ACC)
+        d_i = tl.zeros((BLOCK_B, BLOCK_U), ELEMENT)
         d_f, d_g, d_o = d_i, d_i, d_i
     steps = T
     blocks = 1
@@ -195,20 +195,20 @@ def persistent_backward_kernel(
             )
 
         if ALONE:
-            dh = tl.zeros((BLOCK_B, BLOCK_U), ACC)
+            dh = tl.zeros((BLOCK_B, BLOCK_U), ELEMENT)
             dh_odd = dh  # two chains of products: in a single one each product would wait for the one before
             for g in tl.static_range(G):
                 d = d_o if g == G - 1 else d_g if g == G - 2 else d_f if g == G - 3 else d_i
-                d = as_operand(tl.where(carry_mask[:, None], d, 0.0).to(D_TYPE), DOT, PRECISION)
+                d = tl.where(carry_mask[:, None], d, 0.0)
                 if g % 2 == 0:
-                    dh = multiply_add(dh, d, w[g], PRECISION)
+                    dh = multiply_add(dh, d, w[g])
                 else:
-                    dh_odd = multiply_add(dh_odd, d, w[g], PRECISION)
+                    dh_odd = multiply_add(dh_odd, d, w[g])
                 if FULL and g != G - 2:
-                    dc = multiply_add(dc, d, v_full[peephole_block(g, G)], PRECISION)
+                    dc = multiply_add(dc, d, v_full[peephole_block(g, G)])
             dh += dh_odd
         else:
-            acc = tl.zeros((PARTS, BLOCK_U, BLOCK_B), ACC)
+            acc = tl.zeros((PARTS, BLOCK_U, BLOCK_B), ELEMENT)
             acc_c = acc
             read_mask = carry_mask[:, None]
             d_after = at_time(d_gates_ptr, after, gates_stride, HAS_LENGTHS) + row[:, None] * G * H
@@ -216,27 +216,27 @@ def persistent_backward_kernel(
             exchange_pause(pause, WAIT)
             max_polls = exchange_wait(counter_ptr, done * tl.num_programs(0), max_polls, error_ptr, WAIT)
             for first in tl.static_range(0, CHUNKS, GROUP):
-                pointers, masks = chunk_pointers(d_after, G * H, read_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
+                pointers, masks = chunk_pointers(d_after, G * H, read_mask, first, GROUP, PARTS, BLOCK_K)
                 read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                 for m in tl.static_range(GROUP):
-                    right = as_right(read[m], D_TYPE, WORDS, PARTS, DOT, PRECISION)
-                    acc = multiply_add(acc, w[first + m], right, PRECISION)
+                    right = as_right(read[m], PARTS)
+                    acc = multiply_add(acc, w[first + m], right)
                     if FULL:
-                        acc_c = multiply_add(acc_c, v_full[first + m], right, PRECISION)
+                        acc_c = multiply_add(acc_c, v_full[first + m], right)
             dh = sum_units(acc, WARPS)
             if FULL:
                 dc += sum_units(acc_c, WARPS)
 
         if HAS_GRAD_OUTPUT:
-            dh += grads[0].to(ACC)
+            dh += grads[0]
         if HAS_GRAD_CELLS:
-            dc += grads[len(grads) - 1].to(ACC)
+            dc += grads[len(grads) - 1]
         if HAS_GRAD_H_N:
-            dh += d_h_n.to(ACC)
+            dh += d_h_n
         if HAS_GRAD_C_N:
-            dc += d_c_n.to(ACC)
-        f, g, o = saved[G - 3].to(ACC), saved[G - 2].to(ACC), saved[G - 1].to(ACC)
-        i = 1.0 - f if COUPLED else saved[0].to(ACC)
+            dc += d_c_n
+        f, g, o = saved[G - 3], saved[G - 2], saved[G - 1]
+        i = 1.0 - f if COUPLED else saved[0]
         c_previous, c = c_read[0], c_read[1]
         if HAS_RESETS:
             c_previous = tl.where(reset[:, None], 0.0, c_previous)
@@ -255,7 +255,7 @@ def persistent_backward_kernel(
         d_now = at_time(d_gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
         if ALONE:
             store_gates(d_now, d_i, d_f, d_g, H, tile_mask, COUPLED)
-            tl.store(d_now + (G - 1) * H, d_o.to(D_TYPE), mask=tile_mask)
+            tl.store(d_now + (G - 1) * H, d_o, mask=tile_mask)
         else:
             if not COUPLED:
                 exchange_store(d_now, d_i, tile_mask, WAIT)

@@ -14,6 +14,9 @@ stays in its registers.
 With `lengths`, row b ends after lengths[b] steps (the second direction starts there): it leaves its state in h_n and
 c_n, and writes zeros for the steps beyond. With `resets` (T, B), the state is zero before such a step.
 
+All values are float32 (in Triton's interpreter float64, too), and so are the products. What tensor cores multiply,
+16-bit types and TF32, is computed by `exchanged_forward`.
+
 Masks: row_mask (BLOCK_B,), the rows that exist; step_mask, those that have this step; carry_mask, those of them whose
 state is carried into the step, since it is not reset; tile_mask and step_tile_mask (BLOCK_B, BLOCK_U), the same for the
 elements of a tile; read_mask, carry_mask as a column; last_mask, the rows that end with this step.
@@ -26,13 +29,13 @@ import triton.language as tl
 
 from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.equations import load_blocks, load_peephole, next_cell, output_gate, store_gates
-from lstm_triton_kernels.operands import as_operand, multiply_add
 from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
     divided_by,
     load_gate_tiles,
     load_stacked_tiles,
+    multiply_add,
     peephole_block,
     sum_gates,
 )
@@ -54,9 +57,9 @@ def persistent_forward_kernel(
     T, B, H, padded_H, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     SAVE_GATES: tl.constexpr, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
-    ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
-    WORDS: tl.constexpr, H_DIVISOR: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr, WARPS: tl.constexpr, H_DIVISOR: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
 
@@ -68,11 +71,11 @@ def persistent_forward_kernel(
 
     The output gate of a full peephole reads c_{t-1}. ONE_BLOCK: no program has a second row block.
     CHUNKS, PARTS, BLOCK_K: how the columns of the product are cut (resident.py); GROUP chunks, a divisor of CHUNKS, are
-    read at once, WORDS: as 32-bit words of two elements. WARPS: of the program. H_DIVISOR: a power of two, divides H.
+    read at once. WARPS: of the program. H_DIVISOR: a power of two, divides H.
     """
     G: tl.constexpr = 3 if COUPLED else 4
     Q: tl.constexpr = 2 if COUPLED else 3
-    H_TYPE: tl.constexpr = hidden_ptr.dtype.element_ty
+    ELEMENT: tl.constexpr = gates_ptr.dtype.element_ty
     direction = tl.program_id(2)
     reverse = direction == 1
     D = tl.num_programs(2)
@@ -85,15 +88,13 @@ def persistent_forward_kernel(
     if FULL:
         w_ch_ptr += side * Q * H * H
     if ALONE:
-        w = load_gate_tiles(w_hh_ptr, unit, H, G, False, BLOCK_K, DOT, PRECISION)
+        w = load_gate_tiles(w_hh_ptr, unit, H, G, False, BLOCK_K)
         if FULL:
-            v_full = load_gate_tiles(w_ch_ptr, unit, H, Q, False, BLOCK_K, DOT, PRECISION)
+            v_full = load_gate_tiles(w_ch_ptr, unit, H, Q, False, BLOCK_K)
     else:
-        w = load_stacked_tiles(w_hh_ptr, unit_from, H, G, False, CHUNKS, PARTS, BLOCK_U, BLOCK_K, DOT, PRECISION)
+        w = load_stacked_tiles(w_hh_ptr, unit_from, H, G, False, CHUNKS, PARTS, BLOCK_U, BLOCK_K)
         if FULL:
-            v_full = load_stacked_tiles(
-                w_ch_ptr, unit_from, H, G, True, CHUNKS, PARTS, BLOCK_U, BLOCK_K, DOT, PRECISION
-            )
+            v_full = load_stacked_tiles(w_ch_ptr, unit_from, H, G, True, CHUNKS, PARTS, BLOCK_U, BLOCK_K)
 
     gates_stride = B.to(tl.int64) * G * H
     hidden_stride = B.to(tl.int64) * D * padded_H
@@ -120,7 +121,7 @@ def persistent_forward_kernel(
         tile_mask = row_mask[:, None] & (unit < H)[None, :]
         state = row[:, None] * H + unit[None, :]
         if CELLS != "none":
-            c = tl.load(c_0_ptr + state, mask=tile_mask, other=0.0).to(ACC)
+            c = tl.load(c_0_ptr + state, mask=tile_mask, other=0.0)
             place = cells_ptr + state
             if CELLS == "all":
                 place = at_time(place, tl.where(reverse, length, 0), cells_stride, HAS_LENGTHS)
@@ -136,9 +137,9 @@ def persistent_forward_kernel(
 
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
     state = row[:, None] * H + unit[None, :]
-    c = tl.load(c_0_ptr + state, mask=tile_mask, other=0.0).to(ACC)
+    c = tl.load(c_0_ptr + state, mask=tile_mask, other=0.0)
     if ALONE:
-        h = tl.load(h_0_ptr + state, mask=tile_mask, other=0.0).to(DOT)
+        h = tl.load(h_0_ptr + state, mask=tile_mask, other=0.0)
     steps = T
     blocks = 1
     if not ONE_BLOCK:
@@ -194,16 +195,14 @@ def persistent_forward_kernel(
 
         sums = ()
         if ALONE:
-            left = as_operand(tl.where(carry_mask[:, None], h, 0.0), DOT, PRECISION)
-            if FULL:
-                c_left = as_operand(c, DOT, PRECISION)
+            left = tl.where(carry_mask[:, None], h, 0.0)
             for g in tl.static_range(G):
-                acc = multiply_add(tl.zeros((BLOCK_B, BLOCK_U), ACC), left, w[g], PRECISION)
+                acc = multiply_add(tl.zeros((BLOCK_B, BLOCK_U), ELEMENT), left, w[g])
                 if FULL and g != G - 2:
-                    acc = multiply_add(acc, c_left, v_full[peephole_block(g, G)], PRECISION)
-                sums = sums + (a[g].to(ACC) + acc,)  # noqa: RUF005
+                    acc = multiply_add(acc, c, v_full[peephole_block(g, G)])
+                sums = sums + (a[g] + acc,)  # noqa: RUF005
         else:
-            acc = tl.zeros((PARTS, 4 * BLOCK_U, BLOCK_B), ACC)
+            acc = tl.zeros((PARTS, 4 * BLOCK_U, BLOCK_B), ELEMENT)
             before = tl.where(n == 0, T, tl.where(reverse, t + 1, t - 1))
             read_mask = carry_mask[:, None]
             h_before = at_time(hidden_ptr, before, hidden_stride, HAS_LENGTHS) + row[:, None] * D * padded_H
@@ -211,22 +210,20 @@ def persistent_forward_kernel(
             exchange_pause(pause, WAIT)
             max_polls = exchange_wait(counter_ptr, (n + 1) * tl.num_programs(0), max_polls, error_ptr, WAIT)
             for first in tl.static_range(0, CHUNKS, GROUP):
-                pointers, masks = chunk_pointers(h_before, padded_H, read_mask, first, GROUP, PARTS, BLOCK_K, WORDS)
+                pointers, masks = chunk_pointers(h_before, padded_H, read_mask, first, GROUP, PARTS, BLOCK_K)
                 read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                 for m in tl.static_range(GROUP):
-                    right = as_right(read[m], H_TYPE, WORDS, PARTS, DOT, PRECISION)
-                    acc = multiply_add(acc, w[first + m], right, PRECISION)
+                    acc = multiply_add(acc, w[first + m], as_right(read[m], PARTS))
             if FULL:
                 c_before = at_time(cells_ptr, t + direction, cells_stride, HAS_LENGTHS) + row[:, None] * H
                 for first in tl.static_range(0, CHUNKS, GROUP):
-                    pointers, masks = chunk_pointers(c_before, H, read_mask, first, GROUP, PARTS, BLOCK_K, False)
+                    pointers, masks = chunk_pointers(c_before, H, read_mask, first, GROUP, PARTS, BLOCK_K)
                     read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                     for m in tl.static_range(GROUP):
-                        right = as_right(read[m], ACC, False, PARTS, DOT, PRECISION)
-                        acc = multiply_add(acc, v_full[first + m], right, PRECISION)
+                        acc = multiply_add(acc, v_full[first + m], as_right(read[m], PARTS))
             recurrent = sum_gates(acc, G, BLOCK_B, BLOCK_U, WARPS)
             for g in tl.static_range(G):
-                sums = sums + (a[g].to(ACC) + recurrent[g],)  # noqa: RUF005
+                sums = sums + (a[g] + recurrent[g],)  # noqa: RUF005
 
         c_previous = c
         i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
@@ -236,8 +233,8 @@ def persistent_forward_kernel(
         # What others wait for goes first.
         hidden_now = at_time(hidden_ptr, t, hidden_stride, HAS_LENGTHS) + row[:, None] * D * padded_H + unit[None, :]
         if ALONE:
-            tl.store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0).to(H_TYPE), mask=tile_mask)
-            h = h_now.to(H_TYPE).to(DOT)
+            tl.store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0), mask=tile_mask)
+            h = h_now
         else:
             exchange_store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0), tile_mask, WAIT)
             if FULL:
@@ -248,10 +245,10 @@ def persistent_forward_kernel(
         if SAVE_GATES:
             gates_now = at_time(gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
             store_gates(gates_now, i, f, g, H, step_tile_mask, COUPLED)
-            tl.store(gates_now + (G - 1) * H, o.to(gates_ptr.dtype.element_ty), mask=step_tile_mask)
+            tl.store(gates_now + (G - 1) * H, o, mask=step_tile_mask)
         last_mask = step_tile_mask & row_values(n == length - 1, HAS_LENGTHS)
-        tl.store(h_n_ptr + state, h_now.to(h_n_ptr.dtype.element_ty), mask=last_mask)
-        tl.store(c_n_ptr + state, c.to(c_n_ptr.dtype.element_ty), mask=last_mask)
+        tl.store(h_n_ptr + state, h_now, mask=last_mask)
+        tl.store(c_n_ptr + state, c, mask=last_mask)
 
     if HAS_LENGTHS and ONE_BLOCK:
         for n in range(steps, T):

@@ -74,8 +74,11 @@ def why_none(layer: Layer, gpu: GPU, preference: Preference) -> str:
     """Return the sentence why no plan fits."""
     if preference != ANY:
         return f"no plan is {preference}"
-    room = f"{gpu.multiprocessors * gpu.shared_bytes / 2**20:.1f} MiB shared memory in all"
-    room += f" and {float32_plan.MOST_CHUNKS} chunks of columns at most" if layer.exact else " and their registers"
+    room = f"{gpu.multiprocessors * gpu.shared_bytes / 2**20:.1f} MiB shared memory"
+    if layer.exact:
+        room += f" in all and {float32_plan.MOST_CHUNKS} chunks of columns at most"
+    else:
+        room += f" and {gpu.multiprocessors * tensor_core_plan.REGISTERS / 2**18:.1f} MiB of registers in all"
     return (
         f"no tiles of the recurrent weights, {layer.recurrent_bytes * layer.D / 2**20:.1f} MiB, fit "
         f"{gpu.multiprocessors} multiprocessors with room to work, of {room}"

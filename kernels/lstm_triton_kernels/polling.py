@@ -13,6 +13,12 @@ a NaN that no value has. Here every warp waits by itself, for no more than it mu
 without a barrier. A thread loads 16 bytes at a time, and repeats only loads whose bytes were not all there; the threads
 of a warp leave the loop together.
 
+The letter of the PTX memory model does not promise that this works. The stores of `publish` are plain, and need never
+become visible to these loads; the L1 caches of these GPUs write through, so they do. And of accesses of two sizes that
+race the model says nothing at all: elements of 16 bits are stored one by one or several at once, and read by loads of
+128. That an element is nevertheless read whole is how these GPUs are built. tests/compiled executes the kernels with
+stores that become visible late, one element at a time and in any order.
+
 Operands: a thread of `mma` has of a right operand one row (lane // 4) and pairs of columns of its own. Which columns is
 free, as long as weights are permuted alike: so a thread takes V columns in a row, one load of 16 bytes (a layout with a
 k_width of V). A chunk is 64 bytes of a row, which four lanes share: 32 columns of 16-bit elements, 16 of 32-bit ones.
@@ -136,15 +142,12 @@ def load_when_there(
     TILES: gl.constexpr = ROWS // 8
     BITS: gl.constexpr = slot_ptr.dtype.element_ty.primitive_bitwidth
     PTX: gl.constexpr = poll_ptx(COUNT, TILES, 512 if TILED else 64, BITS, cuda_capability_geq(9))
-    if TILES == 2:
-        addresses = [
-            (slot_ptr + places[0]).to(gl.int64, bitcast=True),
-            (slot_ptr + places[1]).to(gl.int64, bitcast=True),
-        ]
-    else:
-        addresses = [(slot_ptr + places[0]).to(gl.int64, bitcast=True)]
+    sources = []  # type: ignore[var-annotated]
+    for tile in gl.static_range(TILES):
+        sources = sources + [(slot_ptr + places[tile]).to(gl.int64, bitcast=True)]  # noqa: RUF005
+    sources = sources + [polls, clocks]  # noqa: RUF005
     v = gl.inline_asm_elementwise(
-        PTX[0], PTX[1], [*addresses, polls, clocks], dtype=(gl.int32,) * (4 * TILES * COUNT + 1), is_pure=False, pack=1
+        PTX[0], PTX[1], sources, dtype=(gl.int32,) * (4 * TILES * COUNT + 1), is_pure=False, pack=1
     )
     chunks = ()
     for n in gl.static_range(COUNT):

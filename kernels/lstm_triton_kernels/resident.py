@@ -5,8 +5,7 @@ once, ahead of the loop (tests/compiled checks it).
 
 Few batch rows are too little work to divide among warps by rows or units; so the columns K of the product are divided
 among the warps. A tile has a leading axis of PARTS parts, one or more for each warp, and the product is a batch of
-PARTS smaller products, whose sum is taken at the end of a step. The weights are the left operand: tensor cores take 16
-rows of a left operand at once, and 8 columns of a right one, which are the batch rows.
+PARTS smaller products, whose sum is taken at the end of a step. The weights are the left operand, batch rows the right.
 
 Shapes: a tile (PARTS, N, BLOCK_K), a right operand (PARTS, BLOCK_K, BLOCK_B), an accumulator (PARTS, N, BLOCK_B).
 Forward, N is 4·BLOCK_U, the four gates of a unit one after another (stacked gates), so that one product and one sum
@@ -14,18 +13,14 @@ serve all gates, and K is H. Backward, N is BLOCK_U, and K is G·H: the gates ar
 columns from j·PARTS·BLOCK_K on.
 
 Every block is loaded in two dimensions, rows by all columns of a chunk, and cut into parts afterwards. The order of a
-block in shared memory follows from that of the load: so the rows of a part lie next to each other, and tensor cores
-read them without bank conflicts. Of a load in three dimensions releases of Triton choose different orders.
+block in shared memory follows from that of the load; of a load in three dimensions releases of Triton choose different
+ones.
 
-Where one program holds all units there are no parts: the warps share the units, and the state is the left operand. (As
-the right one, Triton would take wgmma for the 64 units and more of a left one.)
+Where one program holds all units there are no parts: the warps share the units, and the state is the left operand.
 """
 
 import triton
 import triton.language as tl
-
-from lstm_triton_kernels.inline_ptx import opaque
-from lstm_triton_kernels.operands import as_operand
 
 
 @triton.constexpr_function
@@ -35,10 +30,13 @@ def peephole_block(gate, gates):
 
 
 @triton.jit
-def load_gate_tiles(
-    w_ptr, unit, H, BLOCKS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def multiply_add(acc, left, right):
+    """Return acc + left right, with products that are not rounded to TF32."""
+    return tl.dot(left, right, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def load_gate_tiles(w_ptr, unit, H, BLOCKS: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr):
     """Load one tile (BLOCK_K, BLOCK_U) of each block of w (BLOCKS·H, H), where one program holds all units.
 
     A unit is a row of its block and the columns of the product are the block's; TRANSPOSED: the other way round.
@@ -47,15 +45,14 @@ def load_gate_tiles(
     tiles = ()
     for block in tl.static_range(BLOCKS):
         place = (block * H + k) * H + u if TRANSPOSED else (block * H + u) * H + k
-        tile = tl.load(w_ptr + place, mask=(u < H) & (k < H), other=0.0)
-        tiles = tiles + (as_operand(tile, DOT, PRECISION),)  # noqa: RUF005
+        tiles = tiles + (tl.load(w_ptr + place, mask=(u < H) & (k < H), other=0.0),)  # noqa: RUF005
     return tiles
 
 
 @triton.jit
 def load_stacked_tiles(
     w_ptr, unit_from, H, GATES: tl.constexpr, PEEPHOLE: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Load the CHUNKS tiles of stacked gates of w (GATES·H, H) for BLOCK_U units; the fourth gate of three is zero.
 
@@ -74,14 +71,14 @@ def load_stacked_tiles(
         k = chunk * PARTS * BLOCK_K + tl.arange(0, PARTS * BLOCK_K)[None, :]
         tile = tl.load(w_row + k, mask=row_mask[:, None] & (k < H), other=0.0)
         tile = tl.permute(tl.reshape(tile, (4 * BLOCK_U, PARTS, BLOCK_K)), (1, 0, 2))
-        tiles = tiles + (as_operand(tile, DOT, PRECISION),)  # noqa: RUF005
+        tiles = tiles + (tile,)  # noqa: RUF005
     return tiles
 
 
 @triton.jit
 def load_transposed_tiles(
     w_ptr, unit, H, GATES: tl.constexpr, PEEPHOLE: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Load the CHUNKS tiles of w (GATES·H, H) for these units: a unit is a column, K goes through all rows.
 
@@ -103,7 +100,7 @@ def load_transposed_tiles(
             tile = tl.permute(tl.reshape(tile, (BLOCK_K, PARTS, BLOCK_U)), (1, 2, 0))
         else:
             tile = tl.permute(tl.reshape(tile, (PARTS, BLOCK_K, BLOCK_U)), (0, 2, 1))
-        tiles = tiles + (as_operand(tile, DOT, PRECISION),)  # noqa: RUF005
+        tiles = tiles + (tile,)  # noqa: RUF005
     return tiles
 
 
@@ -121,43 +118,26 @@ def divided_by(H, DIVISOR: tl.constexpr):
 
 @triton.jit
 def chunk_pointers(
-    ptr, K, row_mask, FIRST: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
-    WORDS: tl.constexpr,
-):  # fmt: skip
+    ptr, K, row_mask, FIRST: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Return pointers and masks, (BLOCK_B, PARTS·BLOCK_K) each, of COUNT chunks from FIRST on, of rows of K elements.
 
-    ptr, row_mask: (BLOCK_B, 1), where rows begin, and those that are read. WORDS: the pointers are to words of two
-    16-bit elements, and the blocks half as wide.
+    ptr, row_mask: (BLOCK_B, 1), where rows begin, and those that are read.
     """
-    WIDTH: tl.constexpr = PARTS * BLOCK_K // 2 if WORDS else PARTS * BLOCK_K
-    columns = K // 2 if WORDS else K
-    if WORDS:  # cast before an offset is added: else the compiler takes the words for aligned to 4 bytes only
-        ptr = ptr.to(tl.pointer_type(tl.int32))
+    WIDTH: tl.constexpr = PARTS * BLOCK_K
     pointers, masks = (), ()
     for chunk in tl.static_range(FIRST, FIRST + COUNT):
         k = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
         pointers = pointers + (ptr + k,)  # noqa: RUF005
-        masks = masks + (row_mask & (k < columns),)  # noqa: RUF005
+        masks = masks + (row_mask & (k < K),)  # noqa: RUF005
     return pointers, masks
 
 
 @triton.jit
-def as_right(
-    block, ELEMENT: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Return a loaded chunk (BLOCK_B, PARTS·BLOCK_K) as a right operand; ELEMENT: the type of the elements in WORDS.
-
-    It is made opaque, so that the compiler does not see where the operand comes from. Else it may change the layout of
-    the block first, through shared memory and with two more barriers, or read the operands with narrower loads.
-    """
-    if WORDS:
-        pairs = tl.join(block.to(tl.int16), (block >> 16).to(tl.int16)).to(ELEMENT, bitcast=True)
-        block = tl.reshape(pairs, (block.shape[0], 2 * block.shape[1]))
-    right = tl.reshape(block.to(DOT), (block.shape[0], PARTS, block.shape[1] // PARTS))
-    right = tl.permute(right, (1, 2, 0))
-    if DOT.primitive_bitwidth == 16:
-        right = opaque(right)
-    return as_operand(right, DOT, PRECISION)
+def as_right(block, PARTS: tl.constexpr):
+    """Return a loaded chunk (BLOCK_B, PARTS·BLOCK_K) as a right operand."""
+    right = tl.reshape(block, (block.shape[0], PARTS, block.shape[1] // PARTS))
+    return tl.permute(right, (1, 2, 0))
 
 
 @triton.constexpr_function

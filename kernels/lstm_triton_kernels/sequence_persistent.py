@@ -7,7 +7,7 @@ blocks. No projection; a full peephole reads c_{t-1} in all its gates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lstm_triton_kernels.cell import variant_constants
 from lstm_triton_kernels.gpus import GPU, gpu_of
-from lstm_triton_kernels.operands import product_constants
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
@@ -26,7 +25,7 @@ from lstm_triton_kernels.settle import SETTLED, Usage, settled, usage_elsewhere,
 from lstm_triton_kernels.sizes import Layer, accumulator_dtype, ceil_div, matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec
 from lstm_triton_kernels.sync import COUNTER_STRIDE, POLLS, unpublish
-from lstm_triton_kernels.tensor_core_plan import exchanged_columns, no_gluon, thread_registers
+from lstm_triton_kernels.tensor_core_plan import exchanged_columns, fits, no_gluon, thread_registers
 from lstm_triton_kernels.watch import error_words_of, one_at_a_time
 
 if no_gluon() is None:
@@ -52,19 +51,31 @@ def preference() -> Preference:
 
 
 class Launch(NamedTuple):
-    """One pass that is to be launched, on whatever plan.
+    """One pass of a layer that is to be launched, on whatever plan.
 
-    - arguments: makes the kernel's arguments for a plan, buffers for its results included
-    - exchanged: names of the buffers through which programs of the plain kernels exchange values
-    - flags: what decides, beside the layer, which kernel is compiled
+    - inputs: what the kernels of both engines are given of it, by their names: tensors, and flags of what there is
+    - save: whether a forward pass keeps every c_t
     """
 
     layer: Layer
     backward: bool
     device: torch.device
-    arguments: Callable[[PersistentPlan], dict[str, Any]]
-    exchanged: tuple[str, ...]
-    flags: tuple[bool, ...]
+    inputs: dict[str, Any]
+    save: bool = False
+
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        """What decides, beside the layer, which kernel is compiled."""
+        return self.save, *(value for value in self.inputs.values() if isinstance(value, bool))
+
+    def arguments(self, plan: PersistentPlan) -> dict[str, Any]:
+        """Return the arguments of its kernel on a plan, with new buffers, filled as a launch needs them."""
+        results = backward_results(self, plan) if self.backward else forward_results(self, plan)
+        arguments = self.inputs | results | common_arguments(self, plan)
+        if plan.exact:
+            prepare_exchange(results, self, plan)
+            return arguments | plain_arguments(self, plan)
+        return arguments | exchanged_arguments(self, plan)
 
 
 def forward_launch(
@@ -78,55 +89,18 @@ def forward_launch(
     - order: of the first direction; beyond a row's length output and cells are zero, and h_n and c_n are the row's last
     - save: keep every c_t
 
-    Results, by the kernel's names: hidden_ptr (T + 1, B, D, padded_H), h_t at index t, the last index is the kernel's
-    own (see `hidden_of`); h_n_ptr, c_n_ptr (D, B, H); with `save` cells_ptr (D, T + 1, B, H) in the accumulator type,
-    see order.py.
+    Results, by the kernel's names: those of `forward_results`. See `hidden_of` for every h_t.
     """
-    D, T, B, H = layer.D, layer.T, layer.B, layer.H
-
-    def arguments(plan: PersistentPlan) -> dict[str, Any]:
-        every = save or (layer.spec.full and plan.exact and not plan.alone)
-        cells = None
-        if every or plan.blocks_per_program > 1:
-            slots = T + 1 if every else 1
-            cells = torch.empty(D, slots, B, H, dtype=accumulator_dtype(gates.dtype), device=gates.device)
-        given: dict[str, Any] = dict(
-            gates_ptr=gates,
-            cells_ptr=cells,
-            h_n_ptr=torch.empty_like(h_0),
-            c_n_ptr=torch.empty_like(c_0),
-            h_0_ptr=h_0,
-            c_0_ptr=c_0,
-            w_hh_ptr=w_hh,
-            w_ch_ptr=w_ch,
-            SAVE_GATES=save_gates,
-            CELLS="all" if every else "none" if cells is None else "one",
-        )
-        name = f"the forward pass of {H} units"
-        if not plan.exact:
-            given["output_ptr"] = torch.empty(T, B, D, H, dtype=gates.dtype, device=gates.device)
-            return given | exchanged_arguments(layer, plan, order, gates.device, name)
-        given["hidden_ptr"] = torch.empty(T + 1, B, D, padded(layer, plan), dtype=gates.dtype, device=gates.device)
-        given |= dict(padded_H=padded(layer, plan), WORDS=not plan.alone and layer.element_bytes == 2)
-        return given | plain_arguments(layer, plan, order, gates.device, name)
-
-    exchanged = ("hidden_ptr", "cells_ptr") if layer.spec.full else ("hidden_ptr",)
-    flags = (save, save_gates, *asked(order))
-    return Launch(layer, False, gates.device, arguments, exchanged, flags)
-
-
-def padded(layer: Layer, plan: PersistentPlan) -> int:
-    """Return the units of a row of the forward pass's buffer of hidden states: H, filled up where programs exchange it.
-
-    So that every row begins on 16 bytes, and is read in pieces of 16 bytes.
-    """
-    return layer.H if plan.alone else 16 * ceil_div(layer.H, 16)
-
-
-def hidden_of(found: dict[str, Any], layer: Layer) -> Tensor:
-    """Return every h_t, (T, B, D·H) contiguous, of a forward launch that ran."""
-    hidden: Tensor = found["output_ptr"] if "output_ptr" in found else found["hidden_ptr"][: layer.T, ..., : layer.H]
-    return hidden.reshape(layer.T, layer.B, layer.D * layer.H).contiguous()
+    inputs = dict(
+        gates_ptr=gates,
+        h_0_ptr=h_0,
+        c_0_ptr=c_0,
+        w_hh_ptr=w_hh,
+        w_ch_ptr=w_ch,
+        SAVE_GATES=save_gates,
+        **order_arguments(order),
+    )
+    return Launch(layer, False, gates.device, inputs, save)
 
 
 def backward_launch(
@@ -138,49 +112,85 @@ def backward_launch(
     - grad_output, grad_cells: (T, B, D·H), of h_t and of c_t; grad_h_n, grad_c_n: (D, B, H); all contiguous
     - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as the forward pass saved them; the others as there
 
-    Results: d_gates_ptr (D, T, B, G·H), the gradients of the pre-activations; dc_ptr (D, B, H) that of c_0, in the
-    accumulator type, without what a full peephole adds at the first step.
+    Results, by the kernel's names: those of `backward_results`.
     """
-    shape = (layer.D, layer.B, layer.H)
-    given = [gradient is not None for gradient in (grad_output, grad_cells, grad_h_n, grad_c_n)]
+    inputs = dict(
+        gates_ptr=gates,
+        cells_ptr=cells,
+        grad_output_ptr=grad_output,
+        grad_cells_ptr=grad_cells,
+        grad_h_n_ptr=grad_h_n,
+        grad_c_n_ptr=grad_c_n,
+        w_hh_ptr=w_hh,
+        w_ch_ptr=w_ch,
+        HAS_GRAD_OUTPUT=grad_output is not None,
+        HAS_GRAD_CELLS=grad_cells is not None,
+        HAS_GRAD_H_N=grad_h_n is not None,
+        HAS_GRAD_C_N=grad_c_n is not None,
+        **order_arguments(order),
+    )
+    return Launch(layer, True, gates.device, inputs)
 
-    def arguments(plan: PersistentPlan) -> dict[str, Any]:
-        dc = torch.zeros if plan.blocks_per_program > 1 else torch.empty
-        given_tensors = dict(
-            d_gates_ptr=torch.empty_like(gates),
-            dc_ptr=dc(shape, dtype=cells.dtype, device=gates.device),
-            gates_ptr=gates,
-            cells_ptr=cells,
-            grad_output_ptr=grad_output,
-            grad_cells_ptr=grad_cells,
-            grad_h_n_ptr=grad_h_n,
-            grad_c_n_ptr=grad_c_n,
-            w_hh_ptr=w_hh,
-            w_ch_ptr=w_ch,
-            HAS_GRAD_OUTPUT=given[0],
-            HAS_GRAD_CELLS=given[1],
-            HAS_GRAD_H_N=given[2],
-            HAS_GRAD_C_N=given[3],
-        )
-        name = f"the backward pass of {layer.H} units"
-        if not plan.exact:
-            return given_tensors | exchanged_arguments(layer, plan, order, gates.device, name)
-        words = not plan.alone and layer.element_bytes == 2 and layer.gates * layer.H % 2 == 0
-        return given_tensors | dict(WORDS=words) | plain_arguments(layer, plan, order, gates.device, name)
 
-    flags = (*given, *asked(order))
-    return Launch(layer, True, gates.device, arguments, ("d_gates_ptr",), flags)
+def order_arguments(order: Order) -> dict[str, Any]:
+    """Return what a kernel is given of the lengths and resets of rows."""
+    return dict(
+        lengths_ptr=order.lengths,
+        resets_ptr=order.reset_bytes,
+        HAS_LENGTHS=order.lengths is not None,
+        HAS_RESETS=order.resets is not None,
+    )
+
+
+def forward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
+    """Return buffers for the results of a forward pass, and what its kernel must know of them.
+
+    - output_ptr (T, B, D, H), every h_t; of a plain kernel hidden_ptr (T + 1, B, D, padded_H), h_t at index t, the last
+      is the kernel's own
+    - h_n_ptr, c_n_ptr (D, B, H)
+    - cells_ptr (D, T + 1, B, H) in the accumulator type, see order.py, with `save`; else the kernel's own, or None
+    """
+    layer, device = launch.layer, launch.device
+    D, T, B, H = layer.D, layer.T, layer.B, layer.H
+    every_cell = launch.save or (plan.exact and layer.spec.full and not plan.alone)  # the plain kernel exchanges them
+    slots = T + 1 if every_cell else 1 if plan.blocks_per_program > 1 else 0
+    cells = torch.empty(D, slots, B, H, dtype=accumulator_dtype(layer.dtype), device=device) if slots else None
+    results = dict(
+        cells_ptr=cells,
+        h_n_ptr=torch.empty_like(launch.inputs["h_0_ptr"]),
+        c_n_ptr=torch.empty_like(launch.inputs["c_0_ptr"]),
+        CELLS="all" if every_cell else "one" if slots else "none",
+    )
+    if not plan.exact:
+        return results | dict(output_ptr=torch.empty(T, B, D, H, dtype=layer.dtype, device=device))
+    # Where programs exchange rows of it, every row begins on 16 bytes, and is read in pieces of 16 bytes.
+    width = H if plan.alone else 16 * ceil_div(H, 16)
+    hidden = torch.empty(T + 1, B, D, width, dtype=layer.dtype, device=device)
+    return results | dict(hidden_ptr=hidden, padded_H=width)
+
+
+def backward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
+    """Return buffers for the results of a backward pass.
+
+    - d_gates_ptr (D, T, B, G·H), the gradients of the pre-activations
+    - dc_ptr (D, B, H), that of c_0 in the accumulator type, without what a full peephole adds at the first step
+    """
+    gates, cells = launch.inputs["gates_ptr"], launch.inputs["cells_ptr"]
+    dc = torch.zeros if plan.blocks_per_program > 1 else torch.empty
+    shape = (launch.layer.D, launch.layer.B, launch.layer.H)
+    return dict(d_gates_ptr=torch.empty_like(gates), dc_ptr=dc(shape, dtype=cells.dtype, device=launch.device))
+
+
+def hidden_of(found: dict[str, Any], layer: Layer) -> Tensor:
+    """Return every h_t, (T, B, D·H) contiguous, of a forward launch that ran."""
+    hidden: Tensor = found["output_ptr"] if "output_ptr" in found else found["hidden_ptr"][: layer.T, ..., : layer.H]
+    return hidden.reshape(layer.T, layer.B, layer.D * layer.H).contiguous()
 
 
 def layer_of(gates: Tensor, H: int, spec: LSTMSpec, order: Order) -> Layer:
     """Return the sizes of a layer with gates (D, T, B, G·H)."""
     D, T, B, _ = gates.shape
     return Layer(spec, T, B, H, D, gates.dtype, matmul_precision(), ragged=order.ragged)
-
-
-def asked(order: Order) -> tuple[bool, bool]:
-    """Return whether rows have lengths, and resets."""
-    return order.lengths is not None, order.resets is not None
 
 
 def plan_of(launch: Launch) -> PersistentPlan:
@@ -195,7 +205,8 @@ def plan_of(launch: Launch) -> PersistentPlan:
     key = (key_of(launch.layer), launch.backward, wanted, launch.device, launch.flags)
 
     def usage_of(plan: PersistentPlan) -> Usage | None:
-        return usage_on_device(kernel_of(launch, plan), plan.grid, launch.arguments(plan))
+        usage = usage_on_device(kernel_of(launch, plan), plan.grid, launch.arguments(plan))
+        return usage if usage and fits(plan.together, usage.shared, gpu_of(launch.device)) else None
 
     return settled(key, plans, usage_of, launch.device)
 
@@ -246,26 +257,17 @@ def run(launch: Launch) -> dict[str, Any]:
     Programs that wait for each other are launched after all such launches before. Raises RuntimeError as `plan_of`.
     """
     plan = plan_of(launch)
-    given = launch.arguments(plan)
-    if not plan.exact:
-        unpublish(given["exchange_ptr"])
-        zero_unpublished(given["exchange_ptr"], launch.layer, launch.backward, plan)
-    else:
-        if plan.wait == "data":
-            for name in launch.exchanged:
-                unpublish(given[name])
-        if not launch.backward and given["padded_H"] > launch.layer.H:
-            given["hidden_ptr"][..., launch.layer.H :] = 0
-    with one_at_a_time(launch.device) if not plan.alone else nullcontext():
-        kernel_of(launch, plan)[grid(plan, launch.device)](**given)
-    return given
+    arguments = launch.arguments(plan)
+    with nullcontext() if plan.alone else one_at_a_time(launch.device):
+        kernel_of(launch, plan)[grid(plan, launch.device)](**arguments)
+    return arguments
 
 
 def kernel_of(launch: Launch, plan: PersistentPlan) -> Any:
     """Return the kernel of a pass on a plan."""
-    if not plan.exact:
-        return exchanged_backward_kernel if launch.backward else exchanged_forward_kernel
-    return persistent_backward_kernel if launch.backward else persistent_forward_kernel
+    if plan.exact:
+        return persistent_backward_kernel if launch.backward else persistent_forward_kernel
+    return exchanged_backward_kernel if launch.backward else exchanged_forward_kernel
 
 
 def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:
@@ -281,83 +283,86 @@ def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:
     return plan.grid
 
 
-def exchanged_arguments(
-    layer: Layer, plan: PersistentPlan, order: Order, device: torch.device, name: str
-) -> dict[str, Any]:
-    """Return the arguments that both passes of the kernels in Gluon share. name: what the launch is, for errors."""
-    slot = plan.block_b * plan.columns
-    return common_arguments(layer, plan, order, device, name) | dict(
-        exchange_ptr=torch.empty(layer.D, layer.T + 1, plan.row_blocks, slot, dtype=layer.dtype, device=device),
-        KEPT=plan.kept,
-        PIECES=plan.chunks // plan.group,
-        TILED=plan.tiled,
-        ROWS=plan.block_b,
-        UNITS=plan.block_u,
-        PRECISION=product_constants(layer.dtype, layer.precision)["PRECISION"],
-        maxnreg=thread_registers(plan.num_warps, plan.together),
-        launch_cooperative_grid=True,
-    )
-
-
-def zero_unpublished(exchange: Tensor, layer: Layer, backward: bool, plan: PersistentPlan) -> None:
-    """Set the columns of an exchange buffer to zero that no program publishes."""
-    columns, published = plan.columns, exchanged_columns(layer, backward)
-    if published == columns:
-        return
-    if plan.tiled:
-        of_lane = 16 // layer.element_bytes
-        exchange.view(-1, plan.block_b // 8, columns // of_lane, 8 * of_lane)[:, :, published // of_lane :] = 0
-    else:
-        exchange.view(-1, columns)[:, published:] = 0
-
-
-def plain_arguments(
-    layer: Layer, plan: PersistentPlan, order: Order, device: torch.device, name: str
-) -> dict[str, Any]:
-    """Return the arguments that both passes of the plain kernels share. name: what the launch is, for errors."""
-    if plan.wait == "counter":
-        count = plan.directions * plan.row_blocks * COUNTER_STRIDE.value
-        counters = torch.zeros(count, dtype=torch.int32, device=device)
-    else:
-        counters = torch.empty(1, dtype=torch.int32, device=device)  # nobody counts
-    return common_arguments(layer, plan, order, device, name) | dict(
-        counters_ptr=counters,
-        ALONE=plan.alone,
-        WAIT=plan.wait,
-        GROUP=plan.group,
-        PARTS=plan.parts,
-        H_DIVISOR=math.gcd(layer.H, 16),
-        BLOCK_B=plan.block_b,
-        BLOCK_U=plan.block_u,
-        BLOCK_K=plan.block_k,
-        num_stages=1,
-        launch_cooperative_grid=not plan.alone,
-        **product_constants(layer.dtype, layer.precision),
-    )
-
-
-def common_arguments(
-    layer: Layer, plan: PersistentPlan, order: Order, device: torch.device, name: str
-) -> dict[str, Any]:
-    """Return the arguments that all kernels share."""
-    text = f"{name}, {order.T} steps of {layer.B} rows, {plan.programs} programs on {device}"
+def common_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
+    """Return what all four kernels are given of a plan."""
+    layer, device = launch.layer, launch.device
+    name = f"the {'backward' if launch.backward else 'forward'} pass of {layer.H} units"
+    sizes = f"{layer.T} steps of {layer.B} rows, {plan.programs} programs on {device}"
     return dict(
-        lengths_ptr=order.lengths,
-        resets_ptr=order.reset_bytes,
-        error_ptr=error_words_of(device).take(text),
-        T=order.T,
+        error_ptr=error_words_of(device).take(f"{name}, {sizes}"),
+        T=layer.T,
         B=layer.B,
         H=layer.H,
         rows=plan.rows,
         row_blocks=plan.row_blocks,
         max_polls=POLLS,
         pause=plan.pause,
-        HAS_LENGTHS=order.lengths is not None,
-        HAS_RESETS=order.resets is not None,
         ONE_BLOCK=plan.blocks_per_program == 1,
         FULL=layer.spec.full,
         CHUNKS=plan.chunks,
         WARPS=plan.num_warps,
         num_warps=plan.num_warps,
+        launch_cooperative_grid=not plan.alone,
         **variant_constants(layer.spec),
     )
+
+
+def prepare_exchange(results: dict[str, Any], launch: Launch, plan: PersistentPlan) -> None:
+    """Fill the results through which programs of the plain kernels exchange values, as they must be before a launch."""
+    layer = launch.layer
+    if plan.wait == "data":
+        cells = ("cells_ptr",) if layer.spec.full else ()
+        for name in ("d_gates_ptr",) if launch.backward else ("hidden_ptr", *cells):
+            unpublish(results[name])
+    if not launch.backward and results["padded_H"] > layer.H:
+        results["hidden_ptr"][..., layer.H :] = 0
+
+
+def plain_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
+    """Return what only the kernels in plain Triton are given."""
+    if plan.wait == "counter":
+        count = plan.directions * plan.row_blocks * COUNTER_STRIDE.value
+        counters = torch.zeros(count, dtype=torch.int32, device=launch.device)
+    else:
+        counters = torch.empty(1, dtype=torch.int32, device=launch.device)  # nobody counts
+    return dict(
+        counters_ptr=counters,
+        ALONE=plan.alone,
+        WAIT=plan.wait,
+        GROUP=plan.group,
+        PARTS=plan.parts,
+        H_DIVISOR=math.gcd(launch.layer.H, 16),
+        BLOCK_B=plan.block_b,
+        BLOCK_U=plan.block_u,
+        BLOCK_K=plan.block_k,
+        num_stages=1,
+    )
+
+
+def exchanged_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
+    """Return what only the kernels in Gluon are given; they exchange values through a buffer of their own."""
+    return dict(
+        exchange_ptr=exchange_buffer(launch, plan),
+        KEPT=plan.kept,
+        PIECES=plan.chunks // plan.group,
+        TILED=plan.tiled,
+        ROWS=plan.block_b,
+        UNITS=plan.block_u,
+        PRECISION="tf32" if launch.layer.rate == "tf32" else "ieee",
+        maxnreg=thread_registers(plan.num_warps, plan.together),
+    )
+
+
+def exchange_buffer(launch: Launch, plan: PersistentPlan) -> Tensor:
+    """Return a buffer (D, T + 1, row_blocks, ROWS · P), unpublished, but zero in columns that no program publishes."""
+    layer, columns = launch.layer, plan.columns
+    shape = (layer.D, layer.T + 1, plan.row_blocks, plan.block_b * columns)
+    exchange = torch.empty(shape, dtype=layer.dtype, device=launch.device)
+    unpublish(exchange)
+    published = exchanged_columns(layer, launch.backward)
+    if published < columns and plan.tiled:
+        of_lane = 16 // layer.element_bytes
+        exchange.view(-1, plan.block_b // 8, columns // of_lane, 8 * of_lane)[:, :, published // of_lane :] = 0
+    elif published < columns:
+        exchange.view(-1, columns)[:, published:] = 0
+    return exchange

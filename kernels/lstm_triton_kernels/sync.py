@@ -1,5 +1,7 @@
 """Waiting of a program (thread block) for the others of a cooperative launch: by a counter, or by polling the data.
 
+The kernels in Gluon publish as here, and poll the data in a way of their own (polling.py).
+
 Programs exchange values through a buffer in device memory. Every slot of it is written once in a launch: h_t has its
 own slot for every t. A kernel is written once, with `WAIT: tl.constexpr`, "counter" or "data":
 
@@ -31,10 +33,8 @@ load must read memory and not an old copy, so it is volatile, which bypasses the
 buffer written beside needs a pattern of its own, or the counter.
 
 The letter of the PTX memory model does not promise all of this. A plain store need never become visible to a volatile
-load; the L1 caches of these GPUs write through, so it does. And of accesses of two sizes that race the model says
-nothing at all: elements of 16 bits are stored one by one, and read as words of 32 bits by loads of up to 128 bits. That
-an element is nevertheless read whole is how these GPUs are built. tests/compiled executes the kernels with stores that
-become visible late, one element at a time and in any order.
+load; the L1 caches of these GPUs write through, so it does. tests/compiled executes the kernels with stores that become
+visible late, one element at a time and in any order.
 
 A poll that comes too early costs a whole round trip more, and the traffic of polls delays what they wait for: on an
 H100 a step is shorter by up to a fifth where a program lets a few hundred clocks pass before its first poll
@@ -107,7 +107,10 @@ def wait_for_count(counter_ptr, target, max_polls, error_ptr):
 
 @triton.jit
 def publish(ptr, value, mask):
-    """Store value (a block, any type that casts to the buffer's) where readers wait for it by `load_when_published`."""
+    """Store value (a block, any type that casts to the buffer's) where readers poll for it.
+
+    The buffer's elements have 16, 32 or 64 bits.
+    """
     BITS: tl.constexpr = bits_type(ptr.dtype.element_ty)
     NAN: tl.constexpr = quiet_nan(ptr.dtype.element_ty)
     bits = value.to(ptr.dtype.element_ty).to(BITS, bitcast=True)
@@ -116,33 +119,22 @@ def publish(ptr, value, mask):
 
 
 @triton.jit
-def any_missing(blocks, WORDS: tl.constexpr):
-    """Return whether an element of a tuple of blocks of one shape is unpublished, the same in every thread.
-
-    WORDS: two elements share a 32-bit word w. -w - 0x00010002 is ~w - 0x00010001: each half inverted, less one. The top
-    bit of a half is set in both w and this only if the half is all ones: a smaller one with that bit has an inverse of
-    1 to 0x7FFF, and one less than that has it not.
+def any_missing(blocks):
+    """Return whether an element of a tuple of blocks of bits of one shape is unpublished, the same in every thread.
 
     A block needs at least as many elements as the program has threads. Of a smaller one several warps load the same
     element, each at a time of its own, and a reduction takes the word of one of them for all.
     """
-    if WORDS:
-        top_bits = (-blocks[0] - 0x00010002) & blocks[0]
-        for n in tl.static_range(1, len(blocks)):
-            top_bits = top_bits | ((-blocks[n] - 0x00010002) & blocks[n])
-        unpublished = (top_bits & -0x7FFF8000) != 0  # 0x80008000 as a signed number
-    else:
-        unpublished = blocks[0] == -1
-        for n in tl.static_range(1, len(blocks)):
-            unpublished = unpublished | (blocks[n] == -1)
+    unpublished = blocks[0] == -1
+    for n in tl.static_range(1, len(blocks)):
+        unpublished = unpublished | (blocks[n] == -1)
     return tl.max(unpublished.to(tl.int32)) > 0
 
 
 @triton.jit
 def load_bits(pointers, masks):
     """Load the blocks at a tuple of pointers as integers, bypassing the L1 cache; 0 where masked."""
-    ELEMENT: tl.constexpr = pointers[0].dtype.element_ty
-    BITS: tl.constexpr = ELEMENT if ELEMENT.is_int() else bits_type(ELEMENT)
+    BITS: tl.constexpr = bits_type(pointers[0].dtype.element_ty)
     blocks = ()
     for n in tl.static_range(len(pointers)):
         source = pointers[n].to(tl.pointer_type(BITS))
@@ -154,17 +146,16 @@ def load_bits(pointers, masks):
 def load_when_published(pointers, masks, max_polls, error_ptr):
     """Wait until all blocks at a tuple of pointers are published, all of one shape and type, see `any_missing`.
 
-    Pointers to int32 are to words of two elements of 16 bits. Returns the blocks (0 where masked) and the next wait's
-    max_polls. All loads are issued before the first is examined: they cost one round trip together.
+    Returns the blocks (0 where masked) and the next wait's max_polls. All loads are issued before the first is
+    examined: they cost one round trip together.
     """
     ELEMENT: tl.constexpr = pointers[0].dtype.element_ty
-    WORDS: tl.constexpr = tl.int32 == ELEMENT
     bits = load_bits(pointers, masks)
-    missing = any_missing(bits, WORDS)
+    missing = any_missing(bits)
     polls = tl.full((), 0, tl.int32)
     while missing & (polls < max_polls):
         bits = load_bits(pointers, masks)
-        missing = any_missing(bits, WORDS)
+        missing = any_missing(bits)
         polls += 1
     max_polls = time_out_if(missing, max_polls, error_ptr, TIMED_OUT_DATA)
     blocks = ()

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 from lstm_triton_kernels.gpus import GPU
 from lstm_triton_kernels.plan import PersistentPlan
@@ -22,13 +23,16 @@ UNITS, ROWS, WARPS, TOGETHER = (8, 16, 32), (8, 16), (1, 2, 4, 8), (1, 2)
 REGISTERS = 65_536
 """Of a multiprocessor; a thread has MOST_REGISTERS at most."""
 MOST_REGISTERS = 255
-WORKING_REGISTERS = 84
-"""Of a thread in the time loop, beside weights, operands and accumulators."""
+WORKING_REGISTERS, OUTPUT_REGISTERS, BLOCKS_REGISTERS = {False: 50, True: 66}, {False: 36, True: 30}, 24
+"""Of a thread in the time loop, beside weights, operands and accumulators; for each of its outputs; and where a program
+has several row blocks. Forward, and backward (True)."""
 LOADING_REGISTERS, LOADING_ELEMENT = 60, 3
 """Of a thread while it loads weights by columns, and for each element of a chunk then: two for its address, one for
 itself."""
 MOST_OPERANDS = 72
 """Registers of a thread for what it has read of others, at most."""
+MOST_PIECES = 8
+"""In which the columns are read, one after the other."""
 RESERVED_BYTES = 1024
 """Of the shared memory of a multiprocessor, for each program, by the driver."""
 
@@ -37,8 +41,12 @@ CHUNK_BYTES = 64
 
 STEP_US, US_PER_KIB = 0.73, 0.02
 """A step beside the products and sums, and for what a multiprocessor reads of L2 in it: fitted."""
+PIECE_US = 0.25
+"""For each further piece in which the columns are read: by simulation."""
 PRODUCT_CLOCKS = 8
-"""Of a quarter of a multiprocessor, for a product of 16 x 8 x 16 elements of 16 bits, or half as many of 32 bits."""
+"""Of a quarter of a multiprocessor at least, for a product of 16 x 8 x 16 elements of 16 bits, or half as many of 32."""
+OUTPUT_CLOCKS = 150
+"""For each output of a thread but the first: by simulation."""
 POLL_CLOCKS = 10
 """Likewise, for the poll of a chunk of 8 rows: an assumption."""
 SHARED_BYTES_PER_CLOCK = 128
@@ -85,24 +93,36 @@ def thread_registers(warps: int, together: int) -> int:
     return min(MOST_REGISTERS, REGISTERS // (32 * warps * together) // 8 * 8)
 
 
+def fits(together: int, shared_bytes: int, gpu: GPU) -> bool:
+    """Return whether so many programs of so much shared memory fit a multiprocessor."""
+    return together * (shared_bytes + RESERVED_BYTES) <= gpu.shared_bytes + RESERVED_BYTES
+
+
+def product_clocks(layer: Layer, gpu: GPU) -> float:
+    """Return the clocks of PRODUCT_CLOCKS' product: no less than by the GPU's data sheet."""
+    operations = 4096 if layer.element_bytes == 2 else 2048
+    rate = gpu.tflop_per_s[layer.rate] * 1e3 / (4 * gpu.multiprocessors * gpu.clock_ghz)  # per clock
+    return max(PRODUCT_CLOCKS, operations / rate)
+
+
 def candidates(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
     """Every plan that fits the GPU: all programs resident, weights in registers and shared memory."""
     if why_not(gpu) is None:
         for units, rows, warps, together in itertools.product(UNITS, ROWS, WARPS, TOGETHER):
-            yield from _plan(layer, backward, gpu, units, rows, warps, together)
+            yield from _plans(layer, backward, gpu, units, rows, warps, together)
 
 
-def _plan(
+def _plans(
     layer: Layer, backward: bool, gpu: GPU, units: int, tile_rows: int, warps: int, together: int
 ) -> Iterator[PersistentPlan]:
-    """The plan of these sizes, if there is one."""
+    """The plans of these sizes, which differ in how the columns are cut."""
     left_rows = units * (1 + (layer.matrices > 0) if backward else 4)
     block_k = CHUNK_BYTES // layer.element_bytes
     columns = exchanged_columns(layer, backward)
     unit_programs = ceil_div(layer.H, units)
     row_room = together * gpu.multiprocessors // (unit_programs * layer.D)
-    if row_room < 1 or left_rows % 16 or (warps - 1) * block_k >= columns:
-        return
+    if row_room < 1 or left_rows % 16 or (warps > 4 and (warps - 1) * block_k >= columns):
+        return  # (up to four warps, also those that have no columns share the equations)
     rows = min(tile_rows, ceil_div(layer.B, row_room))
     row_blocks = ceil_div(layer.B, rows)
     row_programs = min(row_room, row_blocks)
@@ -111,60 +131,77 @@ def _plan(
     ):
         return  # fewer rows, or programs, do as well
     blocks = ceil_div(row_blocks, row_programs)
-    chunks = ceil_div(columns, block_k * warps)
     registers = thread_registers(warps, together)
-    cut = _cut(chunks, left_rows, tile_rows, registers, left_rows * 2 // layer.element_bytes if backward else 0)
-    if cut is None:
-        return
-    kept, group, used = cut
-    kept_bytes = kept * warps * left_rows * CHUNK_BYTES
-    shared_bytes = kept_bytes + warps * left_rows * tile_rows * 4
-    if together * (shared_bytes + RESERVED_BYTES) > gpu.shared_bytes + RESERVED_BYTES:
-        return
-    read_kib = together * rows * chunks * warps * CHUNK_BYTES / 1024
-    of_chunk = PRODUCT_CLOCKS * 2 * left_rows // 16 + POLL_CLOCKS
-    of_warps = of_chunk * chunks * tile_rows // 8 * max(1, warps / 4)
-    part_bytes = warps * left_rows * tile_rows * 4
-    readers = max(1, 32 * warps // (units * tile_rows))  # threads that have the same output
-    shared_traffic = kept_bytes + (1 + readers) * part_bytes
-    clocks = together * (of_warps + shared_traffic / SHARED_BYTES_PER_CLOCK)
-    yield PersistentPlan(
-        block_u=units,
-        block_b=tile_rows,
-        block_k=block_k,
-        parts=warps,
-        chunks=chunks,
-        group=group,
-        rows=rows,
-        unit_programs=unit_programs,
-        row_programs=row_programs,
-        directions=layer.D,
-        row_blocks=row_blocks,
-        num_warps=warps,
-        wait="data",
-        pause=min(MOST_PAUSE, round(PAUSE + PAUSE_PER_KIB * read_kib)) if blocks == 1 else 0,
-        exact=False,
-        tile_bytes=chunks * warps * left_rows * CHUNK_BYTES,
-        register_bytes=4 * used,
-        shared_bytes=shared_bytes,
-        estimate_us=blocks * (STEP_US + US_PER_KIB * read_kib + clocks / gpu.clock_ghz / 1e3),
-        kept=kept,
-        together=together,
-        tiled=not (backward and layer.B <= ROW_MAJOR_ROWS and read_kib <= ROW_MAJOR_KIB),
-    )
+    loading = LOADING_REGISTERS + LOADING_ELEMENT * left_rows * 2 // layer.element_bytes if backward else 0
+    outputs = ceil_div(units * tile_rows, 32 * warps)
+    working = WORKING_REGISTERS[backward] + OUTPUT_REGISTERS[backward] * outputs
+    working += BLOCKS_REGISTERS if blocks > 1 else 0
+    needed = ceil_div(columns, block_k * warps)
+    for cut in _cuts(needed, left_rows, tile_rows, registers - working, registers - loading):
+        kept_bytes = cut.kept * warps * left_rows * CHUNK_BYTES
+        shared_bytes = kept_bytes + warps * left_rows * tile_rows * 4
+        if not fits(together, shared_bytes, gpu):
+            continue
+        read_kib = together * rows * cut.chunks * warps * CHUNK_BYTES / 1024
+        of_chunk = product_clocks(layer, gpu) * 2 * left_rows // 16 + POLL_CLOCKS
+        of_warps = of_chunk * cut.chunks * tile_rows // 8 * max(1, warps / 4)
+        part_bytes = warps * left_rows * tile_rows * 4
+        readers = max(1, 32 * warps // (units * tile_rows))  # threads that have the same output
+        shared_traffic = kept_bytes + (1 + readers) * part_bytes
+        clocks = together * (of_warps + shared_traffic / SHARED_BYTES_PER_CLOCK) + OUTPUT_CLOCKS * (outputs - 1)
+        step_us = STEP_US + US_PER_KIB * read_kib + PIECE_US * (cut.chunks // cut.group - 1)
+        yield PersistentPlan(
+            block_u=units,
+            block_b=tile_rows,
+            block_k=block_k,
+            parts=warps,
+            chunks=cut.chunks,
+            group=cut.group,
+            rows=rows,
+            unit_programs=unit_programs,
+            row_programs=row_programs,
+            directions=layer.D,
+            row_blocks=row_blocks,
+            num_warps=warps,
+            wait="data",
+            pause=min(MOST_PAUSE, round(PAUSE + PAUSE_PER_KIB * read_kib)) if blocks == 1 else 0,
+            exact=False,
+            tile_bytes=cut.chunks * warps * left_rows * CHUNK_BYTES,
+            register_bytes=4 * cut.registers,
+            shared_bytes=shared_bytes,
+            estimate_us=blocks * (step_us + clocks / gpu.clock_ghz / 1e3),
+            kept=cut.kept,
+            together=together,
+            tiled=not (backward and layer.B <= ROW_MAJOR_ROWS and read_kib <= ROW_MAJOR_KIB),
+        )
 
 
-def _cut(chunks: int, left_rows: int, tile_rows: int, registers: int, loaded: int) -> tuple[int, int, int] | None:
-    """Return how many chunks of weights are kept in shared memory, and how many are read at once; and the registers of
-    weights, operands and accumulators in a thread. None where they do not fit.
+class Cut(NamedTuple):
+    """How the columns of a product are cut.
 
-    registers: of a thread; loaded: elements of a chunk that a thread loads one by one.
+    - chunks of a warp; kept: in shared memory, the others in registers; group: read at once
+    - registers: of weights, operands and accumulators in a thread
+    """
+
+    chunks: int
+    kept: int
+    group: int
+    registers: int
+
+
+def _cuts(needed: int, left_rows: int, tile_rows: int, room: int, loading_room: int) -> Iterator[Cut]:
+    """The cuts that fit; in more pieces than another only if that leaves registers for more weights.
+
+    needed: chunks, of which there may be more so that all pieces are alike; room: registers for weights, operands and
+    accumulators; loading_room: for weights while they are loaded.
     """
     accumulators = left_rows * tile_rows // 32 * (2 if left_rows * tile_rows <= 128 else 1)
-    for group in (chunks // n for n in range(1, chunks + 1) if chunks % n == 0):
+    least_kept = needed + 1
+    for pieces in range(1, min(needed, MOST_PIECES) + 1):
+        group = ceil_div(needed, pieces)
         operands = group * tile_rows // 2
-        working = max(WORKING_REGISTERS + accumulators + operands, LOADING_REGISTERS + LOADING_ELEMENT * loaded)
-        held = min(chunks, (registers - working) // (left_rows // 2))
-        if operands <= MOST_OPERANDS and held >= 0:
-            return chunks - held, group, held * left_rows // 2 + accumulators + operands
-    return None
+        held = min(pieces * group, min(room - accumulators - operands, loading_room) // (left_rows // 2))
+        kept = pieces * group - held
+        if operands <= MOST_OPERANDS and held >= 0 and kept < least_kept:
+            least_kept = kept
+            yield Cut(pieces * group, kept, group, held * left_rows // 2 + accumulators + operands)

@@ -16,7 +16,7 @@ from lstm_triton_kernels.plan import PersistentPlan, Preference
 from lstm_triton_kernels.planner import MOST_TRIES, ranked_plans
 from lstm_triton_kernels.sizes import Layer
 from lstm_triton_kernels.spec import VARIANTS, LSTMSpec
-from lstm_triton_kernels.tensor_core_plan import thread_registers
+from lstm_triton_kernels.tensor_core_plan import fits, thread_registers
 
 from lstm_triton import routing
 from lstm_triton.cli.errors import UserError
@@ -44,7 +44,7 @@ LARGEST_SIZE = 2**31 - 1
 """Of every size: no tensor of a layer beyond it fits a GPU."""
 
 ENGINE_WORDS = {
-    "persistent": "one launch computes all steps of a pass; the recurrent weights stay in shared memory",
+    "persistent": "one launch computes all steps of a pass; the recurrent weights stay on the multiprocessors",
     "stepwise": "every step has its own launches, which read the recurrent weights again",
     "operator": "the operator of torch.nn.LSTM, on a GPU by cuDNN",
     "eager": "every step in PyTorch's own operators; no kernel of this library runs",
@@ -252,7 +252,9 @@ def compiled_facts(layer: Layer, gpu: GPU, backward: bool) -> Rows:
         usages = dict(zip(tried, sequence_persistent.usages(layer, backward, gpu, tried), strict=True))
     except RuntimeError as error:
         raise UserError(str(error)) from error
-    used = settle.first_clean(tried, lambda plan: usages[plan] if usages[plan].shared <= gpu.shared_bytes else None)
+    used = settle.first_clean(
+        tried, lambda plan: usages[plan] if fits(plan.together, usages[plan].shared, gpu) else None
+    )
     rows = []
     for plan, usage in usages.items():
         text = f"{usage.registers} registers, {usage.spilled} spilled, {size(usage.shared)} of shared memory"
@@ -283,7 +285,7 @@ def programs_words(plan: PersistentPlan, gpu: GPU) -> str:
     grid = f"{plan.unit_programs} for units x {plan.row_programs} for rows x {plan.directions} for directions"
     text = f"{plan.programs} = {grid}; the GPU has {gpu.multiprocessors} multiprocessors"
     if plan.together > 1:
-        return f"{text}, of which each runs up to {plan.together} at once"
+        return f"{text}, each with room for {plan.together} programs, so all run at once"
     if plan.programs > gpu.multiprocessors:
         return f"{text}, so some share one or run after others"
     return f"{text}, so all run at once"
@@ -322,7 +324,8 @@ def product_words(layer: Layer, backward: bool, plan: PersistentPlan) -> str:
         real = f"{layer.gates} gates of H = {layer.H}" if backward else f"H = {layer.H}"
         if layer.matrices and not (backward or plan.exact):
             real += " of h and of c"
-        cut = f"{plural(plan.chunks, 'chunk')} x {plan.parts} parts x {plan.block_k} = {columns} columns ({real})"
+        parts = f"{plural(plan.chunks, 'chunk')} x {plural(plan.parts, 'part')} x {plan.block_k}"
+        cut = f"{parts} = {columns} columns ({real})"
         if plan.chunks > 1:
             cut += ", all chunks read at once" if plan.group == plan.chunks else f", {plan.group} read at a time"
     return f"{cut}; {how}"
@@ -335,7 +338,7 @@ def wait_words(layer: Layer, backward: bool, plan: PersistentPlan, gpu: GPU) -> 
     if plan.wait == "data":
         values = "gradients" if backward else "h and c" if layer.matrices else "h"
         how = f"data: a {'program' if plan.exact else 'warp'} reads {values} until nothing is missing"
-        how += f", for the first time after {plan.pause} clocks" if plan.pause else ""
+        how += f", for the first time {plan.pause} clocks after its program has stored" if plan.pause else ""
         if not plan.exact:
             return how
     else:
@@ -357,11 +360,14 @@ def weights_words(layer: Layer, plan: PersistentPlan) -> str:
     """The resident weights: of a program, and of the layer."""
     matrices = f"{layer.gates} gates" + (f" and {layer.matrices} peephole matrices" if layer.matrices else "")
     total = size(layer.recurrent_bytes * layer.D)
-    where = f"its units of {matrices}"
-    if not plan.exact:
-        kept = plan.tile_bytes * plan.kept // plan.chunks
-        where += f", {size(kept)} of them in shared memory, the rest in registers" if kept else ", in registers"
-    return f"{size(plan.tile_bytes)} stay in a program: {where}; {total} in the layer"
+    if plan.exact or plan.kept == plan.chunks:
+        where = "in its shared memory"
+    elif plan.kept == 0:
+        where = "in its registers"
+    else:
+        kept = size(plan.tile_bytes * plan.kept // plan.chunks)
+        where = f"{kept} of them in its shared memory, the rest in its registers"
+    return f"{size(plan.tile_bytes)} stay in a program, {where}: its units of {matrices}; {total} in the layer"
 
 
 def registers_words(plan: PersistentPlan) -> str:

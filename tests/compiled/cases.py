@@ -20,11 +20,17 @@ from lstm_triton import VARIANTS, routing
 from tests.compiled.layers import DTYPES, Case, Plans
 from tests.support.persistent import SERVED
 
+TENSOR_CORES = ("bf16", "fp16", "tf32")
+"""The types whose kernels are in Gluon; programs wait by the data there, and by either way in exact float32."""
+
 FLAGS: list[dict[str, bool]] = [{}, {"lengths": True}, {"resets": True}, {"lengths": True, "resets": True}]
 
 
 def quick() -> Iterator[Case]:
-    """Every variant alone, together by each wait, and step by step; each flag, type, kind of memory somewhere."""
+    """Every variant in one program, in several by each engine and wait, and step by step.
+
+    Each flag, type, kind of memory, way to cut the columns and layout of the exchange buffer somewhere.
+    """
     types = list(DTYPES)
     for n, spec in enumerate(SERVED):
         dtype = types[(n + 1) % 4]
@@ -33,21 +39,35 @@ def quick() -> Iterator[Case]:
         yield Case(spec.name, dtype, 2, (5, 1)[n // 4 % 2], H, 1 + n % 2, block_u=block_u, **flags)
     for n, (spec, wait) in enumerate(itertools.product(SERVED, ("data", "counter"))):
         flags = FLAGS[(n // 2 + n // 8) % 4]
-        yield Case(spec.name, types[(n + n // 4) % 4], 2, (1, 5, 11)[n % 3], 136, 1 + (n in (3, 10)), wait, **flags)
+        yield Case(spec.name, "fp32", 2, (1, 5, 11)[n % 3], 136, 1 + (n in (3, 10)), wait, **flags)
+        flags, H = FLAGS[(n + n // 4) % 4], (136, 100, 72)[n // 2 % 3]
+        yield Case(spec.name, TENSOR_CORES[n % 3], 2, (5, 1, 19)[n % 3], H, 1 + (n in (4, 9)), "data", **flags)
+    yield Case("standard", "bf16", 2, 11, 136, wait="data", multiprocessors=17)
+    yield Case("full", "tf32", 2, 9, 136, wait="data", multiprocessors=9, lengths=True)
+    yield Case("diagonal", "bf16", 1, 9, 264, wait="data", multiprocessors=33)
+    for n, dtype in enumerate(TENSOR_CORES):
+        cut = Case(("standard", "coupled", "full")[n], dtype, 2, 9, 136, wait="data", resets=n == 1)
+        yield cut.with_fields(kept=1, group=1)
+        yield cut.with_fields(tiled=n != 0, group=1)
+        yield replace(cut, weak=True).with_fields(tiled=n == 0, kept=n // 2)
     for n, spec in enumerate(VARIANTS):
         yield Case(spec.name, types[n % 4], 2, (5, 17)[n % 2], 24, 1 + n % 2, stepwise=True, resets=n % 3 == 0, I=7)
     yield Case("standard", "bf16", 1, 64, 128, stepwise=True)  # by wgmma
-    for wait in ("data", "counter"):
-        rows = Case("diagonal", "bf16", 2, 5, 136, wait=wait, lengths=True)
+    for dtype, wait in (("bf16", "data"), ("fp32", "data"), ("fp32", "counter")):
+        rows = Case("diagonal", dtype, 2, 5, 136, wait=wait, lengths=True)
         yield rows.with_blocks_of(3)
         yield rows.with_blocks_of(3, row_programs=1)
-        yield Case("standard", "bf16", 2, 1, 136, wait=wait, weak=True)
+        yield Case("standard", dtype, 2, 1, 136, wait=wait, weak=True)
+    yield Case("full", "fp16", 2, 7, 72, 2, wait="data", resets=True, weak=True).with_blocks_of(3, row_programs=2)
     yield Case("coupled", "fp32", 2, 1, 136, wait="counter", weak=True)
     yield Case("diagonal+current", "fp16", 2, 5, 136, wait="data", lengths=True, resets=True, weak=True)
     yield Case("standard", "bf16", 2, 5, 136, wait="data", gradients=(False, True, False, False))
     yield Case("full", "bf16", 3, 5, 64, gradients=(True, False, False, False), recompute=True)
-    yield Case("standard", "bf16", 3, 5, 136, wait="counter", infer=True)
-    yield Case("coupled", "fp16", 1, 5, 136, wait="counter", gradients=(False, False, True, True))
+    yield Case("standard", "fp32", 3, 5, 136, wait="counter", infer=True)
+    yield Case("standard", "bf16", 3, 5, 136, wait="data", infer=True)
+    yield Case("diagonal", "bf16", 2, 7, 136, wait="data", infer=True).with_blocks_of(3, row_programs=2)
+    yield Case("coupled", "fp16", 1, 5, 136, wait="data", gradients=(False, False, True, True))
+    yield Case("coupled", "fp32", 1, 5, 136, wait="counter", gradients=(False, False, True, True))
     for n, dtype in enumerate(types):
         variant = ("standard", "coupled", "diagonal+current", "full")[n]
         yield Case(variant, dtype, 2, 5, (136, 40)[n % 2], wait=("data", None)[n % 2], capability=80, **FLAGS[n])
@@ -66,8 +86,9 @@ def alone() -> Iterator[Case]:
 def together() -> Iterator[Case]:
     """Programs that wait for each other."""
     heights, rows = (136, 256, 384), (5, 16, 1, 33)
-    for n, (spec, dtype, wait) in enumerate(itertools.product(SERVED, DTYPES, ("data", "counter"))):
-        k = n + n // 8
+    engines = [*itertools.product(TENSOR_CORES, ("data",)), ("fp32", "data"), ("fp32", "counter")]
+    for n, (spec, (dtype, wait)) in enumerate(itertools.product(SERVED, engines * 2)):
+        k = n + n // 10
         H, B = heights[k % 3], rows[(k // 2) % 4]
         D = 2 if H < 384 and k % 4 == 0 else 1
         yield Case(spec.name, dtype, 3, B, H, D, wait, **FLAGS[(k // 3) % 4])
@@ -77,8 +98,8 @@ def many() -> Iterator[Case]:
     """Several row blocks, two directions."""
     variants = ("standard", "coupled+diagonal", "diagonal+current", "full")
     for n, (variant, dtype) in enumerate(itertools.product(variants, DTYPES)):
-        wait = ("counter", "data")[(n + n // 4) % 2]
-        yield Case(variant, dtype, 3, 40, 264, 2, wait, **FLAGS[n % 4])
+        for wait in ("data", "counter") if dtype == "fp32" else ("data",):
+            yield Case(variant, dtype, 3, 40, 264, 2, wait, **FLAGS[n % 4])
 
 
 def weak() -> Iterator[Case]:
@@ -93,15 +114,21 @@ def asked() -> Iterator[Case]:
         if any(gradients):
             flags = dict(lengths=n % 3 == 0, recompute=n % 4 == 1)
             yield Case("standard", "bf16", 3, 5, (64, 136)[n % 2], gradients=gradients, **flags)
-    for H, wait in ((64, None), (136, "data"), (136, "counter")):
-        yield Case("standard", "bf16", 4, 5, H, wait=wait, infer=True)
-        yield Case("full", "bf16", 4, 5, H, wait=wait, infer=True, lengths=True)
+    for dtype, H, wait in (("fp32", 64, None), ("bf16", 64, "data"), ("bf16", 136, "data"), ("fp32", 136, "counter")):
+        yield Case("standard", dtype, 4, 5, H, wait=wait, infer=True)
+        yield Case("full", dtype, 4, 5, H, wait=wait, infer=True, lengths=True)
     yield Case("standard", "bf16", 1, 5, 136, wait="data")
-    yield Case("coupled", "fp16", 1, 5, 136, wait="counter")
-    for dtype, wait in itertools.product(("bf16", "tf32"), ("data", "counter")):
+    yield Case("coupled", "fp32", 1, 5, 136, wait="counter")
+    for dtype, wait in (("bf16", "data"), ("tf32", "data"), ("fp32", "data"), ("fp32", "counter")):
         yield Case("standard", dtype, 6, 35, 264, wait=wait, block_u=16, lengths=True, resets=True)
     for H in (64, 136, 264):
-        yield Case("standard", "bf16", 3, 33, H, block_b=32)
+        yield Case("standard", "bf16", 3, 33, H, multiprocessors=30)
+        yield Case("coupled", "fp16", 3, 33, H, multiprocessors=9, lengths=True)
+        yield Case("standard", "fp32", 3, 33, H, block_b=16)
+    for n, (variant, dtype) in enumerate(itertools.product(("standard", "coupled", "full"), TENSOR_CORES)):
+        cut = Case(variant, dtype, 3, 17, 264, wait="data", lengths=n % 2 == 0, resets=n % 3 == 0)
+        for fields in (dict(kept=2), dict(group=1, tiled=False), dict(tiled=False, kept=1, group=1)):
+            yield cut.with_fields(**fields)
 
 
 def stepwise() -> Iterator[Case]:
@@ -118,6 +145,7 @@ def sm80() -> Iterator[Case]:
     variants = ("standard", "coupled", "diagonal+current", "full")
     for n, (variant, dtype) in enumerate(itertools.product(variants, DTYPES)):
         H, wait = ((64, None), (136, "data"), (136, "counter"), (100, None))[(n + n // 4) % 4]
+        wait = wait if dtype == "fp32" or wait is None else "data"
         yield Case(variant, dtype, 3, 5, H, wait=wait, capability=80, **FLAGS[n % 4])
         yield Case(variant, dtype, 2, 64, 40, stepwise=True, capability=80)
 
@@ -147,10 +175,18 @@ def planned() -> Iterator[Planned]:
                 continue
             plan = plans[0]
             tile = (plan.block_u, plan.block_b, plan.block_k, span_of(plan), plan.chunks, plan.group, plan.num_warps)
+            tile += (plan.kept, plan.together, plan.tiled)
             kind = (backward, *tile, plan.wait, plan.exact, plan.blocks_per_program == 1)
             found.setdefault(kind, []).append(Planned(whole, backward, plan))
     for number, kin in enumerate(found.values()):
         yield kin[number * 7 % len(kin)]
+
+
+def columns_of(layer: Layer, backward: bool, plan: PersistentPlan) -> int:
+    """Return the columns of the product for each unit (resident.py, tiles.py)."""
+    if backward:
+        return 1 if plan.alone else layer.gates
+    return 1 if plan.exact else 1 + (layer.matrices > 0)
 
 
 def suite() -> Iterator[Case]:
@@ -158,10 +194,10 @@ def suite() -> Iterator[Case]:
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "tf32"}
     for whole, backward, plan in planned():
         several = plan.blocks_per_program > 1
-        columns = whole.gates if backward and not plan.alone else 1  # of the product, for each unit (resident.py)
+        columns = columns_of(whole, backward, plan)
         span = span_of(plan) // columns
         H = plan.block_u if plan.alone else max((plan.chunks - 1) * span + 16, 5 * plan.block_u)
-        H = min(-(-H // 16) * 16, plan.chunks * span) - 12 * (whole.H % 16 != 0)
+        H = min(-(-H // 16) * 16, plan.chunks * span // 8 * 8) - 12 * (whole.H % 16 != 0)
         rows = min(plan.rows, 2 if several else 3)
         B = 2 * rows + 1 if several else rows
         row_blocks = -(-B // rows)

@@ -13,6 +13,7 @@ from tests.compiled.layers import Case, run
 from tests.emulator.launches import Change
 
 FORWARD, BACKWARD, MATMUL = "persistent_forward_kernel", "persistent_backward_kernel", "gate_preactivations_kernel"
+GLUON = "exchanged_forward_kernel", "exchanged_backward_kernel"
 BARRIER = r"\n\s*bar\.sync\s+0;"
 POLL = re.compile(r"ld\.volatile\.global|ld\.(?:global\.)?gpu\.acquire|ld\.(?:global\.)?acquire|atom\.\S*acquire")
 
@@ -92,18 +93,19 @@ def replaced(kernel: str, pattern: str, new: str, count: int = 0) -> Change:
     return only_in(kernel, lambda ptx: re.sub(pattern, new, ptx, count=count))
 
 
-DATA = Case("standard", "bf16", 3, 2, 136, wait="data")
+DATA = Case("standard", "fp32", 3, 2, 136, wait="data")
 COUNTER = replace(DATA, wait="counter")
+POLLED = Case("standard", "bf16", 3, 5, 72, wait="data", weak=True, multiprocessors=9)
 PRODUCTS = Case("standard", "bf16", 2, 64, 128, stepwise=True)
 PIPELINED = Case("standard", "tf32", 2, 64, 128, stepwise=True)  # as `gates.product_blocks` has it under every release
 
 
 def faults() -> Iterator[Planted]:
     """Wrong results, races, accesses outside, missing barriers and orders: one of each."""
-    masked = replace(DATA, H=132, B=1)
+    masked = replace(DATA, H=134, B=1)
     shuffle = r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )2,"
     shared = r"(st\.shared::cta\.\S+ \[ %r\d+ \+ )0"
-    yield Planted("an mma's operand registers swapped", DATA, only_in(FORWARD, swap_operands))
+    yield from gluon_faults()
     yield Planted("a shuffle's distance 2 made 4", DATA, replaced(FORWARD, shuffle, r"\g<1>4,", count=1))
     plain = replaced(FORWARD, r"ld\.volatile\.global", "ld.global")
     yield Planted("volatile loads made plain", replace(DATA, weak=True), plain)
@@ -113,9 +115,9 @@ def faults() -> Iterator[Planted]:
         relaxed = replaced(kernel, rf"gpu\.{order}\b", "gpu.relaxed")
         yield Planted(f"{order} made relaxed in {kernel}", replace(COUNTER, weak=True), relaxed)
     for access in ("st", "ld"):
-        change = only_in(FORWARD, functools.partial(unguarded, pattern=rf"{access}\.global\.b16"))
+        change = only_in(FORWARD, functools.partial(unguarded, pattern=rf"{access}\.global\.b32"))
         yield Planted(f"a {access}.global without its mask", masked, change)
-    yield Planted("a shared store 2 bytes further", DATA, replaced(FORWARD, shared, r"\g<1>2", count=1))
+    yield Planted("a shared store 4 bytes further", DATA, replaced(FORWARD, shared, r"\g<1>4", count=1))
     full = replace(COUNTER, B=22, weak=True).with_blocks_of(11)  # so that several warps store what is published
     for kernel, what, n in ((FORWARD, "h_0", 0), (FORWARD, "h_t", 1), (BACKWARD, "gradients", -1)):
         change = only_in(kernel, functools.partial(no_arrive_barrier, n=n))
@@ -128,12 +130,37 @@ def faults() -> Iterator[Planted]:
     yield Planted("cp.async waited for one group too few", PIPELINED, change)
 
 
+def gluon_faults() -> Iterator[Planted]:
+    """Of the kernels in Gluon: a product, a mask, and everything that the loop of a poll does."""
+    tf32, old = replace(POLLED, dtype="tf32"), replace(POLLED, capability=80)
+    for kernel, name in zip(GLUON, ("forward", "backward"), strict=True):
+        yield Planted(f"{name}, an mma's operand registers swapped", POLLED, only_in(kernel, swap_operands))
+        for case, what, pattern, new in (
+            (POLLED, "no turn of a poll", r"@!%any bra THERE;", "bra THERE;"),
+            (POLLED, "one turn of a poll", r"@%any bra AGAIN;", "bra THERE;"),
+            (POLLED, "a poll that sees one half of a word", "0x80008000, 0x80;", "0x00008000, 0x80;"),
+            (POLLED, "a poll for another pattern", "0xFFFEFFFE", "0x7FFEFFFE"),
+            (POLLED, "loads repeated where the first is missing", r"@%absent[1-9]\d* ld", "@%absent0 ld"),
+            (old, "before sm_90, a poll that sees one half", "%seen, 0x80008000;", "%seen, 0x00008000;"),
+            (old, "before sm_90, a poll that sees the last word", r"%seen, 0xEA;", "%t, 0xC0;"),
+            (tf32, "TF32, a poll for another pattern", "%seen, 0xFFFFFFFF;", "%seen, 0xFFFFFFFE;"),
+            (tf32, "TF32, a poll that sees two words", r"max\.u32\s+%seen, %seen, [^;]*;", ""),
+        ):
+            yield Planted(f"{name}, {what}", case, replaced(kernel, pattern, new))
+        change = only_in(kernel, functools.partial(unguarded, pattern=r"st\.global\.b16"))
+        masked = replace(POLLED, variant="coupled", H=70, weak=False)
+        yield Planted(f"{name}, a st.global without its mask", masked, change)
+
+
 def barrier_faults() -> Iterator[Planted]:
     """Every bar.sync taken out in turn; some are needed by no two warps."""
     jobs = [(MATMUL, PRODUCTS)]
     for kernel, wait in itertools.product((FORWARD, BACKWARD), ("data", "counter")):
-        case = Case("standard", "bf16", 3, 11, 136, wait=wait, weak=True)
+        case = Case("standard", "fp32", 3, 11, 136, wait=wait, weak=True)
         jobs.append((kernel, case.with_blocks_of(11)))
+    for kernel in GLUON:
+        jobs.append((kernel, POLLED.with_fields(kept=1)))
+        jobs.append((kernel, POLLED.with_blocks_of(3, row_programs=2)))
     for kernel, case in jobs:
         texts: list[str] = []
 

@@ -47,7 +47,8 @@ class Plans(NamedTuple):
 class Case:
     """A layer, and what is asked of it.
 
-    wait, block_u, block_b: what is wanted of its plans, or `plans` themselves; gradients: which of GRADIENTS are given;
+    wait, block_u, block_b: what is wanted of its plans, or `own_plans` themselves; multiprocessors: of the GPU that is
+    planned for, None: as many as it has; few leave many rows to a program; gradients: which of GRADIENTS are given;
     weak: every warp at its own pace in weak memory, else thread blocks in lockstep in strong memory.
     """
 
@@ -67,6 +68,7 @@ class Case:
     stepwise: bool = False
     infer: bool = False
     capability: int = 90
+    multiprocessors: int | None = None
     weak: bool = False
     own_plans: Plans | None = None
     I: int = 3  # noqa: E741
@@ -88,6 +90,7 @@ class Case:
             "inference": self.infer,
             f"gradients of {' and '.join(given)}": len(given) < len(GRADIENTS),
             f"sm_{self.capability}": self.capability != 90,
+            f"{self.multiprocessors} multiprocessors": self.multiprocessors,
             "in weak memory": self.weak,
         }
         return ", ".join(text for text, present in words.items() if present)
@@ -108,6 +111,7 @@ class Case:
         sizes = (self.T, self.B, self.H, self.D)
         whole = Layer(self.spec, *sizes, DTYPES[self.dtype], self.precision, training=not self.infer, ragged=ragged)
         gpu = GPUS["h100"] if self.capability == 90 else GPUS["a100"]
+        gpu = replace(gpu, multiprocessors=self.multiprocessors or gpu.multiprocessors)
         found = ranked_plans(whole, backward, gpu, Preference(self.wait, self.block_u, self.block_b))
         if isinstance(found, str):
             raise LookupError(found)
@@ -128,6 +132,10 @@ class Case:
         )
         return replace(self, own_plans=Plans(*plans))
 
+    def with_fields(self, **fields: int | bool) -> Case:
+        """Return the case with plans that have these fields."""
+        return replace(self, own_plans=Plans(*(replace(self.plan(side), **fields) for side in (False, True))))
+
     def layer_case(self) -> LayerCase:
         """Return the case as `tests.support.persistent` has it, where only the directions of the plan matter."""
         return LayerCase(
@@ -146,8 +154,9 @@ class Case:
         )
 
     def emulation(self) -> Emulation:
-        """Return how its launches are emulated."""
-        return Emulation(capability=self.capability, gang="warp" if self.weak else "cta", weak=self.weak)
+        """Return how its launches are emulated. In weak memory elements of 16 bits become visible one by one."""
+        torn = self.weak and DTYPES[self.dtype].itemsize == 2
+        return Emulation(capability=self.capability, gang="warp" if self.weak else "cta", weak=self.weak, torn=torn)
 
 
 LOOPS: dict[str, layer.Loop] = {

@@ -30,25 +30,46 @@ def test_a_compiled_kernel_computes_what_the_reference_does(case):
 def test_the_quick_selection_has_a_case_of_everything():
     """What the long list varies, the quick one varies too."""
     together = [case for case in QUICK if case.wait and not case.own_plans]
+    exact = [case for case in together if case.dtype == "fp32"]
+    gluon = [case for case in together if case.dtype != "fp32"]
     stepwise = [case for case in QUICK if case.stepwise]
     for spec in SERVED:
-        assert {case.wait for case in together if case.variant == spec.name} == {"data", "counter"}
-        alone = [case for case in QUICK if case.variant == spec.name and not (case.wait or case.stepwise)]
-        assert any(case.plan(False).alone and case.plan(True).alone for case in alone)
+        assert {case.wait for case in exact if case.variant == spec.name} == {"data", "counter"}
+        assert len({case.dtype for case in gluon if case.variant == spec.name}) > 1
+        one = [case for case in QUICK if case.variant == spec.name and not (case.wait or case.stepwise)]
+        assert any(case.plan(False).unit_programs == case.plan(True).unit_programs == 1 for case in one)
     assert {case.variant for case in stepwise} == {spec.name for spec in VARIANTS}
-    for some in (together, stepwise, [case for case in QUICK if case.capability == 80]):
+    assert {case.dtype for case in gluon} == set(cases.TENSOR_CORES)
+    for some in (stepwise, [case for case in QUICK if case.capability == 80]):
         assert {case.dtype for case in some} == set(layers.DTYPES)
+    engines = {(case.dtype == "fp32", case.wait) for case in together}
+    assert engines == {(True, "data"), (True, "counter"), (False, "data")}
     for flag in ("lengths", "resets"):
-        for wait in ("data", "counter"):
-            assert any(getattr(case, flag) and case.wait == wait for case in QUICK)
-    assert {(case.wait, case.D) for case in together} == {("data", 1), ("data", 2), ("counter", 1), ("counter", 2)}
-    assert {case.wait for case in QUICK if case.weak} == {"data", "counter"}
+        assert {(case.dtype == "fp32", case.wait) for case in QUICK if getattr(case, flag) and case.wait} == engines
+    assert {(*engine, D) for engine in engines for D in (1, 2)} == {
+        (case.dtype == "fp32", case.wait, case.D) for case in together
+    }
+    assert {(case.dtype == "fp32", case.wait) for case in QUICK if case.weak} == engines
     shared = [case for case in QUICK if case.own_plans]
-    assert {(case.wait, case.own_plans.forward.blocks_per_program > 1) for case in shared} == {
-        (wait, several) for wait in ("data", "counter") for several in (False, True)
+    assert {(case.dtype == "fp32", case.wait, case.own_plans.forward.blocks_per_program > 1) for case in shared} == {
+        (*engine, several) for engine in engines for several in (False, True)
     }
     assert all(case.plan(side).unit_programs > 1 for case in together for side in (False, True))
     assert (False, True, False, False) in {case.gradients for case in QUICK}
+
+
+def test_the_quick_selection_has_a_plan_of_every_kind():
+    """Of the kernels in Gluon: both tiles of rows, both layouts, chunks in shared memory, columns in several pieces."""
+    plans = [case.plans() for case in QUICK if case.dtype != "fp32" and not case.stepwise]
+    for side in ("forward", "backward"):
+        some = [getattr(both, side) for both in plans]
+        assert {plan.block_b for plan in some} == {8, 16}
+        assert {plan.tiled for plan in some} == {False, True}
+        assert {plan.kept > 0 for plan in some} == {False, True}
+        assert {plan.group < plan.chunks for plan in some} == {False, True}
+        assert {8, 16, 32} <= {plan.block_u for plan in some}
+        assert {2, 4} <= {plan.num_warps for plan in some}
+    assert 8 in {both.backward.num_warps for both in plans}
 
 
 def test_a_result_beyond_the_bound_is_seen(monkeypatch):

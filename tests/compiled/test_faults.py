@@ -9,7 +9,10 @@ if INTERPRETED:
 from tests.compiled import faults
 
 QUICK = {
-    "an mma's operand registers swapped",
+    "forward, an mma's operand registers swapped",
+    "forward, no turn of a poll",
+    "backward, a poll that sees one half of a word",
+    "backward, a st.global without its mask",
     "no turn of the data wait",
     "a st.global without its mask",
     "wgmma waited for too few groups",

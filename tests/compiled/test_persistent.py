@@ -47,8 +47,8 @@ class Kernel(NamedTuple):
 
 def kind(kernel: Kernel, cuts: bool) -> tuple:
     plan = kernel.plan
-    tile = (plan.block_u, plan.block_b, plan.block_k, plan.num_warps)
-    cut = (plan.parts, plan.chunks, plan.group) if cuts else ()
+    tile = (plan.block_u, plan.block_b, plan.block_k, plan.kept > 0, plan.group < plan.chunks)
+    cut = (plan.parts, plan.chunks, plan.kept, plan.group, plan.num_warps, plan.together, plan.tiled) if cuts else ()
     return (kernel.backward, *tile, *cut, plan.wait, plan.exact, plan.blocks_per_program == 1)
 
 
@@ -71,7 +71,8 @@ def compiled(kernel: Kernel):
     launch = sequence_persistent.launch_without_data(kernel.layer, kernel.backward)
     grid = kernel.plan.grid
     with settle.absent_gpu(kernel.gpu.capability):
-        return launch.kernel.run(grid=grid, warmup=True, **launch.arguments(kernel.plan))
+        kernel_function = sequence_persistent.kernel_of(launch, kernel.plan)
+        return kernel_function.run(grid=grid, warmup=True, **launch.arguments(kernel.plan))
 
 
 def tensor_core(ptx: str) -> bool:
@@ -86,7 +87,7 @@ def side_of_weights(plan: PersistentPlan) -> int:
 def stays(ttgir: str, side: int) -> bool:
     """Whether an operand, 0 the left and 1 the right, of every product in the time loop was loaded before it.
 
-    Into shared memory, which the loop reads (local_load), or where it is small into registers (convert_layout).
+    Into shared memory, which the loop reads (local_load, of one of several chunks: memdesc_index), or into registers.
     """
     lines = ttgir.splitlines()
     defined = {match[1]: n for n, line in enumerate(lines) if (match := re.match(r"\s*(%\S+?)(?::\d+)? = ", line))}
@@ -99,6 +100,8 @@ def stays(ttgir: str, side: int) -> bool:
         if defined[operand] < loop:
             continue
         source = re.search(r"ttg\.(?:local_load|convert_layout) (%[\w#.]+)", lines[defined[operand]])
+        if source and (chunk := re.search(r"ttg\.memdesc_index (%[\w#.]+)\[", lines[defined[source[1]]])):
+            source = chunk
         if source is None or not defined[source[1]] < loop:
             return False
     return bool(products)
@@ -144,7 +147,7 @@ def test_what_a_kernel_uses_is_told_without_a_gpu(backward):
     plans = ranked_plans(ANCHOR, backward, GPUS["h100"])[:MOST_TRIES]
     for usage, plan in zip(sequence_persistent.usages(ANCHOR, backward, GPUS["h100"], plans), plans, strict=True):
         assert 64 <= usage.registers <= 255 and usage.registers * 32 * plan.num_warps <= 65536
-        assert plan.tile_bytes <= usage.shared <= GPUS["h100"].shared_bytes
+        assert plan.shared_bytes <= usage.shared <= plan.shared_bytes + 1024 <= GPUS["h100"].shared_bytes
         assert 0 <= usage.spilled <= settle.MOST_SPILLED
 
 
@@ -153,7 +156,7 @@ def test_a_spill_is_told():
     plan = ranked_plans(ANCHOR, False, GPUS["h100"])[0]
     launch = sequence_persistent.launch_without_data(ANCHOR, False)
     squeezed = launch.arguments(plan) | dict(maxnreg=64)
-    usage = settle.usage_elsewhere(launch.kernel, plan.grid, squeezed, 90)
+    usage = settle.usage_elsewhere(sequence_persistent.kernel_of(launch, plan), plan.grid, squeezed, 90)
     assert usage.registers <= 64 and usage.spilled > settle.MOST_SPILLED
 
 

@@ -476,7 +476,10 @@ def is_persistent(task):
     [
         ("persistent", dict(H=4096), "no tiles of the recurrent weights"),
         ("persistent-data", dict(H=4096), "no tiles of the recurrent weights"),
-        ("persistent-u32", dict(H=1024), "no plan is Preference"),
+        ("persistent-u32", dict(H=1024, dtype="float32"), "no plan is Preference"),
+        ("persistent-u32", dict(H=1024), None),
+        ("persistent-u8", dict(), "no plan is Preference"),  # backward
+        ("persistent-u8", dict(mode=FORWARD), None),
         ("persistent-counter", dict(suite="core"), "is measured in smaller suites"),
         ("persistent", dict(suite="core"), None),
         ("persistent", dict(cell=True, T=1), "is no strategy of one step"),
@@ -494,11 +497,18 @@ def test_a_strategy_that_cannot_compute_a_case_says_why(h100, strategy, change, 
 
 
 def test_the_same_plan_is_measured_once(h100):
-    case = Case("anchor", T=9, B=16, I=768, H=768, dtype="bfloat16", mode=FORWARD)
+    case = Case("anchor", T=9, B=16, I=768, H=768, dtype="float32", mode=FORWARD)
     asked = {
         strategy: LstmTriton(strategy).refuses(case, "cuda") for strategy in ("persistent-counter", "persistent-data")
     }
     assert sorted(asked.values(), key=str) == [None, "is what `persistent` takes"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
+def test_a_wait_that_there_is_not_on_tensor_cores_is_refused(h100, dtype):
+    case = Case("anchor", T=9, B=16, I=768, H=768, dtype=dtype, mode=TRAINING)
+    assert LstmTriton("persistent-counter").refuses(case, "cuda").startswith("no plan is Preference(wait='counter'")
+    assert LstmTriton("persistent-data").refuses(case, "cuda") == "is what `persistent` takes"
 
 
 def test_on_a_cpu_there_is_nothing_but_auto():
@@ -508,13 +518,18 @@ def test_on_a_cpu_there_is_nothing_but_auto():
 
 def test_a_row_names_the_plan_that_computed_it(h100):
     case = Case("anchor", T=512, B=16, I=768, H=768, dtype="bfloat16", mode=TRAINING)
-    found = {strategy: LstmTriton(strategy).plan(case, "cuda") for strategy in LstmTriton.HOW}
-    assert re.fullmatch(r"forward U\d+ .* counter; backward U\d+ .* counter", found["persistent-counter"])
-    assert re.fullmatch(r"forward U\d+ .* data; backward U\d+ .* data", found["persistent-data"])
-    assert found["persistent-u8"].startswith("forward U8 ") and "; backward U8 " in found["persistent-u8"]
-    assert found["auto"] == found["persistent"] != found["persistent-u8"]
-    assert found["stepwise"] == found["cudnn"] == found["torch"] == ""
     auto = LstmTriton("auto")
+    for dtype in ("float32", "bfloat16"):
+        one = replace(case, dtype=dtype)
+        found = {strategy: LstmTriton(strategy).plan(one, "cuda") for strategy in LstmTriton.HOW}
+        assert re.fullmatch(r"forward U\d+ .* data; backward U\d+ .* data", found["persistent-data"])
+        units = "8" if dtype == "float32" else "32"  # on tensor cores 8 units are too few backward
+        other = found[f"persistent-u{units}"]
+        assert other.startswith(f"forward U{units} ") and f"; backward U{units} " in other
+        assert found["auto"] == found["persistent"] != other
+        assert found["stepwise"] == found["cudnn"] == found["torch"] == ""
+        if dtype == "float32":
+            assert re.fullmatch(r"forward U\d+ .* counter; backward U\d+ .* counter", found["persistent-counter"])
     assert auto.plan(replace(case, H=4096), "cuda") == "cudnn"
     assert auto.plan(replace(case, H=4096, variant="coupled"), "cuda") == "stepwise"
     assert auto.plan(replace(case, mode=FORWARD), "cuda").startswith("forward") and auto.plan(case, "cpu") == ""

@@ -81,18 +81,21 @@ def cells(output):
 # A plan in words
 
 
+ASKED = {
+    "bf16": explain.question(500, dtype="bf16"),
+    "coupled": explain.question(300, batch=1, dtype="tf32", variant="coupled"),
+    "full": explain.question(200, batch=200, dtype="fp16", variant="full", bidirectional=True),
+    "many rows": explain.question(64, batch=5000, dtype="bf16", variant="diagonal+current"),
+    "many units": explain.question(760, dtype="fp16"),
+    "exact": explain.question(400, dtype="fp32"),
+    "full exact": explain.question(130, batch=200, dtype="fp32", variant="full", bidirectional=True),
+    "alone": explain.question(16, batch=8192, dtype="fp32", variant="diagonal+current"),
+}
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("name, backward", PASSES.items())
-@pytest.mark.parametrize(
-    "asked",
-    [
-        explain.question(500, dtype="bf16"),
-        explain.question(300, batch=1, dtype="tf32", variant="coupled"),
-        explain.question(200, batch=200, dtype="fp16", variant="full", bidirectional=True),
-        explain.question(64, batch=5000, dtype="bf16", variant="diagonal+current"),
-    ],
-    ids=["bf16", "coupled", "full", "alone"],
-)
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
 def test_the_words_say_what_the_plan_says(asked, name, backward, gpu):
     target = explain.Target(GPUS[gpu])
     plan = plan_of(asked, target, name)
@@ -104,33 +107,62 @@ def test_the_words_say_what_the_plan_says(asked, name, backward, gpu):
     assert programs == units * rows * directions == plan.programs
     assert (units, rows, directions) == (plan.unit_programs, plan.row_programs, layer.D)
     assert multiprocessors == target.gpu.multiprocessors
-    assert ("all run at once" in said["programs"]) == (programs <= multiprocessors)
-    assert plan.alone or programs <= multiprocessors
+    room = plan.together * multiprocessors
+    assert ("all run at once" in said["programs"]) == (programs <= room)
+    assert (f"room for {plan.together} programs" in said["programs"]) == (plan.together > 1)
+    assert plan.alone or programs <= room
 
     assert numbers(said["tile"]) == [plan.block_u, plan.block_b]
-    if not plan.alone:
+    if plan.unit_programs > 1:
         assert numbers(said["units"])[:3] == [layer.H, plan.unit_programs, plan.block_u]
+    else:
+        assert said["units"].startswith(f"every program holds all {layer.H}")
     assert numbers(said["rows"])[:4] == [layer.B, plan.row_blocks, min(plan.rows, layer.B), plan.block_b]
     assert numbers(said["warps"]) == [plan.num_warps, 32 * plan.num_warps]
     columns = plan.chunks * plan.parts * plan.block_k
     assert columns >= layer.H * (len(layer.spec.gates) if backward and not plan.alone else 1)
     assert f"{columns} columns" in said["product"]
+    if not plan.alone:
+        assert numbers(said["product"])[:4] == [plan.chunks, plan.parts, plan.block_k, columns]
+        read_at_once = f"{plan.group} read at a time" if plan.group < plan.chunks else "all chunks read at once"
+        assert (read_at_once in said["product"]) == (plan.chunks > 1)
+    both = layer.spec.full and not (backward or plan.exact)
+    assert (f"H = {layer.H} of h and of c" in said["product"]) == both
+    assert said["product"].endswith("without tensor cores" if plan.exact else "on tensor cores")
     assert said["wait"].startswith(f"{plan.wait or 'none'}: ")
     assert ("one program holds all units" in said["wait"]) == plan.alone
+    assert ("for the first time" in said["wait"]) == (plan.pause > 0)
+    assert f" {plan.pause} clocks" in said["wait"] or plan.pause == 0
 
     used, limit = re.findall(r"([\d.]+) KiB", said["shared memory"])
     assert float(used) == pytest.approx(plan.shared_bytes / 1024, abs=0.06)
     assert float(limit) == target.gpu.shared_bytes / 1024
     assert float(used) <= float(limit)
 
-    resident = float(re.match(r"([\d.]+) KiB stay", said["weights"])[1]) * 1024
+    resident = float(re.match(r"([\d.]+) KiB stay in a program, ", said["weights"])[1]) * 1024
     weights = layer.H * layer.H * (len(layer.spec.gates) + 3 * layer.spec.full) * layer.dtype.itemsize
     assert weights <= resident * plan.unit_programs * 1.001
-    assert resident < plan.shared_bytes
+    in_shared_memory = plan.tile_bytes if plan.exact else plan.tile_bytes * plan.kept / plan.chunks
+    assert in_shared_memory < plan.shared_bytes
+    assert ("registers" in said["weights"]) == (in_shared_memory < plan.tile_bytes)
+    assert ("shared memory" in said["weights"]) == (in_shared_memory > 0)
 
     registers, most = numbers(said["registers"])
     assert 0 < registers <= most
+    assert registers == plan.register_bytes // (1 if plan.exact else 4)
     assert said["estimate"].startswith(f"{plan.estimate_us:.2f} us a step")
+
+
+def test_the_plans_of_those_words_are_of_all_kinds():
+    """Test of the test."""
+    targets = [explain.Target(gpu) for gpu in GPUS.values()]
+    plans = [plan_of(asked, target, name) for asked in ASKED.values() for target in targets for name in PASSES]
+    gluon = [plan for plan in plans if not plan.exact]
+    assert {plan.wait for plan in plans if plan.exact} == {"counter", "data", None}
+    assert {plan.together for plan in gluon} == {1, 2} and {plan.pause > 0 for plan in gluon} == {False, True}
+    assert {0 < plan.kept < plan.chunks for plan in gluon} == {plan.kept > 0 for plan in gluon} == {False, True}
+    assert {plan.group < plan.chunks for plan in gluon} == {False, True}
+    assert any(plan.programs > 132 for plan in plans if plan.alone)
 
 
 @pytest.mark.parametrize(
@@ -144,19 +176,56 @@ def test_the_words_say_what_the_plan_says(asked, name, backward, gpu):
 )
 def test_what_a_program_keeps(options, backward, per_unit, padded, accumulators):
     """A stack of gates is four columns to a unit; backward, the columns of the product are those of all gates."""
-    asked = explain.question(**options, dtype="bf16")
-    plan = plan_of(asked, name="backward" if backward else "forward")
-    said = facts(asked, backward=backward)
-    assert plan.tile_bytes == padded * plan.block_u * 2
-    assert said["weights"].startswith(f"{plan.tile_bytes / 1024:g} KiB stay in a program")
-    in_layer = per_unit * 500 * 500 * 2 / 2**20
-    assert said["weights"].endswith(f"{in_layer:.1f} MiB in the layer")
-    elements = (accumulators * plan.parts + len(asked.spec.gates)) * plan.block_b * plan.block_u
-    assert numbers(said["registers"])[0] == elements * 4 // (plan.num_warps * 32)
+    for dtype, element_bytes in (("fp32", 4), ("bf16", 2)):
+        asked = explain.question(**options, dtype=dtype)
+        plan = plan_of(asked, name="backward" if backward else "forward")
+        said = facts(asked, backward=backward)
+        assert plan.tile_bytes == padded * plan.block_u * element_bytes
+        assert said["weights"].startswith(f"{plan.tile_bytes / 1024:g} KiB stay in a program")
+        in_layer = per_unit * 500 * 500 * element_bytes / 2**20
+        assert said["weights"].endswith(f"{in_layer:.1f} MiB in the layer")
+        if dtype == "fp32":
+            elements = (accumulators * plan.parts + len(asked.spec.gates)) * plan.block_b * plan.block_u
+            assert numbers(said["registers"])[0] == elements * 4 // (plan.num_warps * 32)
+        else:
+            held = plan.tile_bytes * (plan.chunks - plan.kept) // plan.chunks // plan.num_warps
+            operands = plan.group * plan.block_b * 64
+            added = accumulators * plan.block_u * plan.block_b * 4
+            twice = 2 if accumulators * plan.block_u * plan.block_b <= 128 else 1  # of a single tile there are two
+            assert numbers(said["registers"])[0] == (held + operands + twice * added) // (4 * 32)
+
+
+@pytest.mark.parametrize(
+    "kept, where",
+    [
+        (0, "in its registers"),
+        (2, "64 KiB of them in its shared memory, the rest in its registers"),
+        (3, "in its shared memory"),
+    ],
+)
+def test_where_the_weights_of_a_program_are(kept, where):
+    plan = next(plan for plan in ranked_plans(BF16, False, GPUS["h100"]) if (plan.block_u, plan.chunks) == (16, 3))
+    text = explain.weights_words(BF16, replace(plan, kept=kept))
+    assert text == f"96 KiB stay in a program, {where}: its units of 4 gates; 4.5 MiB in the layer"
+
+
+@pytest.mark.parametrize("together, registers", [(1, 255), (2, 128)])
+def test_programs_that_share_a_multiprocessor(together, registers):
+    """They are many more than multiprocessors, run at once all the same, and have fewer registers."""
+    (plan, *_) = ranked_plans(BF16, False, GPUS["h100"])
+    plan = replace(plan, together=together, unit_programs=96, row_programs=together, num_warps=8)
+    room = "; the GPU has 132 multiprocessors" + (", each with room for 2 programs" if together == 2 else "")
+    assert explain.programs_words(plan, GPUS["h100"]).endswith(f"{room}, so all run at once")
+    of_thread = f" of {registers} in a thread, for weights, operands and accumulators"
+    assert explain.registers_words(plan).endswith(of_thread)
+    shared = 113 * 1024  # with what is reserved for each, 228 KiB for two
+    assert explain.fits(plan, shared, GPUS["h100"])
+    assert explain.fits(plan, shared + 1, GPUS["h100"]) == (together == 1)
+    assert not explain.fits(plan, GPUS["h100"].shared_bytes + 1, GPUS["h100"])
 
 
 def test_alone_on_more_programs_than_multiprocessors():
-    asked = explain.question(32, batch=8192, dtype="bf16")
+    asked = explain.question(32, batch=8192, dtype="fp32")
     plan = plan_of(asked)
     assert plan.alone and plan.programs > 132
     assert "so some share one or run after others" in facts(asked)["programs"]
@@ -169,22 +238,43 @@ def test_alone_on_more_programs_than_multiprocessors():
         (dict(hidden=250, batch=4), False, "data: a program reads h until nothing is missing"),
         (dict(hidden=250, batch=4, variant="full"), False, "data: a program reads h and c until"),
         (dict(hidden=250, batch=1), True, "data: a program reads gradients until"),
-        (dict(hidden=1536), False, "counter: a program counts up when it has stored its part"),
+        (dict(hidden=1000), False, "counter: a program counts up when it has stored its part"),
         (dict(hidden=760), True, "counter: a program counts up"),
     ],
 )
 def test_how_programs_wait_and_what_the_other_way_would_take(options, backward, how):
-    asked = explain.question(**options, dtype="bf16")
+    asked = explain.question(**options, dtype="fp32")
     said = facts(asked, backward=backward)["wait"]
     other = "counter" if how.startswith("data") else "data"
     estimate = ranked_plans(asked, backward, GPUS["h100"], Preference(wait=other))[0].estimate_us
     assert said.startswith(how) and said.endswith(f"; by estimate a step with {other} takes {estimate:.2f} us")
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32"])
+@pytest.mark.parametrize(
+    "options, backward, values, pause",
+    [
+        (dict(hidden=250, batch=4), False, "h", True),
+        (dict(hidden=250, batch=4, variant="full"), False, "h and c", True),
+        (dict(hidden=250, batch=1), True, "gradients", True),
+        (dict(hidden=250, batch=5000), False, "h", False),
+        (dict(hidden=12, batch=4), True, "gradients", True),  # one program holds all units
+    ],
+)
+def test_on_tensor_cores_every_warp_waits_by_the_data(options, backward, values, pause, dtype):
+    asked = explain.question(**options, dtype=dtype)
+    said = facts(asked, backward=backward)["wait"]
+    clocks = plan_of(asked, name="backward" if backward else "forward").pause
+    first = f", for the first time {clocks} clocks after its program has stored" if pause else ""
+    assert said == f"data: a warp reads {values} until nothing is missing{first}"
+
+
 def test_a_wait_without_an_alternative_says_so(monkeypatch):
     monkeypatch.setattr(explain, "ranked_plans", lambda *_: "none")
-    plan = plan_of(BF16, name="forward")
-    assert explain.wait_words(BF16, False, plan, GPUS["h100"]).endswith("; no plan with counter fits")
+    asked = explain.question(768, dtype="fp32")
+    plan = plan_of(asked, name="forward")
+    assert plan.wait == "data"
+    assert explain.wait_words(asked, False, plan, GPUS["h100"]).endswith("; no plan with counter fits")
 
 
 def test_units_and_rows_that_do_not_divide():
@@ -395,17 +485,31 @@ def test_every_option_reaches_the_question(program, monkeypatch):
 
 
 def compiled_rows(output):
-    return re.findall(r"U(\d+) R\S+ K\S+ \S+ (?:of \d+ )?(\w+): (\d+) registers, (\d+) spilled", output)
+    return re.findall(r"compiled *│ (U\d+ R[^:]+): (\d+) registers, (\d+) spilled, \S+ (?:KiB|bytes) of shared", output)
 
 
-def test_info_compiles_for_a_gpu_that_is_not_here(program):
-    code, output, errors = program("--hidden=136", "--dtype=bf16", "--gpu=h100", "--inference", "--compile")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_info_compiles_for_a_gpu_that_is_not_here(program, dtype):
+    code, output, errors = program("--hidden=136", f"--dtype={dtype}", "--gpu=h100", "--inference", "--compile")
     assert (code, errors) == (0, "")
     joined = re.sub(r" *│\n│ +│ ", " ", output)
-    found, plans = compiled_rows(joined), ranked_plans(explain.question(136, dtype="bf16"), False, GPUS["h100"])
-    assert [(int(u), wait) for u, wait, _, _ in found] == [(plan.block_u, plan.wait) for plan in plans[:4]]
-    assert all(0 < int(registers) <= 255 for _, _, registers, _ in found)
+    found, plans = compiled_rows(joined), ranked_plans(explain.question(136, dtype=dtype), False, GPUS["h100"])
+    assert [plan for plan, _, _ in found] == [plan.describe() for plan in plans[:4]]
+    assert all(0 < int(registers) <= 255 for _, registers, _ in found)
     assert joined.count("this one is used") == 1
+
+
+def test_what_does_not_fit_as_compiled_is_not_used(monkeypatch):
+    """Two programs that share a multiprocessor, whatever was estimated."""
+    from lstm_triton_kernels import sequence_persistent
+    from lstm_triton_kernels.settle import Usage
+
+    plans = [replace(plan, together=2) for plan in ranked_plans(BF16, False, GPUS["h100"])[:3]]
+    monkeypatch.setattr(explain, "ranked_plans", lambda *_: plans)
+    shared = [114 * 1024, 113 * 1024, 1024]
+    monkeypatch.setattr(sequence_persistent, "usages", lambda *_: [Usage(128, 0, size) for size in shared])
+    rows = [text for _, text in explain.compiled_facts(BF16, GPUS["h100"], False)]
+    assert ["this one is used" in text for text in rows] == [False, True, False]
 
 
 def test_info_cannot_compile_without_triton(program, monkeypatch):
@@ -439,7 +543,7 @@ def test_info_without_hidden_is_as_ever(program):
     [
         (["--hidden=8", "--dtype=float8"], 1, "unknown dtype 'float8': there are bf16, bfloat16, "),
         (["--hidden=8", "--variant=peephole"], 1, "unknown variant 'peephole': there are standard, diagonal, "),
-        (["--hidden=8", "--gpu=v100"], 1, "unknown GPU 'v100': there are a100, h100, l4, rtx4090, b200, and all"),
+        (["--hidden=8", "--gpu=v100"], 1, "unknown GPU 'v100': there are a100, h100, l4, rtx4090, b200, "),
         (["--hidden=8", "--proj=8"], 1, "--proj must be smaller than --hidden 8, got 8"),
         (["--batch=8", "--gpu=h100"], 1, "--batch, --gpu: add --hidden N"),
         (["--inference"], 1, "--inference: add --hidden N"),
@@ -519,8 +623,9 @@ def test_any_layer_on_any_gpu_is_explained(projected, gpu, hidden, **options):
         assert ("programs" in said) != ("instead" in said)
         assert (said.get("runs") == "yes") == (name == "persistent")
         if "programs" in said:
-            programs, _, _, _, multiprocessors = numbers(said["programs"])[:5]
-            assert programs <= multiprocessors or said["wait"].startswith("none: ")
+            programs, _, _, _, multiprocessors, *together = numbers(said["programs"])
+            room = multiprocessors * (together[0] if together else 1)
+            assert programs <= room or said["wait"].startswith("none: ")
             registers, most = numbers(said["registers"])
             assert registers <= most
 

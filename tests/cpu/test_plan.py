@@ -1,8 +1,11 @@
 """How a persistent launch is cut into programs: every plan there may be, against what the kernels assume."""
 
 import dataclasses
+import importlib
+import importlib.util
 import math
 import re
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,20 +13,24 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from lstm_triton_kernels import gpus, planner
+from lstm_triton_kernels import float32_plan, gpus, planner, tensor_core_plan
 from lstm_triton_kernels.float32_plan import MOST_CHUNKS, exchanged_bytes
 from lstm_triton_kernels.gpus import GPU, GPUS, INTERPRETER, KIB, gpu_of, nominal_constants
 from lstm_triton_kernels.limit import least_us_per_step
 from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference
 from lstm_triton_kernels.planner import PERSISTENT_DTYPES, WAITING_MARGIN, candidates, ranked_plans, why_not
 from lstm_triton_kernels.sizes import Layer
+from lstm_triton_kernels.tensor_core_plan import exchanged_columns, no_gluon, thread_registers
 
-from lstm_triton import VARIANTS, LSTMSpec
+from lstm_triton import VARIANTS, LSTMSpec, routing
 from tests.support.persistent import SERVED
 
 H100 = GPUS["h100"]
 STANDARD, COUPLED = LSTMSpec(), LSTMSpec(coupled=True)
 ANCHOR = Layer(STANDARD, 1024, 16, 768, 1, torch.bfloat16)
+"""On tensor cores, by the kernels in Gluon; the others by those in plain Triton, which alone have both waits."""
+EXACT = ANCHOR._replace(dtype=torch.float32)
+TF32 = EXACT._replace(precision="tf32")
 
 layers = st.builds(
     Layer,
@@ -54,32 +61,85 @@ def rows_of(plan: PersistentPlan, block: int, B: int) -> list[int]:
     return [row for n in range(plan.block_b) if n < plan.rows and (row := block * plan.rows + n) < B]
 
 
-def broken_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) -> list[str]:
-    """What the kernels and the GPU demand, and the plan does not keep."""
+def rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) -> dict[str, bool]:
+    """What the kernels and the GPU demand of a plan, by name, and whether the plan keeps it."""
     sizes = (plan.block_u, plan.block_b, plan.block_k, plan.parts, plan.num_warps)
-    chunk = plan.parts * plan.block_k
-    columns = plan.chunks * chunk
-    needed = layer.H * layer.gates if backward and not plan.alone else layer.H
-    weights = plan.block_u * layer.H * (layer.gates + layer.matrices) * layer.element_bytes
-    rules = {
+    of_all = {
         "powers of two": all(size == 2 ** round(math.log2(size)) for size in sizes),
-        "large enough for a product": plan.block_k >= 16 and min(plan.block_b, plan.block_u) >= 8,
-        "columns": needed <= columns < needed + chunk,
-        "group": 1 <= plan.group <= plan.chunks <= MOST_CHUNKS and plan.chunks % plan.group == 0,
-        "warps": 1 <= plan.num_warps <= 8
-        and plan.parts in ((1,) if plan.alone else [n * plan.num_warps for n in (1, 2, 4)]),
-        "shared memory": weights <= plan.tile_bytes < plan.shared_bytes <= gpu.shared_bytes,
-        "resident": plan.alone or plan.programs <= gpu.multiprocessors,
+        "group": 1 <= plan.group <= plan.chunks and plan.chunks % plan.group == 0,
         "directions": plan.directions == layer.D,
-        "waits": plan.wait in ("counter", "data") if plan.unit_programs > 1 else plan.wait is None,
         "no idle program": plan.row_programs <= plan.row_blocks and (plan.unit_programs - 1) * plan.block_u < layer.H,
-        # Fewer elements than threads are loaded by several, see `sync.any_missing`; words have two elements.
-        "elements for all threads": plan.alone or plan.block_b * chunk // 2 >= 32 * plan.num_warps,
         "pause": (plan.pause > 0) == (plan.wait == "data" and plan.blocks_per_program == 1),
         "exact": plan.exact == (layer.dtype == torch.float32 and layer.precision == "ieee"),
         "estimate": 0 < plan.estimate_us < math.inf,
     }
-    return [rule for rule, kept in rules.items() if not kept]
+    return of_all | (plain_rules if plan.exact else gluon_rules)(plan, layer, backward, gpu)
+
+
+def plain_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) -> dict[str, bool]:
+    """Those of the kernels in plain Triton."""
+    chunk = plan.parts * plan.block_k
+    needed = layer.H * layer.gates if backward and not plan.alone else layer.H
+    weights = plan.block_u * layer.H * (layer.gates + layer.matrices) * layer.element_bytes
+    return {
+        "large enough for a product": plan.block_k >= 16 and min(plan.block_b, plan.block_u) >= 8,
+        "columns": needed <= plan.columns < needed + chunk,
+        "chunks": plan.chunks <= MOST_CHUNKS,
+        "warps": 1 <= plan.num_warps <= 8
+        and plan.parts in ((1,) if plan.alone else [n * plan.num_warps for n in (1, 2, 4)]),
+        "shared memory": weights <= plan.tile_bytes < plan.shared_bytes <= gpu.shared_bytes,
+        "resident": plan.alone or plan.programs <= gpu.multiprocessors,
+        "waits": plan.wait in ("counter", "data") if plan.unit_programs > 1 else plan.wait is None,
+        # Fewer elements than threads are loaded by several, see `sync.any_missing`.
+        "elements for all threads": plan.alone or plan.block_b * chunk >= 32 * plan.num_warps,
+        "of Gluon": (plan.kept, plan.together, plan.tiled) == (0, 1, False),
+    }
+
+
+def left_rows(plan: PersistentPlan, layer: Layer, backward: bool) -> int:
+    """The rows of the left operand in Gluon, the weights: four gates of each unit, backward one or two columns."""
+    return plan.block_u * ((2 if layer.spec.full else 1) if backward else 4)
+
+
+def gluon_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) -> dict[str, bool]:
+    """Those of the kernels in Gluon."""
+    chunk = plan.parts * plan.block_k
+    M, N = left_rows(plan, layer, backward), plan.block_b
+    needed = 8 * math.ceil(layer.H / 8) * (layer.gates if backward else 2 if layer.spec.full else 1)
+    weights = plan.block_u * layer.H * (layer.gates + layer.matrices) * layer.element_bytes
+    chunks, pieces = math.ceil(needed / chunk), math.ceil(plan.chunks / max(1, plan.group))
+    threads = 32 * plan.num_warps
+    # Of a thread, 4 bytes each: a chunk of a warp is 64 bytes of each row of weights, and of each row of the batch.
+    held, operands = (plan.chunks - plan.kept) * M * 64 // (4 * 32), plan.group * N * 64 // (4 * 32)
+    registers = plan.register_bytes // 4
+    kept_bytes, part_bytes = plan.kept * plan.parts * M * 64, plan.parts * M * N * 4
+    of_multiprocessor = gpu.shared_bytes + 1024  # a program can have all but what the driver takes for it
+    return {
+        "units": plan.block_u % 8 == 0,
+        "left operand": M % 16 == 0,
+        "right operand": N in (8, 16) and 1 <= plan.rows <= N and (N == 8 or plan.rows > 8),
+        "chunks of 64 bytes": plan.block_k * layer.element_bytes == 64,
+        # Pieces are all alike, and no more than it takes.
+        "columns": needed <= plan.columns
+        and (pieces, plan.group) == (math.ceil(chunks / max(1, plan.group)), math.ceil(chunks / pieces)),
+        "columns for every warp": (plan.parts - 1) * plan.block_k < needed,
+        "warps": plan.parts == plan.num_warps and plan.num_warps in (1, 2, 4, 8),
+        "kept": 0 <= plan.kept <= plan.chunks,
+        "weights": weights <= plan.tile_bytes == plan.chunks * plan.parts * M * 64,
+        "registers hold what they must": held + operands + M * N // 32 <= registers,
+        "registers": registers < min(255, 65_536 // (threads * max(1, plan.together))),
+        "shared memory": kept_bytes + part_bytes <= plan.shared_bytes <= gpu.shared_bytes,
+        "shared memory of all": plan.together * (plan.shared_bytes + 1024) <= of_multiprocessor,
+        "resident": plan.programs <= plan.together * gpu.multiprocessors,
+        "pairs": plan.together == 1 or (plan.together == 2 and plan.programs > gpu.multiprocessors),
+        "waits": plan.wait == "data",
+        "tiled": plan.tiled or backward,
+    }
+
+
+def broken_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) -> list[str]:
+    """What the plan does not keep."""
+    return [rule for rule, kept in rules(plan, layer, backward, gpu).items() if not kept]
 
 
 @thorough
@@ -112,18 +172,52 @@ def test_every_candidate_keeps_within_the_limits(layer, backward, gpu):
         assert not broken_rules(plan, layer, backward, gpu), plan
 
 
-def test_a_broken_rule_is_seen():
-    """Test of the test: a plan that is wrong in one field breaks a rule."""
-    plan = ranked_plans(ANCHOR, False, H100, Preference("data", block_u=8, block_b=16))[0]
-    assert not broken_rules(plan, ANCHOR, False, H100)
-    wrong = [
-        dict(block_u=12), dict(block_k=8), dict(chunks=2), dict(chunks=4), dict(group=2), dict(num_warps=16),
-        dict(shared_bytes=48 * KIB), dict(shared_bytes=228 * KIB), dict(row_programs=2), dict(directions=2),
-        dict(unit_programs=133), dict(wait=None), dict(exact=True), dict(estimate_us=math.inf), dict(pause=0),
-        dict(wait="counter"), dict(block_b=8, parts=1, block_k=16),
-    ]  # fmt: skip
-    for fields in wrong:
-        assert broken_rules(replace(plan, **fields), ANCHOR, False, H100), fields
+OF_ALL = [
+    (dict(block_u=12), "powers of two"), (dict(block_k=24), "powers of two"), (dict(num_warps=6), "powers of two"),
+    (dict(group=2), "group"), (dict(group=0), "group"), (dict(group=6), "group"), (dict(directions=2), "directions"),
+    (dict(row_programs=2), "no idle program"), (dict(unit_programs=97), "no idle program"), (dict(pause=0), "pause"),
+    (dict(row_blocks=2), "pause"), (dict(estimate_us=math.inf), "estimate"), (dict(estimate_us=0.0), "estimate"),
+]  # fmt: skip
+WRONG = {
+    "plain": [
+        *OF_ALL, (dict(exact=False), "exact"), (dict(block_k=8), "large enough for a product"),
+        (dict(block_b=4), "large enough for a product"), (dict(chunks=2), "columns"), (dict(chunks=4), "columns"),
+        (dict(chunks=16), "chunks"), (dict(num_warps=16), "warps"), (dict(num_warps=16, parts=16), "warps"),
+        (dict(parts=4), "warps"), (dict(shared_bytes=96 * KIB), "shared memory"),
+        (dict(shared_bytes=228 * KIB), "shared memory"), (dict(tile_bytes=95 * KIB), "shared memory"),
+        (dict(unit_programs=133), "resident"), (dict(row_programs=2), "resident"), (dict(wait=None), "waits"),
+        (dict(unit_programs=1), "waits"), (dict(wait="counter"), "pause"),
+        (dict(block_b=4, parts=2, block_k=16), "elements for all threads"), (dict(kept=1), "of Gluon"),
+        (dict(together=2), "of Gluon"), (dict(tiled=True), "of Gluon"),
+    ],
+    "gluon": [
+        *OF_ALL, (dict(exact=True), "exact"), (dict(block_u=4), "units"), (dict(block_u=2), "left operand"),
+        (dict(block_b=32), "right operand"), (dict(rows=8), "right operand"), (dict(rows=17), "right operand"),
+        (dict(rows=0, row_blocks=1), "right operand"), (dict(block_k=16), "chunks of 64 bytes"),
+        (dict(chunks=2), "columns"), (dict(chunks=4), "columns"),
+        (dict(parts=32, num_warps=32, chunks=1, group=1), "columns for every warp"), (dict(parts=4), "warps"),
+        (dict(num_warps=4), "warps"), (dict(num_warps=16, parts=16), "warps"), (dict(kept=4), "kept"),
+        (dict(kept=-1), "kept"), (dict(tile_bytes=47 * KIB), "weights"), (dict(tile_bytes=49 * KIB), "weights"),
+        (dict(register_bytes=4 * 60), "registers hold what they must"), (dict(register_bytes=4 * 255), "registers"),
+        (dict(together=2, register_bytes=4 * 128), "registers"), (dict(shared_bytes=15 * KIB), "shared memory"),
+        (dict(kept=2), "shared memory"), (dict(shared_bytes=228 * KIB), "shared memory"),
+        (dict(together=2, shared_bytes=114 * KIB), "shared memory of all"), (dict(unit_programs=133), "resident"),
+        (dict(row_programs=2), "resident"), (dict(together=2, row_programs=3, row_blocks=3), "resident"),
+        (dict(together=2), "pairs"), (dict(together=3, row_programs=2), "pairs"), (dict(together=0), "pairs"),
+        (dict(wait=None), "waits"), (dict(wait="counter"), "waits"), (dict(tiled=False), "tiled"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels, layer", [("plain", EXACT), ("gluon", ANCHOR)])
+def test_a_broken_rule_is_seen(kernels, layer):
+    """Test of the test: a plan that is wrong in one field breaks a rule, and there is a wrong plan for every rule."""
+    plans = ranked_plans(layer, False, H100, Preference("data", block_u=8, block_b=16))
+    plan = next(plan for plan in plans if plan.num_warps == 8)
+    assert not broken_rules(plan, layer, False, H100) and plan.grid == (96, 1, 1) and plan.chunks == 3
+    for fields, rule in WRONG[kernels]:
+        assert rule in broken_rules(replace(plan, **fields), layer, False, H100), fields
+    assert {rule for _, rule in WRONG[kernels]} == set(rules(plan, layer, False, H100))
 
 
 @thorough
@@ -131,7 +225,7 @@ def test_a_broken_rule_is_seen():
 def test_all_candidates_are_ranked_by_their_estimate_each_time(layer, backward, gpu):
     plans, every = ranked_plans(layer, backward, gpu), list(candidates(layer, backward, gpu))
     if isinstance(plans, str):
-        assert not every and "MiB" in plans
+        assert not every and ("Gluon" if gpu.interpreted and not layer.exact else "MiB") in plans
     else:
         assert sorted(plans, key=repr) == sorted(every, key=repr)
         estimates = [plan.estimate_us * (1 if plan.alone else WAITING_MARGIN) for plan in plans]
@@ -149,10 +243,9 @@ def test_a_larger_gpu_never_loses_a_plan(layer, backward, gpu):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("dtype", PERSISTENT_DTYPES, ids=str)
-def test_no_size_below_one_that_fits_is_left_out(dtype, backward):
+@pytest.mark.parametrize("layer", [ANCHOR, ANCHOR._replace(dtype=torch.float16), TF32, EXACT], ids=lambda one: one.rate)
+def test_no_size_below_one_that_fits_is_left_out(layer, backward):
     """An H100 has room for 1024 units in every type; so it has for fewer."""
-    layer = ANCHOR._replace(dtype=dtype, precision="tf32")
     without = [H for H in range(1, 1025) if not any(candidates(layer._replace(H=H), backward, H100))]
     assert not without, f"{len(without)} sizes from {without[0]} to {without[-1]}"
 
@@ -161,7 +254,7 @@ preferences = st.builds(
     Preference,
     wait=st.sampled_from((None, "counter", "data")),
     block_u=st.sampled_from((None, 8, 16, 32, 64)),
-    block_b=st.sampled_from((None, 16, 32)),
+    block_b=st.sampled_from((None, 8, 16, 32)),
 )
 
 
@@ -175,15 +268,24 @@ def test_a_preference_is_honoured_or_refused(layer, backward, gpu, preference):
     ]
     if isinstance(plans, str):
         assert not as_wanted
-        assert preference == ANY or repr(preference) in plans
+        refused = gpu.interpreted and not layer.exact  # whatever is wanted
+        assert refused or preference == ANY or repr(preference) in plans
     else:
         assert sorted(plans, key=repr) == sorted(as_wanted, key=repr)
 
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("wait", ["counter", "data"])
-def test_either_wait_can_be_had(wait, backward):
-    assert {plan.wait for plan in ranked_plans(ANCHOR, backward, H100, Preference(wait=wait))} == {wait}
+def test_either_wait_can_be_had_in_exact_float32(wait, backward):
+    assert {plan.wait for plan in ranked_plans(EXACT, backward, H100, Preference(wait=wait))} == {wait}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("layer", [ANCHOR, TF32], ids=lambda layer: layer.rate)
+def test_on_tensor_cores_programs_wait_by_the_data(layer, backward):
+    assert {plan.wait for plan in ranked_plans(layer, backward, H100)} == {"data"}
+    wanted = Preference(wait="counter")
+    assert ranked_plans(layer, backward, H100, wanted) == f"no plan is {wanted}"
 
 
 REFUSED = [
@@ -218,8 +320,9 @@ def test_a_launch_has_no_more_programs_than_its_axis_takes(H, B):
 @pytest.mark.parametrize("H, B", [(128, 5_000_000), (768, 800_000), (1024, 600_000)])
 def test_offsets_within_a_step_fit_32_bits(H, B):
     """A persistent kernel computes row · G · H in 32 bits."""
-    plans = ranked_plans(ANCHOR._replace(H=H, B=B), False, H100)
-    assert isinstance(plans, str) or B * ANCHOR.gates * H <= 2**31
+    for layer in (ANCHOR, EXACT):
+        plans = ranked_plans(layer._replace(H=H, B=B), False, H100)
+        assert isinstance(plans, str) == (B * layer.gates * H >= 2**31)
 
 
 def test_a_plan_is_a_value():
@@ -233,28 +336,46 @@ def test_a_plan_is_a_value():
     assert len({H100, replace(H100), INTERPRETER}) == 2
 
 
+BACKWARD = dict(backward=True)
+FLOAT32, IN_TF32 = (dict(dtype=torch.float32, precision=precision) for precision in ("ieee", "tf32"))
 KNOWN = [
-    # work, GPU, then what is expected: the programs (units, groups of row blocks, directions), units of one, and more
+    # GPU, work, then what is expected: the programs (units, groups of row blocks, directions), units of one, and more
     (
         "h100",
         dict(),
         (48, 2, 1),
-        dict(block_u=16, rows=8, row_blocks=2, parts=4, block_k=64, chunks=3, wait="data", pause=600),
+        dict(block_u=16, rows=8, row_blocks=2, block_k=32, columns=768, together=1, pause=600, tiled=True),
     ),
-    ("a100", dict(), (48, 2, 1), dict(block_u=16, rows=8, row_blocks=2, wait="data")),
-    ("h100", dict(B=1), (96, 1, 1), dict(block_u=8, block_b=8, rows=1, row_blocks=1, wait="data")),
-    ("h100", dict(backward=True), (48, 2, 1), dict(block_u=16, block_b=8, parts=16, chunks=3, group=3, wait="counter")),
-    ("h100", dict(H=256), (32, 4, 1), dict(block_u=8, rows=4, row_blocks=4, wait="data")),
-    ("h100", dict(D=2), (24, 2, 2), dict(block_u=32, rows=8, row_blocks=2, wait="data")),
-    ("h100", dict(H=1024), (64, 2, 1), dict(block_u=16, chunks=2, block_k=64, num_warps=4, wait="data")),
-    ("h100", dict(H=1024, dtype=torch.float32), (128, 1, 1), dict(block_u=8, chunks=4, group=2, block_k=32)),
-    ("h100", dict(H=1024, dtype=torch.float32, precision="tf32"), (128, 1, 1), dict(exact=False, num_warps=8)),
-    ("h100", dict(H=128, B=64), (16, 8, 1), dict(block_u=8, rows=8, wait="data", num_warps=4)),
-    ("h100", dict(H=128, B=512), (1, 32, 1), dict(block_u=128, block_b=16, row_blocks=32, wait=None, num_warps=8)),
-    ("h100", dict(H=64, B=64, D=2), (8, 8, 2), dict(block_u=8, block_k=16, parts=4, wait="data", num_warps=4)),
-    ("h100", dict(H=1, B=1), (1, 1, 1), dict(block_u=16, block_k=16, wait=None)),
-    ("h100", dict(H=1536), (96, 1, 1), dict(block_u=16, chunks=3, num_warps=8)),
-    ("l4", dict(H=512), (32, 1, 1), dict(block_u=16, row_blocks=1)),
+    (
+        "h100",
+        BACKWARD,
+        (48, 2, 1),
+        dict(block_u=16, block_b=8, num_warps=8, chunks=12, group=12, kept=0, pause=700, tiled=False),
+    ),
+    ("a100", dict(), (48, 2, 1), dict(block_u=16, rows=8, row_blocks=2, columns=768)),
+    ("a100", BACKWARD, (48, 2, 1), dict(block_u=16, rows=8, num_warps=8, kept=0, together=1)),
+    ("l4", dict(), (48, 1, 1), dict(block_u=16, block_b=16, rows=16, num_warps=8, kept=0, together=1)),
+    ("l4", BACKWARD, (48, 1, 1), dict(block_u=16, block_b=16, num_warps=8, chunks=12, group=6, tiled=True)),
+    ("rtx4090", dict(), (48, 2, 1), dict(block_u=16, rows=8, columns=768)),
+    ("rtx4090", BACKWARD, (48, 2, 1), dict(block_u=16, rows=8, num_warps=8, kept=0)),
+    ("h100", dict(B=1), (96, 1, 1), dict(block_u=8, block_b=8, rows=1, row_blocks=1, num_warps=4, kept=0)),
+    ("h100", dict(H=256), (32, 4, 1), dict(block_u=8, rows=4, row_blocks=4, num_warps=4, chunks=2)),
+    ("h100", dict(D=2), (48, 1, 2), dict(block_u=16, block_b=16, rows=16, row_blocks=1, num_warps=8)),
+    ("h100", dict(H=1024), (64, 2, 1), dict(block_u=16, chunks=4, block_k=32, num_warps=8)),
+    ("h100", dict(H=1536), (96, 1, 1), dict(block_u=16, block_b=16, rows=16, group=6)),
+    ("h100", dict(H=1536) | BACKWARD, (96, 1, 1), dict(block_u=16, chunks=24, group=8, num_warps=8)),
+    ("h100", dict(H=2048) | BACKWARD, (128, 1, 1), dict(block_u=16, chunks=32, group=8, num_warps=8)),
+    ("h100", dict(H=1024) | IN_TF32, (64, 2, 1), dict(block_u=16, block_k=16, chunks=8, num_warps=8)),
+    ("h100", dict(H=128, B=64), (16, 8, 1), dict(block_u=8, rows=8, num_warps=2, chunks=2)),
+    ("h100", dict(H=128, B=512), (4, 64, 1), dict(block_u=32, block_b=8, row_blocks=64, num_warps=4, together=2)),
+    ("h100", dict(H=64, B=64, D=2), (8, 8, 2), dict(block_u=8, block_k=32, num_warps=2, chunks=1)),
+    ("h100", dict(H=1, B=1), (1, 1, 1), dict(block_u=8, num_warps=1, chunks=1, wait="data")),
+    ("h100", FLOAT32, (48, 2, 1), dict(block_u=16, block_b=8, parts=8, chunks=3, wait="data", pause=800)),
+    ("h100", FLOAT32 | BACKWARD, (48, 2, 1), dict(block_u=16, parts=32, chunks=3, group=1, wait="counter")),
+    ("h100", FLOAT32 | dict(H=1024), (128, 1, 1), dict(block_u=8, chunks=4, group=2, block_k=32, wait="counter")),
+    ("h100", FLOAT32 | dict(H=128, B=64), (16, 8, 1), dict(block_u=8, rows=8, parts=4, num_warps=4, wait="data")),
+    ("h100", FLOAT32 | dict(H=1, B=1), (1, 1, 1), dict(block_u=16, block_k=16, parts=1, wait=None)),
+    ("a100", FLOAT32, (96, 1, 1), dict(block_u=8, rows=8, row_blocks=2, wait="data", pause=0)),
 ]
 
 
@@ -265,68 +386,314 @@ def test_known_plans(name, changed, grid, fields):
     plan = ranked_plans(layer, backward, GPUS[name])[0]
     assert (plan.unit_programs, plan.row_programs, plan.directions) == grid
     assert {field: getattr(plan, field) for field in fields} == fields
+    assert plan.exact == layer.exact
 
 
-def test_many_rows_are_worked_through_in_turns():
-    plan = ranked_plans(ANCHOR._replace(B=4096), False, H100)[0]
-    assert plan.programs <= 132 and plan.rows == plan.block_b and plan.blocks_per_program > 1
+@pytest.mark.parametrize("layer", [ANCHOR, EXACT], ids=lambda layer: layer.rate)
+def test_many_rows_are_worked_through_in_turns(layer):
+    plan = ranked_plans(layer._replace(B=4096), False, H100)[0]
+    assert plan.programs <= 132 * plan.together and plan.rows == plan.block_b and plan.blocks_per_program > 1
     assert plan.wait == "data" and plan.pause == 0  # there is other work meanwhile
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_registers_and_shared_memory_together_hold_what_neither_does(backward):
+    """32 MiB of 2048 units on an H100: 29.3 MiB are shared memory, and 33 MiB registers."""
+    plans = ranked_plans(ANCHOR._replace(H=2048), backward, H100)
+    assert plans[0].tile_bytes * plans[0].programs == 2**25
+    for plan in plans:
+        assert plan.tile_bytes > plan.together * 65_536 * 4 or 0 < plan.kept < plan.chunks, plan
+    assert isinstance(ranked_plans(EXACT._replace(H=2048), backward, H100), str)
 
 
 @pytest.mark.parametrize(
     "name, changed, said",
     [
-        ("h100", dict(H=2048), r"the recurrent weights, 32\.0 MiB, .* 132 programs.* 29\.3 MiB"),
-        ("h100", dict(H=2048, spec=COUPLED), r"24\.0 MiB"),
+        (
+            "h100",
+            dict(H=2560),
+            r"the recurrent weights, 50\.0 MiB, .* 132 multiprocessors .* 29\.3 MiB .* 33\.0 MiB of registers in all$",
+        ),
+        ("h100", dict(H=2560, spec=COUPLED), r"37\.5 MiB"),
         ("h100", dict(H=5000), r"190\.7 MiB"),
-        ("l4", dict(H=1024), r"8\.0 MiB, .* 58 programs.* 5\.6 MiB"),
+        ("h100", dict(H=2048) | IN_TF32, r"64\.0 MiB, .* 33\.0 MiB of registers in all$"),
+        ("h100", dict(H=2048) | FLOAT32, r"64\.0 MiB, .* 29\.3 MiB .* 8 chunks of columns at most$"),
+        ("h100", dict(H=1024, D=2) | FLOAT32, r"32\.0 MiB, "),
+        ("l4", dict(H=1024), r"8\.0 MiB, .* 58 multiprocessors .* 5\.6 MiB"),
     ],
 )
 def test_weights_that_fit_nowhere_are_told_in_numbers(name, changed, said):
-    reason = ranked_plans(ANCHOR._replace(**changed), False, GPUS[name])
-    assert isinstance(reason, str) and re.search(said, reason), reason
+    for backward in (False, True):
+        reason = ranked_plans(ANCHOR._replace(**changed), backward, GPUS[name])
+        assert isinstance(reason, str) and re.search(said, reason), reason
+
+
+# Plans of the kernels in Gluon
+
+
+@pytest.mark.parametrize(
+    "warps, together, registers",
+    [(1, 1, 255), (4, 1, 255), (8, 1, 255), (1, 2, 255), (4, 2, 255), (8, 2, 128)],
+)
+def test_the_registers_of_a_thread_are_its_share(warps, together, registers):
+    """65,536 are shared out to a multiprocessor's threads, by eights; no thread has more than 255."""
+    assert thread_registers(warps, together) == registers
+    assert 32 * warps * together * (8 * math.ceil(registers / 8)) <= 65_536
+
+
+@pytest.mark.parametrize(
+    "changed, backward, columns",
+    [
+        (dict(H=768), False, 768),
+        (dict(H=501), False, 504),
+        (dict(H=1), False, 8),
+        (dict(H=501), True, 4 * 504),
+        (dict(H=501, spec=COUPLED), True, 3 * 504),
+        (dict(H=501, spec=LSTMSpec(peephole="diagonal")), False, 504),
+        (dict(H=501, spec=LSTMSpec(peephole="full")), False, 2 * 504),  # h and c
+        (dict(H=501, spec=LSTMSpec(peephole="full")), True, 4 * 504),
+    ],
+)
+def test_columns_are_exchanged_in_whole_tiles(changed, backward, columns):
+    assert exchanged_columns(ANCHOR._replace(**changed), backward) == columns
+    assert exchanged_columns(EXACT._replace(**changed), backward) == columns
+
+
+@pytest.mark.parametrize(
+    "gpu, changed, pause",
+    [
+        ("h100", dict(), 300 + 25 * 12),  # 8 rows of 768 units
+        ("h100", dict(B=1), 338),  # 1.5 KiB
+        ("h100", dict(B=32), 700),
+        ("h100", dict(H=256), 350),
+        ("h100", dict(B=128), 0),  # in turns
+    ],
+)
+def test_the_pause_follows_what_is_read_of_others(gpu, changed, pause):
+    assert ranked_plans(ANCHOR._replace(**changed), False, GPUS[gpu])[0].pause == pause
+
+
+def test_programs_that_share_a_multiprocessor_pause_for_what_both_read():
+    for B, pause in ((2, 300 + 25 * 4), (4, 300 + 25 * 8), (8, 700)):  # a row of 512 units is 1 KiB
+        plans = ranked_plans(ANCHOR._replace(H=512, B=B), False, GPUS["l4"], Preference(block_u=8, block_b=8))
+        found = {(plan.together, plan.rows, plan.pause) for plan in plans if plan.num_warps == 4}
+        assert found == {(2, B, pause)}
+
+
+def test_few_rows_are_exchanged_by_rows_backward():
+    """Up to 16 rows, as long as a multiprocessor reads no more than 48 KiB in a step."""
+
+    def tiled(layer, backward=True, gpu=H100):
+        return {(plan.rows, plan.tiled) for plan in ranked_plans(layer, backward, gpu)}
+
+    assert (8, False) in tiled(ANCHOR) and (16, True) in tiled(ANCHOR._replace(H=1536))
+    assert all(by_tiles for _, by_tiles in tiled(ANCHOR._replace(B=17)))
+    assert all(by_tiles for _, by_tiles in tiled(TF32._replace(H=1024)))  # 8 rows are 64 KiB
+    for layer in (ANCHOR, TF32, ANCHOR._replace(B=1), ANCHOR._replace(B=100, H=64)):
+        assert all(by_tiles for _, by_tiles in tiled(layer, backward=False))
+    for plan in ranked_plans(ANCHOR, True, H100):
+        assert plan.tiled == (plan.together * plan.rows * plan.columns * 2 > 48 * KIB)
+
+
+def clocks(left, right, chunks, warps, kept, outputs_read):
+    """Of a step of a program in Gluon: the products and polls of its warps, then its traffic of shared memory.
+
+    Tensor cores take 16 rows of weights, 8 of the batch and half of a chunk at once, in 8 clocks of one of the four
+    quarters of a multiprocessor; a poll of a chunk of 8 rows takes 10. Parts of the sum are written once, and read once
+    for every output that threads have.
+    """
+    products = left // 16 * right // 8 * 2 * chunks
+    quarters = max(1, warps / 4)
+    parts = warps * left * right * 4
+    weights = kept * warps * left * 64
+    return (8 * products + 10 * chunks * right // 8) * quarters + (weights + parts * (1 + outputs_read)) / 128
+
+
+def step_us(plan, clocks, read_kib):
+    """Of a row block, of all programs that share a multiprocessor: clocks in it, bytes that it reads; and pieces."""
+    pieces = plan.chunks // plan.group
+    return 0.73 + 0.02 * read_kib * plan.together + plan.together * clocks / 1.83e3 + 0.25 * (pieces - 1)
+
+
+def first(layer, backward, gpu=H100, **fields):
+    """The first of the ranked plans with these fields."""
+    plans = ranked_plans(layer, backward, gpu)
+    return next(plan for plan in plans if all(getattr(plan, name) == value for name, value in fields.items()))
+
+
+def test_the_estimate_of_the_anchor_by_hand_in_gluon():
+    plan = first(ANCHOR, False, num_warps=4, group=6)
+    assert plan.describe() == f"U16 R8/8 K32x4x6 kept {plan.kept} 48x2x1 data"
+    of_step = clocks(left=4 * 16, right=8, chunks=6, warps=4, kept=plan.kept, outputs_read=1)  # by 128 threads, 16 x 8
+    assert of_step == 384 + 60 + 128 * plan.kept + 128
+    read = 8 * 768 * 2 / 1024
+    assert plan.estimate_us == pytest.approx(step_us(plan, of_step, read), rel=1e-12)
+    assert plan.tile_bytes == 64 * 768 * 2 and plan.shared_bytes == plan.kept * 4 * 64 * 64 + 4 * 64 * 8 * 4
+    weights, accumulators, operands = (6 - plan.kept) * 64 // 2, 64 * 8 // 32, 6 * 8 // 2
+    assert plan.register_bytes == 4 * (weights + accumulators + operands)
+
+
+def test_the_estimate_of_a_backward_step_by_hand_in_gluon():
+    plan = first(ANCHOR, True, num_warps=8, group=12)
+    assert plan.describe() == "U16 R8/8 K32x8x12 48x2x1 data"
+    of_step = clocks(left=16, right=8, chunks=12, warps=8, kept=0, outputs_read=2)  # two threads have the same output
+    read = 8 * 4 * 768 * 2 / 1024
+    assert plan.estimate_us == pytest.approx(step_us(plan, of_step, read), rel=1e-12)
+    assert plan.tile_bytes == 16 * 4 * 768 * 2 and plan.shared_bytes == 8 * 16 * 8 * 4
+    assert plan.register_bytes == 4 * (12 * 16 // 2 + 2 * 16 * 8 // 32 + 12 * 8 // 2)  # two accumulators of one tile
+
+
+def test_the_estimate_of_a_step_in_tf32_by_hand():
+    """Half as many columns in a chunk, and in a product of the same time."""
+    plan = first(TF32._replace(H=1024), False, num_warps=8, block_b=8, group=8)
+    assert plan.describe() == f"U16 R8/8 K16x8x8 kept {plan.kept} 64x2x1 data"
+    of_step = clocks(left=4 * 16, right=8, chunks=8, warps=8, kept=plan.kept, outputs_read=2)
+    assert plan.estimate_us == pytest.approx(step_us(plan, of_step, 8 * 4), rel=1e-12)
+
+
+def test_the_estimate_of_programs_that_share_a_multiprocessor_by_hand():
+    """They read as much again, and take turns in its units."""
+    plan = first(ANCHOR._replace(H=2048), False, together=2, block_b=16, group=8)
+    assert plan.describe() == f"U8 R16/16 K32x4x16 by 8 kept {plan.kept} 256x1x1 data in pairs"
+    of_one = clocks(left=4 * 8, right=16, chunks=16, warps=4, kept=plan.kept, outputs_read=1)
+    us = 0.73 + 2 * (0.02 * 16 * 4 + of_one / 1.83e3) + 0.25  # of two pieces
+    assert plan.estimate_us == pytest.approx(us, rel=1e-12)
+    assert 2 * (plan.shared_bytes + KIB) <= 228 * KIB
+
+
+def test_the_last_piece_of_what_is_read_at_once_may_be_filled_up():
+    """So that 9 chunks of a warp, say, are not read one by one."""
+    found = []
+    for H in range(8, 2049, 8):
+        layer = ANCHOR._replace(H=H)
+        for backward in (False, True):
+            plans = ranked_plans(layer, backward, H100)
+            for plan in plans if isinstance(plans, tuple) else ():
+                needed = math.ceil(exchanged_columns(layer, backward) / (plan.parts * plan.block_k))
+                assert plan.chunks < needed + plan.chunks // plan.group
+                found += [plan] * (plan.chunks > needed)
+    assert found
+
+
+def test_in_gluon_a_program_with_several_row_blocks_takes_as_many_times_as_long():
+    for B, times in ((16, 1), (32, 2), (48, 3)):
+        plans = ranked_plans(ANCHOR._replace(B=B), False, H100, Preference(block_u=8, block_b=16))
+        plans = [plan for plan in plans if plan.together == 1]
+        assert {4, 8} <= {plan.num_warps for plan in plans}
+        for plan in plans:
+            outputs_read = max(1, 32 * plan.num_warps // (8 * 16))
+            of_block = clocks(32, 16, plan.chunks, plan.num_warps, plan.kept, outputs_read)
+            us = step_us(plan, of_block, 16 * plan.columns * 2 / 1024)
+            assert plan.blocks_per_program == times
+            assert plan.estimate_us == pytest.approx(times * us, rel=1e-12)
+
+
+@pytest.fixture
+def asked_again():
+    """What Triton has is asked again, in the test and after it."""
+    caches = (no_gluon, planner._ranked_plans, routing._kernels)
+
+    def clear():
+        for cached in caches:
+            cached.cache_clear()
+
+    clear()
+    yield
+    clear()
+
+
+def take_away(monkeypatch, missing):
+    """Have the kernels in Gluon imported anew, while something of it is missing."""
+    for name in ("exchanged_backward", "tiles"):
+        monkeypatch.delitem(sys.modules, f"lstm_triton_kernels.{name}", raising=False)
+    if missing == "a module":
+        monkeypatch.setitem(sys.modules, "triton.experimental.gluon.language.nvidia.ampere", None)
+    else:
+        language = importlib.import_module("triton.experimental.gluon.language")
+        for name in ("barrier", "thread_barrier"):
+            monkeypatch.delattr(language, name, raising=False)
+
+
+@pytest.mark.skipif(not routing.TRITON_INSTALLED, reason="needs triton")
+@pytest.mark.parametrize("missing, said", [("a module", "nvidia.ampere"), ("a name", "thread_barrier")])
+def test_a_triton_without_what_the_kernels_need_of_gluon_is_a_reason(missing, said, asked_again, monkeypatch):
+    import triton
+
+    with monkeypatch.context() as patch:
+        take_away(patch, missing)
+        reason = no_gluon()
+        assert reason.startswith(f"Gluon of Triton {triton.__version__} lacks what the kernels need: ")
+        assert said in reason
+        for layer, backward in ((ANCHOR, False), (ANCHOR, True), (TF32, False)):
+            assert ranked_plans(layer, backward, H100) == reason and not any(candidates(layer, backward, H100))
+        assert ranked_plans(EXACT, False, H100)[0].exact
+        assert routing.why_not_persistent(ANCHOR, H100) == reason
+        assert ranked_plans(ANCHOR._replace(P=3), False, H100).startswith("a projection")
+
+
+def test_without_triton_plans_are_made_as_with_it(asked_again, monkeypatch):
+    """`lstm-triton info` works without; whether Triton is there is for routing to say."""
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert no_gluon() is None and isinstance(ranked_plans(ANCHOR, False, H100), tuple)
+
+
+@pytest.mark.skipif(not routing.TRITON_INSTALLED, reason="needs triton")
+def test_this_triton_has_what_the_kernels_need():
+    assert no_gluon() is None
+    assert all(tensor_core_plan.why_not(gpu) is None for gpu in GPUS.values())
+
+
+# Estimates of the kernels in plain Triton
 
 
 def test_the_estimate_of_the_anchor_by_hand():
-    plan = ranked_plans(ANCHOR, False, H100, Preference(wait="counter", block_u=8, block_b=16))[0]
-    tile, operand = 768 * 8 * 4 * 2, 768 * 16 * 2
+    plan = ranked_plans(EXACT, False, H100, Preference(wait="counter", block_u=8, block_b=16))[0]
+    tile, operand = 768 * 8 * 4 * 4, 768 * 16 * 4
     traffic = (tile + 2 * operand) / (128 * 1.83e3)  # of shared memory: tiles are read, right operands written and read
-    multiplying = 2 * (2 * 16 * 8 * 768 * 4) / (989e6 / 132)  # at half of the rate
+    multiplying = (2 * 16 * 8 * 768 * 4) / (0.2 * 67e6 / 132)  # at a fifth of the rate
     states = 96 * operand / (132 * 40 * 1.83e3)  # all h through L2
-    outputs = 8 * 16 / 128  # of a thread
-    assert multiplying < traffic
-    rest = 0.63 + 0.3 * outputs + traffic
+    outputs = 8 * 16 / 256  # of a thread
+    assert multiplying > traffic and (plan.chunks, plan.group) == (3, 1)
+    rest = 0.63 + 0.3 * outputs + multiplying + 2 * 0.3  # two groups more
     assert plan.estimate_us == pytest.approx(0.69 + 1.36 * states + rest, rel=1e-12) and plan.pause == 0
-    assert plan.tile_bytes == tile and plan.shared_bytes == tile + max(operand // 3, 4 * 32 * 16 * 4) + 1024
-    data = ranked_plans(ANCHOR, False, H100, Preference(wait="data", block_u=8, block_b=16))[0]
+    assert plan.tile_bytes == tile and plan.shared_bytes == tile + max(operand // 3, 8 * 32 * 16 * 4) + 1024
+    data = ranked_plans(EXACT, False, H100, Preference(wait="data", block_u=8, block_b=16))[0]
     kib = operand / 1024
     assert data.estimate_us == pytest.approx(0.4 + 0.012 * kib + 0.0004 * kib**2 + rest, rel=1e-12)
     assert data.pause == min(800, 300 + 25 * kib) == 800
 
 
 def test_the_estimate_of_a_backward_step_by_hand():
-    plan = ranked_plans(ANCHOR, True, H100, Preference("counter", block_u=16, block_b=8))[0]
-    tile, operand = 16 * 4 * 768 * 2, 8 * 4 * 768 * 2
-    traffic = 1.4 * (tile + 2 * operand) / (128 * 1.83e3)
+    plan = ranked_plans(EXACT, True, H100, Preference("counter", block_u=16, block_b=8))[0]
+    operand = 8 * 4 * 768 * 4
+    multiplying = (2 * 8 * 16 * 768 * 4) / (0.2 * 67e6 / 132)
     read = 48 * 2 * operand / (132 * 40 * 1.83e3)
-    rest = 0.63 + 0.14 * 16 * 8 / 256 + traffic
+    more_groups = 0.3 * (plan.chunks // plan.group - 1)
+    assert more_groups > 0
+    rest = 0.63 + 0.14 * 16 * 8 / 256 + multiplying + more_groups
     assert plan.estimate_us == pytest.approx(0.62 + 0.6 * read + rest, rel=1e-12)
-    data = ranked_plans(ANCHOR, True, H100, Preference("data", block_u=16, block_b=8))[0]
+    data = ranked_plans(EXACT, True, H100, Preference("data", block_u=16, block_b=8))[0]
     assert data.estimate_us == pytest.approx(0.4 + 0.017 * operand / 1024 + rest, rel=1e-12)
 
 
-@pytest.mark.parametrize("H", [500, 501, 504, 519])
+@pytest.mark.parametrize("traffic, us", [(128 * 1.83e3 * 9, 9.0), (0, 2 * 16 * 8 * 768 * 4 / (0.2 * 67e6 / 132))])
+def test_a_product_takes_as_long_as_its_traffic_or_its_operations(traffic, us):
+    assert float32_plan._product_us(EXACT, H100, traffic, block_b=16, units=8) == pytest.approx(us, rel=1e-12)
+
+
+@pytest.mark.parametrize("H", [500, 501, 502, 504, 519])
 def test_rows_that_do_not_begin_on_16_bytes_are_rather_not_polled(H):
-    """Backward, three gates of bfloat16: unless 8 divides H. Forward, every row is filled up."""
-    layer = ANCHOR._replace(H=H, spec=COUPLED)
+    """Backward, three gates of float32: unless 4 divides H. Forward, every row is filled up."""
+    layer = EXACT._replace(H=H, spec=COUPLED)
     counter, data = (ranked_plans(layer, True, H100, Preference(wait))[0].estimate_us for wait in ("counter", "data"))
-    assert (data > counter + 1) == (H % 8 > 0)
+    assert (data > counter + 1) == (H % 4 > 0)
     data = ranked_plans(layer, False, H100, Preference("data"))[0].estimate_us
     assert data < ranked_plans(layer._replace(H=H + 16 - H % 16), False, H100, Preference("data"))[0].estimate_us + 0.1
 
 
 def test_a_program_with_several_row_blocks_takes_as_many_times_as_long():
-    one, two = (ranked_plans(ANCHOR._replace(B=B), False, H100, Preference("counter", 8, 16))[0] for B in (16, 32))
+    one, two = (ranked_plans(EXACT._replace(B=B), False, H100, Preference("counter", 8, 16))[0] for B in (16, 32))
     assert (one.blocks_per_program, two.blocks_per_program) == (1, 2) and one.wait == two.wait
     assert two.estimate_us == pytest.approx(2 * one.estimate_us, rel=1e-12)
 
@@ -360,6 +727,9 @@ def test_a_cpu_is_the_interpreter():
 @given(layers, passes, preferences)
 def test_the_interpreter_never_gets_a_plan_that_waits(layer, backward, preference):
     plans = ranked_plans(layer, backward, INTERPRETER, preference)
+    assert (
+        layer.exact or plans == "Triton's interpreter does not run the kernels in Gluon, which compute on tensor cores"
+    )
     assert isinstance(plans, str) or all(plan.alone and plan.unit_programs == 1 for plan in plans)
     assert all(plan.alone for plan in candidates(layer, backward, INTERPRETER))
 
@@ -376,7 +746,8 @@ def test_small_layers_run_in_the_interpreter():
         ("NVIDIA H200", (9, 0), 132, 232_448, "h100"),
         ("NVIDIA A100-SXM4-40GB", (8, 0), 108, 166_912, "a100"),
         ("NVIDIA A10", (8, 6), 72, 101_376, "l4"),
-        ("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376, "b200"),
+        ("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376, "rtx5090"),
+        ("NVIDIA B300", (10, 3), 148, 232_448, "b200"),
     ],
 )
 def test_a_device_has_the_drivers_limits_and_the_rates_of_its_kind(
@@ -419,7 +790,12 @@ def test_no_estimate_is_below_the_limit_from_the_same_constants(gpu, H):
 
 
 def test_a_plan_in_few_words():
-    plan = ranked_plans(ANCHOR._replace(B=12), False, H100)[0]
-    assert plan.describe() == "U16 R6/8 K64x4x3 48x2x1 data"
-    assert replace(plan, group=1, row_blocks=4).describe() == "U16 R6/8 K64x4x3 by 1 48x2x1 of 4 data"
-    assert replace(plan, wait=None, unit_programs=1).describe() == "U16 R6/8 K64x4x3 1x2x1 alone"
+    plan = replace(first(ANCHOR._replace(B=12), False, num_warps=8, group=3), kept=0)
+    assert plan.describe() == "U16 R6/8 K32x8x3 48x2x1 data"
+    assert replace(plan, kept=2).describe() == "U16 R6/8 K32x8x3 kept 2 48x2x1 data"
+    assert replace(plan, group=1, kept=1, row_blocks=4).describe() == "U16 R6/8 K32x8x3 by 1 kept 1 48x2x1 of 4 data"
+    assert replace(plan, kept=3, together=2).describe() == "U16 R6/8 K32x8x3 kept 3 48x2x1 data in pairs"
+    exact = first(EXACT._replace(B=12), False)
+    assert exact.describe() == "U16 R6/8 K32x8x3 48x2x1 data"
+    assert replace(exact, group=1, wait="counter").describe() == "U16 R6/8 K32x8x3 by 1 48x2x1 counter"
+    assert replace(exact, wait=None, unit_programs=1).describe() == "U16 R6/8 K32x8x3 1x2x1 alone"

@@ -19,7 +19,9 @@ from benchmarks.simulator.passes import Pass
 from benchmarks.simulator.step import PHASES
 from benchmarks.simulator.step_time import StepTime
 
-ALONE = ("simulate", "--hidden", 8, "--batch", 16)
+SMALL = ("simulate", "--hidden", 8, "--batch", 16)
+KERNELS = {"bf16": ("exchanged", "HMMA.16816.F32.BF16"), "float32": ("persistent", "FFMA")}
+"""By the type: those in Gluon and those in plain Triton, and what they multiply with."""
 TOO_LARGE = ("simulate", "--hidden", 8192, "--batch", 16)
 
 
@@ -33,8 +35,9 @@ def words(output):
 
 
 @pytest.mark.xdist_group("simulator")
-def test_the_json_of_a_layer_is_one_line_with_both_passes():
-    code, output = call(*ALONE, "--dtype", "bf16", "--json")
+@pytest.mark.parametrize("dtype, wait", [("bf16", "data"), ("float32", "alone")])
+def test_the_json_of_a_layer_is_one_line_with_both_passes(dtype, wait):
+    code, output = call(*SMALL, "--dtype", dtype, "--json")
     assert code == 0 and output.count("\n") == 1
     found = json.loads(output)
     assert list(found) == ["forward", "backward", "triton"] and found["triton"] == triton.__version__
@@ -45,14 +48,14 @@ def test_the_json_of_a_layer_is_one_line_with_both_passes():
         assert list(one["phases"]) == list(PHASES)
         assert sum(one["phases"].values()) == pytest.approx(one["cycles"], abs=1)
         assert one["us"] == pytest.approx(one["cycles"] / H100.clock_ghz / 1e3, abs=1e-3)
-        assert one["plan"].endswith("alone") and 0 < one["registers"] <= 255 and one["spilled"] == 0
+        assert one["plan"].endswith(wait) and 0 < one["registers"] <= 255 and one["spilled"] == 0
         assert one["wavefronts"] >= one["needed"] > 0 and one["barriers"] > 0 and one["early"] == 0
 
 
 @pytest.mark.xdist_group("simulator")
 def test_the_text_calls_its_numbers_simulated():
-    as_json = json.loads(call(*ALONE, "--json")[1])
-    code, output = call(*ALONE)
+    as_json = json.loads(call(*SMALL, "--json")[1])
+    code, output = call(*SMALL)
     assert code == 0 and f"simulated from the code of Triton {triton.__version__}" in output
     for name in ("forward", "backward"):
         one = as_json[name]
@@ -63,11 +66,16 @@ def test_the_text_calls_its_numbers_simulated():
 
 
 @pytest.mark.xdist_group("simulator")
-def test_the_instructions_of_a_step_have_their_phases():
-    code, output = call(*ALONE, "--code")
+@pytest.mark.parametrize("dtype", KERNELS)
+def test_the_instructions_of_a_step_have_their_phases(dtype):
+    code, output = call(*SMALL, "--code", "--dtype", dtype)
     found = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
     assert code == 0 and set(found) <= set(PHASES) and {"products", "activations"} <= set(found)
-    assert "HMMA.16816.F32.BF16" in output and "persistent_forward.py:" in output
+    kernels, multiplies = KERNELS[dtype]
+    assert all(f"{kernels}_{name}.py:" in output for name in ("forward", "backward"))
+    of_products = [line for line in output.splitlines() if line.startswith("  products")]
+    assert any(multiplies in line for line in of_products)
+    assert {"poll", "sums"} <= set(found) or dtype == "float32"  # one program holds all units
 
 
 def test_a_layer_without_a_plan_has_the_reason(monkeypatch):
@@ -85,13 +93,13 @@ def test_a_layer_without_a_plan_has_the_reason(monkeypatch):
     "arguments, said",
     [
         (("--hidden", 64), "needs --hidden and --batch, or --suites"),
-        ((*ALONE[1:], "--dtype", "fp8"), "--dtype: unknown 'fp8': there are float16, bfloat16, tf32, float32, bf16"),
-        ((*ALONE[1:], "--variant", "odd"), "--variant: unknown 'odd': there are standard"),
-        ((*ALONE[1:], "--wait", "long"), "--wait: unknown 'long': there are counter, data"),
-        ((*ALONE[1:], "--gpu", "a100"), "--gpu: no model of 'a100': there are h100"),
-        ((*ALONE[1:], "--skew", -1), "--skew"),
-        ((*ALONE[1:], "--json", "--code"), "one of --json, --code, not several"),
-        ((*ALONE[1:], "--out", "table.md"), "--first and --out are for --suites"),
+        ((*SMALL[1:], "--dtype", "fp8"), "--dtype: unknown 'fp8': there are float16, bfloat16, tf32, float32, bf16"),
+        ((*SMALL[1:], "--variant", "odd"), "--variant: unknown 'odd': there are standard"),
+        ((*SMALL[1:], "--wait", "long"), "--wait: unknown 'long': there are counter, data"),
+        ((*SMALL[1:], "--gpu", "a100"), "--gpu: no model of 'a100': there are h100"),
+        ((*SMALL[1:], "--skew", -1), "--skew"),
+        ((*SMALL[1:], "--json", "--code"), "one of --json, --code, not several"),
+        ((*SMALL[1:], "--out", "table.md"), "--first and --out are for --suites"),
         (("--suites", "--json"), "one of --json, --suites, not several"),
         (("--suites", "--hidden", 64), "--suites has shapes of its own"),
     ],
@@ -104,7 +112,7 @@ def test_bad_input_is_named(tmp_path, monkeypatch, arguments, said):
 
 def test_interpreted_kernels_cannot_be_simulated(monkeypatch):
     monkeypatch.setattr(kernels, "persistent_forward_kernel", InterpretedFunction(lambda: None))
-    code, output = call(*ALONE)
+    code, output = call(*SMALL)
     assert code == 2 and "needs a process without TRITON_INTERPRET" in words(output)
 
 
@@ -139,7 +147,8 @@ def test_the_shapes_are_those_of_the_suites_once_each_the_most_telling_first():
     assert {"standard", "coupled", "diagonal", "full"} == {case.variant for case in found}
     of_suites = {(case.variant, case.B, case.H, case.D) for case in suites.cases(suites.SUITES, ("bfloat16",))}
     assert {(case.variant, case.B, case.H, case.D) for case in found[7:]} <= of_suites
-    assert not any(case.H == 2048 for case in found)  # no persistent plan
+    assert any(case.H == 2048 for case in found)
+    assert not any(case.H == 2048 for case in table.shapes("float32"))  # no persistent plan
 
 
 def test_a_cell_has_no_persistent_kernel_and_no_line(monkeypatch):

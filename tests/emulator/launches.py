@@ -44,6 +44,7 @@ class Emulation:
     capability: int = 90
     gang: str = "cta"
     weak: bool = False
+    torn: bool = False
     seed: int = 0
     stats: bool = False
     change: Change | None = None
@@ -61,8 +62,9 @@ class Emulation:
         given = [arguments[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
         self.seed += 1
         machine = Machine(
-            ptx, grid, given, compiled.metadata.shared, gang=self.gang, weak=self.weak, seed=self.seed, stats=self.stats
-        )
+            ptx, grid, given, compiled.metadata.shared,
+            gang=self.gang, weak=self.weak, torn=self.torn, seed=self.seed, stats=self.stats,
+        )  # fmt: skip
         try:
             machine.run()
         finally:

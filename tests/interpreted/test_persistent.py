@@ -1,7 +1,7 @@
-"""The persistent kernels against the float64 reference: outputs, states, every cell state and every gradient.
+"""The plain persistent kernels against the float64 reference: outputs, states, every cell state and every gradient.
 
 One program that holds all units runs in the plain interpreter; programs that wait for each other all run at once, held
-up at random, with stores that others see late.
+up at random, with stores that others see late. The interpreter does not run the kernels in Gluon: tests/compiled does.
 """
 
 from __future__ import annotations
@@ -85,12 +85,11 @@ def test_more_programs_chunks_and_row_blocks_under_delays(case, seed):
     assert_right(case, concurrently(delay=2e-3, seed=seed))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("wait", ["counter", "data", None])
 @pytest.mark.parametrize("peephole", ["diagonal", "full"])
-def test_storage_types(dtype, wait, peephole):
+def test_float32(wait, peephole):
     plan = plan_of(3, 21, wait=wait)
-    case = LayerCase(LSTMSpec(peephole=peephole), plan, 5, 3, 21, dtype=dtype, recompute=peephole == "full")
+    case = LayerCase(LSTMSpec(peephole=peephole), plan, 5, 3, 21, dtype=torch.float32, recompute=peephole == "full")
     assert_right(case, concurrently(delay=0.0) if wait else None)
 
 
@@ -161,22 +160,46 @@ def test_a_launch_that_waits_in_vain_is_named_at_the_next_call(wait, monkeypatch
     check_launches()  # told once
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("training", [True, False])
-def test_the_public_function_takes_the_persistent_kernels(dtype, training):
-    """By `auto`, where a plan for the interpreter exists; the same as when asked for, bit for bit."""
+def layer_and_input(dtype, training):
     layer = lstm_triton.LSTM(5, 12, bidirectional=True, peephole="diagonal", dtype=dtype).requires_grad_(training)
-    x = torch.randn(3, 4, 5, dtype=dtype)
+    return layer, torch.randn(3, 4, 5, dtype=dtype)
+
+
+def outputs(layer, x, strategies):
+    """By strategy, all by the kernels; and of strategy `auto` by whatever backend is taken."""
     results = {}
     with lstm_triton.backend("triton"):
-        for strategy in ("auto", "persistent", "stepwise"):
+        for strategy in strategies:
             layer.strategy = strategy
             results[strategy] = layer(x)[0]
-    assert torch.equal(results["auto"], results["persistent"])
-    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3}[dtype]
-    torch.testing.assert_close(results["persistent"], results["stepwise"], rtol=tolerance, atol=tolerance)
     layer.strategy = "auto"
-    torch.testing.assert_close(results["persistent"], layer(x)[0], rtol=tolerance, atol=tolerance)
+    return results | {"any backend": layer(x)[0]}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_public_function_takes_the_persistent_kernels(training):
+    """By `auto`, where a plan for the interpreter exists; the same as when asked for, bit for bit."""
+    results = outputs(*layer_and_input(torch.float32, training), ("auto", "persistent", "stepwise"))
+    assert torch.equal(results["auto"], results["persistent"])
+    for other in ("stepwise", "any backend"):
+        torch.testing.assert_close(results["persistent"], results[other], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_types_of_the_kernels_in_gluon_are_computed_step_by_step(dtype, training):
+    """The interpreter does not run the kernels in Gluon: by `auto` bit for bit the stepwise ones, else an error."""
+    layer, x = layer_and_input(dtype, training)
+    results = outputs(layer, x, ("auto", "stepwise"))
+    assert torch.equal(results["auto"], results["stepwise"])
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(results["stepwise"], results["any backend"], rtol=tolerance, atol=tolerance)
+    layer.strategy = "persistent"
+    with (
+        lstm_triton.backend("triton"),
+        pytest.raises(RuntimeError, match="interpreter does not run the kernels in Gluon"),
+    ):
+        layer(x)
 
 
 # Tests of the tests: each planted fault makes the checks above fail.

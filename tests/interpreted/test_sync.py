@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from lstm_triton_kernels import sync
 from lstm_triton_kernels.sync import (
-    any_missing,
     exchange_arrive,
     exchange_load,
     exchange_store,
@@ -186,33 +185,6 @@ def run_pass_on(bits, dtype, canonical=True, limit=100_000):
     )  # fmt: skip
     run_concurrently(pass_on_kernel, (2,), arguments, seed=3)
     return out.view(bits.dtype), error.item()
-
-
-@triton.jit
-def missing_kernel(words_ptr, out_ptr, N: tl.constexpr):
-    """out: whether one of N words of two elements of 16 bits has one that is unpublished."""
-    words = tl.load(words_ptr + tl.arange(0, N))
-    tl.store(out_ptr, any_missing((words,), True).to(tl.int32))
-
-
-def has_a_missing_element(low, high):
-    """Of words with these halves, 16 bits each."""
-    words = torch.tensor(low, dtype=torch.int64) | torch.tensor(high, dtype=torch.int64) << 16
-    words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-    out = torch.zeros(1, dtype=torch.int32)
-    missing_kernel[(1,)](words, out, N=len(words))
-    return bool(out.item())
-
-
-def test_words_show_whether_either_half_of_them_is_unpublished():
-    every = [*range(0xFFFF), 0]
-    for other in (0x0000, 0x0001, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xBEEF, 0xFFFD, 0xFFFE):
-        others = [other] * len(every)
-        assert not has_a_missing_element(every, others) and not has_a_missing_element(others, every)
-        for n in (0, 517, 1023):
-            clean, dirty = [other] * 1024, [other] * n + [0xFFFF] + [other] * (1023 - n)
-            assert has_a_missing_element(dirty, clean) and has_a_missing_element(clean, dirty)
-    assert has_a_missing_element([0xFFFF] * 1024, [0xFFFF] * 1024)
 
 
 def special_bits(dtype):

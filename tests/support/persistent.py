@@ -1,4 +1,4 @@
-"""One layer by the persistent kernels, on a plan of the test's own, and by the float64 reference."""
+"""One layer by the persistent kernels in plain Triton, on a plan of the test's own, and by the float64 reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plan_of(
     B: int, H: int, D: int = 1, *, wait: str | None, block_u: int = 8, block_b: int = 16, block_k: int = 16,
     parts: int = 1, rows: int | None = None, row_programs: int | None = None, group: int | None = None,
 ) -> PersistentPlan:  # fmt: skip
-    """A plan of the forward pass for these sizes; without a wait, one program holds all units."""
+    """A plan of the forward pass of the plain kernels for these sizes; without a wait, one program holds all units."""
     if wait is None:
         block_u = block_k = max(16, 1 << (H - 1).bit_length())
     chunks = -(-H // (parts * block_k))
@@ -199,7 +199,7 @@ def concurrently(**options: Any) -> Any:
     return concurrent_programs({sequence_persistent: kernels}, **options)
 
 
-BOUND = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-13}
+BOUND = {torch.float32: 1e-5, torch.float64: 1e-13}
 
 
 def assert_right(case: LayerCase, launching: Any = None) -> None:
