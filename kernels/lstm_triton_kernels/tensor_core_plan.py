@@ -44,7 +44,7 @@ STEP_US, US_PER_KIB = 0.73, 0.02
 PIECE_US = 0.25
 """For each further piece in which the columns are read: by simulation."""
 PRODUCT_CLOCKS = 8
-"""Of a quarter of a multiprocessor at least, for a product of 16 x 8 x 16 elements of 16 bits, or half as many of 32."""
+"""Of a quarter of a multiprocessor, at least, for a product of 16 x 8 x 16 elements of 16 bits, half as many of 32."""
 OUTPUT_CLOCKS = 150
 """For each output of a thread but the first: by simulation."""
 POLL_CLOCKS = 10

@@ -12,6 +12,7 @@ from lstm_triton_kernels.gpus import GPUS, nominal_constants
 from lstm_triton_kernels.limit import least_us_per_step
 from lstm_triton_kernels.plan import Preference
 from lstm_triton_kernels.planner import ranked_plans
+from lstm_triton_kernels.tensor_core_plan import fits
 from rich.console import Console
 
 from lstm_triton import VARIANTS, cli, routing
@@ -219,9 +220,9 @@ def test_programs_that_share_a_multiprocessor(together, registers):
     of_thread = f" of {registers} in a thread, for weights, operands and accumulators"
     assert explain.registers_words(plan).endswith(of_thread)
     shared = 113 * 1024  # with what is reserved for each, 228 KiB for two
-    assert explain.fits(plan, shared, GPUS["h100"])
-    assert explain.fits(plan, shared + 1, GPUS["h100"]) == (together == 1)
-    assert not explain.fits(plan, GPUS["h100"].shared_bytes + 1, GPUS["h100"])
+    assert fits(together, shared, GPUS["h100"])
+    assert fits(together, shared + 1, GPUS["h100"]) == (together == 1)
+    assert not fits(together, GPUS["h100"].shared_bytes + 1, GPUS["h100"])
 
 
 def test_alone_on_more_programs_than_multiprocessors():

@@ -122,7 +122,7 @@ def gluon_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) ->
         # Pieces are all alike, and no more than it takes.
         "columns": needed <= plan.columns
         and (pieces, plan.group) == (math.ceil(chunks / max(1, plan.group)), math.ceil(chunks / pieces)),
-        "columns for every warp": (plan.parts - 1) * plan.block_k < needed,
+        "columns for every warp": plan.parts <= 4 or (plan.parts - 1) * plan.block_k < needed,
         "warps": plan.parts == plan.num_warps and plan.num_warps in (1, 2, 4, 8),
         "kept": 0 <= plan.kept <= plan.chunks,
         "weights": weights <= plan.tile_bytes == plan.chunks * plan.parts * M * 64,
@@ -369,7 +369,7 @@ KNOWN = [
     ("h100", dict(H=128, B=64), (16, 8, 1), dict(block_u=8, rows=8, num_warps=2, chunks=2)),
     ("h100", dict(H=128, B=512), (4, 64, 1), dict(block_u=32, block_b=8, row_blocks=64, num_warps=4, together=2)),
     ("h100", dict(H=64, B=64, D=2), (8, 8, 2), dict(block_u=8, block_k=32, num_warps=2, chunks=1)),
-    ("h100", dict(H=1, B=1), (1, 1, 1), dict(block_u=8, num_warps=1, chunks=1, wait="data")),
+    ("h100", dict(H=1, B=1), (1, 1, 1), dict(block_u=8, num_warps=2, chunks=1, wait="data")),
     ("h100", FLOAT32, (48, 2, 1), dict(block_u=16, block_b=8, parts=8, chunks=3, wait="data", pause=800)),
     ("h100", FLOAT32 | BACKWARD, (48, 2, 1), dict(block_u=16, parts=32, chunks=3, group=1, wait="counter")),
     ("h100", FLOAT32 | dict(H=1024), (128, 1, 1), dict(block_u=8, chunks=4, group=2, block_k=32, wait="counter")),
@@ -583,6 +583,7 @@ def test_in_gluon_a_program_with_several_row_blocks_takes_as_many_times_as_long(
         for plan in plans:
             outputs_read = max(1, 32 * plan.num_warps // (8 * 16))
             of_block = clocks(32, 16, plan.chunks, plan.num_warps, plan.kept, outputs_read)
+            of_block += 150 * (max(1, 8 * 16 // (32 * plan.num_warps)) - 1)  # a thread of few has several outputs
             us = step_us(plan, of_block, 16 * plan.columns * 2 / 1024)
             assert plan.blocks_per_program == times
             assert plan.estimate_us == pytest.approx(times * us, rel=1e-12)

@@ -65,6 +65,7 @@ TOGETHER = {
     "many rows": dict(T=9, B=200, I=64, H=130),
     "several row blocks": dict(T=9, B=500, I=64, H=130),
     "many units": dict(T=5, B=12, I=40, H=900),
+    "many rows and units": dict(T=9, B=64, I=40, H=512),
     "both directions": dict(T=17, B=5, I=33, H=130, L=2, bidirectional=True),
     "one row": dict(T=17, B=1, I=33, H=130),
     "one step": dict(T=1, B=12, I=33, H=130),
