@@ -23,7 +23,7 @@ UNITS, ROWS, WARPS, TOGETHER = (8, 16, 32), (8, 16), (1, 2, 4, 8), (1, 2)
 REGISTERS = 65_536
 """Of a multiprocessor; a thread has MOST_REGISTERS at most."""
 MOST_REGISTERS = 255
-WORKING_REGISTERS, OUTPUT_REGISTERS, BLOCKS_REGISTERS = {False: 50, True: 66}, {False: 36, True: 30}, 24
+WORKING_REGISTERS, OUTPUT_REGISTERS, BLOCKS_REGISTERS = {False: 50, True: 66}, {False: 36, True: 30}, 40
 """Of a thread in the time loop, beside weights, operands and accumulators; for each of its outputs; and where a program
 has several row blocks. Forward, and backward (True)."""
 LOADING_REGISTERS, LOADING_ELEMENT = 60, 3

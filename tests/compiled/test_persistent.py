@@ -118,6 +118,10 @@ def test_a_plan_keeps_its_weights_on_the_chip_and_waits_as_it_says(cuts, part):
         assert found.metadata.shared <= kernel.gpu.shared_bytes, kernel
         assert tensor_core(found.asm["ptx"]) != (kernel.layer.rate == "float32"), kernel
         assert bool(found.metadata.launch_cooperative_grid) == (kernel.plan.wait is not None), kernel
+        if not kernel.plan.exact:
+            (usage,) = sequence_persistent.usages(kernel.layer, kernel.backward, kernel.gpu, [kernel.plan])
+            assert usage.spilled <= settle.MOST_SPILLED, kernel
+            assert 0 <= usage.shared - kernel.plan.shared_bytes <= 256, kernel
 
 
 @pytest.mark.parametrize("name", [spec.name for spec in VARIANTS if not spec.full])
