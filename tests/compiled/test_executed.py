@@ -9,8 +9,15 @@ from lstm_triton_kernels.inline_ptx import INTERPRETED
 if INTERPRETED:
     pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)
 
+from dataclasses import replace
+
+import torch
+from lstm_triton_kernels import sequence_persistent, watch
+
+from benchmarks.micro import float32_matmuls
 from lstm_triton import VARIANTS
 from tests.compiled import cases, layers
+from tests.emulator.launches import emulated
 from tests.support.persistent import SERVED
 
 QUICK = list(cases.quick())
@@ -70,6 +77,45 @@ def test_the_quick_selection_has_a_plan_of_every_kind():
         assert {8, 16, 32} <= {plan.block_u for plan in some}
         assert {2, 4} <= {plan.num_warps for plan in some}
     assert 8 in {both.backward.num_warps for both in plans}
+
+
+WAITING = layers.Case("standard", "bf16", 3, 5, 72, wait="data", multiprocessors=9)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32", "fp32"])
+def test_a_nan_with_the_bits_of_what_is_unpublished_is_not_waited_for(dtype):
+    """It is published as another NaN, in its own row and in no other."""
+    case = replace(WAITING, dtype=dtype)
+    inputs = layers.inputs_of(case.layer_case())
+    row, unit = 2, case.H - 1
+    bits = torch.int32 if inputs.h_0.element_size() == 4 else torch.int16
+    inputs.h_0.view(bits)[0, row, unit] = -1
+    assert inputs.h_0[0, row].isnan().sum() == 1
+    with float32_matmuls(case.precision), emulated(case.emulation()):
+        output, _, h_n, _, *gradients = layers.computed(case, inputs, "persistent", case.plans())
+    watch.check_launches()
+    others = [n for n in range(case.B) if n != row]
+    assert output[:, row].isnan().all() and h_n[:, row].isnan().all()
+    assert output[:, others].isfinite().all() and gradients[0][:, others].isfinite().all()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "tf32", "fp32"])
+def test_a_launch_that_lacks_a_program_ends_and_says_so(dtype, backward, monkeypatch):
+    """The others stop waiting after so many polls."""
+    case, whole = replace(WAITING, dtype=dtype), sequence_persistent.grid
+    seen = []
+
+    def grid(plan, device):
+        seen.append(plan)
+        parts, *rest = whole(plan, device)
+        return (parts - (len(seen) - 1 == backward), *rest)
+
+    monkeypatch.setattr(sequence_persistent, "grid", grid)
+    emulation = case.emulation()
+    emulation.max_polls = 3
+    outcome = layers.run(case, emulation)
+    assert "timed out" in outcome.why and f"the {'backward' if backward else 'forward'} pass of 72 units" in outcome.why
 
 
 def test_a_result_beyond_the_bound_is_seen(monkeypatch):
