@@ -22,7 +22,6 @@ from lstm_triton_kernels.equations import (
     store_gates,
 )
 from lstm_triton_kernels.inline_ptx import round_to_tf32
-from lstm_triton_kernels.persistent_backward import load_saved
 from lstm_triton_kernels.polling import lane_elements, load_when_there, read_places, slot_place
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
@@ -39,6 +38,7 @@ from lstm_triton_kernels.tiles import (
     row_in_block,
     sum_of_warps,
 )
+from lstm_triton_kernels.time_loop import load_saved, rows_in_turn, step_of
 
 
 @gluon.jit
@@ -154,9 +154,8 @@ def exchanged_backward_kernel(
     )  # fmt: skip
 
     for iteration in range(steps * blocks):
-        done = iteration // blocks
+        done, b = step_of(iteration, block, blocks)
         n = steps - 1 - done
-        b = block + (iteration - done * blocks) * gl.num_programs(1)
         if not ONE_BLOCK:
             row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
@@ -168,13 +167,10 @@ def exchanged_backward_kernel(
         step_tile_mask = tile_mask & step_mask[:, None]
 
         saved, c_read, grads = saved_next, c_next, grads_next
-        done_next = (iteration + 1) // blocks
-        next_row, next_row_mask, next_length = row, row_mask, length
-        if not ONE_BLOCK:
-            next_block = block + (iteration + 1 - done_next * blocks) * gl.num_programs(1)
-            next_row, next_row_mask, next_length = rows_of_block(
-                in_block, next_block, rows, B, lengths_ptr, T, HAS_LENGTHS
-            )
+        done_next, next_block = step_of(iteration + 1, block, blocks)
+        next_row, next_row_mask, next_length = rows_in_turn(
+            in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
+        )
         saved_next, c_next, grads_next = load_saved(
             gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
             next_row_mask, next_length, unit, B, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,

@@ -16,10 +16,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from lstm_triton_kernels.activations import tanh
-from lstm_triton_kernels.equations import load_blocks, load_peephole, next_cell, output_gate, store_gates
+from lstm_triton_kernels.equations import load_peephole, next_cell, output_gate
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, load_when_there, read_places, slot_place
-from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
+from lstm_triton_kernels.rows import at_time, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
 from lstm_triton_kernels.tiles import (
     add_products,
@@ -33,6 +33,7 @@ from lstm_triton_kernels.tiles import (
     row_in_block,
     sum_of_warps,
 )
+from lstm_triton_kernels.time_loop import cell_places, load_gate_inputs, rows_in_turn, step_of, store_step
 
 
 @gluon.jit
@@ -147,14 +148,10 @@ def exchanged_forward_kernel(
     polls, clocks = none + max_polls, none + pause
 
     # Gate inputs do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
-    t = time_of_step(0, length, reverse)
-    tile = row[:, None] * G * H + unit[None, :]
-    step_tile_mask = (row_mask & (length > 0))[:, None] & (unit < H)[None, :]
-    a_next = load_blocks(at_time(gates_ptr + tile, t, gates_stride, HAS_LENGTHS), H, step_tile_mask, G)
+    a_next = load_gate_inputs(gates_ptr, 0, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
 
     for iteration in range(steps * blocks):
-        n = iteration // blocks
-        b = block + (iteration - n * blocks) * gl.num_programs(1)
+        n, b = step_of(iteration, block, blocks)
         if not ONE_BLOCK:
             row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
@@ -166,25 +163,16 @@ def exchanged_forward_kernel(
         step_tile_mask = tile_mask & step_mask[:, None]
 
         a = a_next
-        after = (iteration + 1) // blocks
-        next_row, next_row_mask, next_length = row, row_mask, length
-        if not ONE_BLOCK:
-            next_block = block + (iteration + 1 - after * blocks) * gl.num_programs(1)
-            next_row, next_row_mask, next_length = rows_of_block(
-                in_block, next_block, rows, B, lengths_ptr, T, HAS_LENGTHS
-            )
-        next_t = time_of_step(after, next_length, reverse)
-        next_tile = next_row[:, None] * G * H + unit[None, :]
-        next_tile_mask = (next_row_mask & (after < next_length))[:, None] & (unit < H)[None, :]
-        a_next = load_blocks(at_time(gates_ptr + next_tile, next_t, gates_stride, HAS_LENGTHS), H, next_tile_mask, G)
-
-        if CELLS == "all":
-            cells_before = at_time(cells_ptr, t + direction, cells_stride, HAS_LENGTHS) + state
-            slot = gl.where(n < length, t + 1 - direction, n + 1)
-            cells_now = at_time(cells_ptr, slot, cells_stride, HAS_LENGTHS) + state
-        else:
-            cells_before = cells_ptr + state if CELLS == "one" else cells_ptr
-            cells_now = cells_before
+        after, next_block = step_of(iteration + 1, block, blocks)
+        next_row, next_row_mask, next_length = rows_in_turn(
+            in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
+        )
+        a_next = load_gate_inputs(
+            gates_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, gates_stride, G, HAS_LENGTHS
+        )
+        cells_before, cells_now = cell_places(
+            cells_ptr, n, t, length, state, direction, cells_stride, CELLS, HAS_LENGTHS
+        )
         if not ONE_BLOCK:
             c = gl.load(cells_before, mask=step_tile_mask, other=0.0)
         read_mask = row_mask & (n + 1 < length)  # rows whose state is read by a next step
@@ -231,13 +219,10 @@ def exchanged_forward_kernel(
         gl.store(output_now, gl.where(step_mask[:, None], h, 0.0).to(H_TYPE), mask=tile_mask)
         if CELLS != "none":
             gl.store(cells_now, gl.where(step_mask[:, None], c, 0.0), mask=tile_mask)
-        if SAVE_GATES:
-            gates_now = at_time(gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
-            store_gates(gates_now, i, f, g, H, step_tile_mask, COUPLED)
-            gl.store(gates_now + (G - 1) * H, o.to(gates_ptr.dtype.element_ty), mask=step_tile_mask)
-        last_mask = step_tile_mask & row_values(n == length - 1, HAS_LENGTHS)
-        gl.store(h_n_ptr + state, h.to(h_n_ptr.dtype.element_ty), mask=last_mask)
-        gl.store(c_n_ptr + state, c.to(c_n_ptr.dtype.element_ty), mask=last_mask)
+        store_step(
+            gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h, c, n, t, length, row, unit, state, H, gates_stride,
+            step_tile_mask, G, COUPLED, SAVE_GATES, HAS_LENGTHS,
+        )  # fmt: skip
         if not ONE_BLOCK:
             barrier()  # where several threads have one element, one stores c and all load it
 

@@ -17,7 +17,6 @@ import triton.language as tl
 
 from lstm_triton_kernels.equations import (
     cell_derivatives,
-    load_blocks,
     load_peephole,
     output_derivatives,
     previous_cell_gradient,
@@ -42,33 +41,7 @@ from lstm_triton_kernels.sync import (
     exchange_store,
     exchange_wait,
 )
-
-
-@triton.jit
-def load_saved(
-    gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, n, row, row_mask, length, unit, B, H, reverse,
-    G: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-):  # fmt: skip
-    """Load what step n reads: activated gates, (c_{t-1}, c_t), gradients of h_t and c_t; 0 for a row without it."""
-    D = tl.num_programs(2)
-    t = time_of_step(n, length, reverse)
-    step_tile_mask = (row_mask & (n < length) & (n >= 0))[:, None] & (unit < H)[None, :]
-    size = B.to(tl.int64) * H
-    tile = row[:, None] * H + unit[None, :]
-    saved = load_blocks(
-        at_time(gates_ptr, t, G * size, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :], H, step_tile_mask, G
-    )
-    c_previous = tl.load(at_time(before_ptr, t, size, HAS_LENGTHS) + tile, mask=step_tile_mask, other=0.0)
-    c = tl.load(at_time(current_ptr, t, size, HAS_LENGTHS) + tile, mask=step_tile_mask, other=0.0)
-    grads = ()
-    sequence = row[:, None] * D * H + unit[None, :]
-    if HAS_GRAD_OUTPUT:
-        place = at_time(grad_output_ptr, t, D * size, HAS_LENGTHS) + sequence
-        grads = grads + (tl.load(place, mask=step_tile_mask, other=0.0),)  # noqa: RUF005
-    if HAS_GRAD_CELLS:
-        place = at_time(grad_cells_ptr, t, D * size, HAS_LENGTHS) + sequence
-        grads = grads + (tl.load(place, mask=step_tile_mask, other=0.0),)  # noqa: RUF005
-    return saved, (c_previous, c), grads
+from lstm_triton_kernels.time_loop import load_saved, rows_in_turn, step_of
 
 
 @triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
@@ -155,9 +128,8 @@ def persistent_backward_kernel(
     )  # fmt: skip
 
     for iteration in range(steps * blocks):
-        done = iteration // blocks
+        done, b = step_of(iteration, block, blocks)
         n = steps - 1 - done
-        b = block + (iteration - done * blocks) * tl.num_programs(1)
         if not ONE_BLOCK:
             row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
@@ -168,13 +140,10 @@ def persistent_backward_kernel(
         step_tile_mask = tile_mask & step_mask[:, None]
 
         saved, c_read, grads = saved_next, c_next, grads_next
-        done_next = (iteration + 1) // blocks
-        next_row, next_row_mask, next_length = row, row_mask, length
-        if not ONE_BLOCK:
-            next_block = block + (iteration + 1 - done_next * blocks) * tl.num_programs(1)
-            next_row, next_row_mask, next_length = rows_of_block(
-                in_block, next_block, rows, B, lengths_ptr, T, HAS_LENGTHS
-            )
+        done_next, next_block = step_of(iteration + 1, block, blocks)
+        next_row, next_row_mask, next_length = rows_in_turn(
+            in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
+        )
         saved_next, c_next, grads_next = load_saved(
             gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
             next_row_mask, next_length, unit, B, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from lstm_triton_kernels.activations import tanh
-from lstm_triton_kernels.equations import load_blocks, load_peephole, next_cell, output_gate, store_gates
+from lstm_triton_kernels.equations import load_peephole, next_cell, output_gate
 from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
@@ -39,7 +39,7 @@ from lstm_triton_kernels.resident import (
     peephole_block,
     sum_gates,
 )
-from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
+from lstm_triton_kernels.rows import at_time, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import (
     COUNTER_STRIDE,
     exchange_arrive,
@@ -48,6 +48,7 @@ from lstm_triton_kernels.sync import (
     exchange_store,
     exchange_wait,
 )
+from lstm_triton_kernels.time_loop import cell_places, load_gate_inputs, rows_in_turn, step_of, store_step
 
 
 @triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
@@ -149,14 +150,10 @@ def persistent_forward_kernel(
         steps = tl.max(length, 0)
 
     # Gate inputs do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
-    t = time_of_step(0, length, reverse)
-    tile = row[:, None] * G * H + unit[None, :]
-    step_tile_mask = (row_mask & (length > 0))[:, None] & (unit < H)[None, :]
-    a_next = load_blocks(at_time(gates_ptr + tile, t, gates_stride, HAS_LENGTHS), H, step_tile_mask, G)
+    a_next = load_gate_inputs(gates_ptr, 0, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
 
     for iteration in range(steps * blocks):
-        n = iteration // blocks
-        b = block + (iteration - n * blocks) * tl.num_programs(1)
+        n, b = step_of(iteration, block, blocks)
         if not ONE_BLOCK:
             row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
@@ -166,25 +163,16 @@ def persistent_forward_kernel(
         step_tile_mask = tile_mask & step_mask[:, None]
 
         a = a_next
-        after = (iteration + 1) // blocks
-        next_row, next_row_mask, next_length = row, row_mask, length
-        if not ONE_BLOCK:
-            next_block = block + (iteration + 1 - after * blocks) * tl.num_programs(1)
-            next_row, next_row_mask, next_length = rows_of_block(
-                in_block, next_block, rows, B, lengths_ptr, T, HAS_LENGTHS
-            )
-        next_t = time_of_step(after, next_length, reverse)
-        next_tile = next_row[:, None] * G * H + unit[None, :]
-        next_tile_mask = (next_row_mask & (after < next_length))[:, None] & (unit < H)[None, :]
-        a_next = load_blocks(at_time(gates_ptr + next_tile, next_t, gates_stride, HAS_LENGTHS), H, next_tile_mask, G)
-
-        if CELLS == "all":
-            cells_before = at_time(cells_ptr, t + direction, cells_stride, HAS_LENGTHS) + state
-            slot = tl.where(n < length, t + 1 - direction, n + 1)
-            cells_now = at_time(cells_ptr, slot, cells_stride, HAS_LENGTHS) + state
-        else:
-            cells_before = cells_ptr + state if CELLS == "one" else cells_ptr
-            cells_now = cells_before
+        after, next_block = step_of(iteration + 1, block, blocks)
+        next_row, next_row_mask, next_length = rows_in_turn(
+            in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
+        )
+        a_next = load_gate_inputs(
+            gates_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, gates_stride, G, HAS_LENGTHS
+        )
+        cells_before, cells_now = cell_places(
+            cells_ptr, n, t, length, state, direction, cells_stride, CELLS, HAS_LENGTHS
+        )
         if not ONE_BLOCK:
             c = tl.load(cells_before, mask=step_tile_mask, other=0.0)
         carry_mask = step_mask
@@ -242,13 +230,10 @@ def persistent_forward_kernel(
             exchange_arrive(counters_ptr + b * COUNTER_STRIDE, WAIT)
         if CELLS != "none" and (ALONE or not FULL):
             tl.store(cells_now, tl.where(step_mask[:, None], c, 0.0), mask=tile_mask)
-        if SAVE_GATES:
-            gates_now = at_time(gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
-            store_gates(gates_now, i, f, g, H, step_tile_mask, COUPLED)
-            tl.store(gates_now + (G - 1) * H, o, mask=step_tile_mask)
-        last_mask = step_tile_mask & row_values(n == length - 1, HAS_LENGTHS)
-        tl.store(h_n_ptr + state, h_now, mask=last_mask)
-        tl.store(c_n_ptr + state, c, mask=last_mask)
+        store_step(
+            gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h_now, c, n, t, length, row, unit, state, H, gates_stride,
+            step_tile_mask, G, COUPLED, SAVE_GATES, HAS_LENGTHS,
+        )  # fmt: skip
 
     if HAS_LENGTHS and ONE_BLOCK:
         for n in range(steps, T):
