@@ -170,9 +170,10 @@ def exchanged_forward_kernel(
         a_next = load_gate_inputs(
             gates_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, gates_stride, G, HAS_LENGTHS
         )
-        cells_before, cells_now = cell_places(
-            cells_ptr, n, t, length, state, direction, cells_stride, CELLS, HAS_LENGTHS
-        )
+        if CELLS != "none":
+            cells_before, cells_now = cell_places(
+                cells_ptr, n, t, length, state, direction, cells_stride, CELLS, HAS_LENGTHS
+            )
         if not ONE_BLOCK:
             c = gl.load(cells_before, mask=step_tile_mask, other=0.0)
         read_mask = row_mask & (n + 1 < length)  # rows whose state is read by a next step

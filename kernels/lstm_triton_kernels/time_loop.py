@@ -42,15 +42,13 @@ def load_gate_inputs(
 
 @triton.jit
 def cell_places(cells_ptr, n, t, length, state, direction, stride, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr):
-    """Return where step n, of time index t, reads c and where it writes it; without a buffer of cells anything."""
+    """Return where step n, of time index t, reads c and where it writes it; CELLS: "all" or "one"."""
     if CELLS == "all":
         before = at_time(cells_ptr, t + direction, stride, HAS_LENGTHS) + state
         slot = tl.where(n < length, t + 1 - direction, n + 1)
         return before, at_time(cells_ptr, slot, stride, HAS_LENGTHS) + state
-    elif CELLS == "one":
-        return cells_ptr + state, cells_ptr + state
     else:
-        return cells_ptr, cells_ptr
+        return cells_ptr + state, cells_ptr + state
 
 
 @triton.jit
