@@ -47,7 +47,7 @@ def _ranked_plans(layer: Layer, backward: bool, gpu: GPU, preference: Preference
         return why_none(layer, gpu, preference)
 
     def rank(plan: PersistentPlan) -> tuple[object, ...]:
-        tile = (plan.block_u, plan.block_b, plan.block_k, plan.parts, plan.chunks, plan.group)
+        tile = (plan.kept, plan.block_u, plan.block_b, plan.block_k, plan.parts, plan.chunks, plan.group)
         return (plan.estimate_us * (1.0 if plan.alone else WAITING_MARGIN), plan.programs, tile)
 
     return tuple(sorted(plans, key=rank))
