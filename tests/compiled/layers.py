@@ -125,6 +125,7 @@ class Case:
 
     def with_blocks_of(self, rows: int, row_programs: int | None = None) -> Case:
         """Return the case with so many rows a block; row_programs: None, one for each block."""
+        assert all(rows <= self.plan(side).block_b for side in (False, True)), "a tile has fewer rows"
         blocks = -(-self.B // rows)
         programs = row_programs or blocks
         plans = (
