@@ -118,7 +118,8 @@ def faults() -> Iterator[Planted]:
         change = only_in(FORWARD, functools.partial(unguarded, pattern=rf"{access}\.global\.b32"))
         yield Planted(f"a {access}.global without its mask", masked, change)
     yield Planted("a shared store 4 bytes further", DATA, replaced(FORWARD, shared, r"\g<1>4", count=1))
-    full = replace(COUNTER, B=22, block_b=16, weak=True).with_blocks_of(11)  # so that several warps store what is published
+    # So many rows that several warps store what is published.
+    full = replace(COUNTER, B=22, block_b=16, weak=True).with_blocks_of(11)
     for kernel, what, n in ((FORWARD, "h_0", 0), (FORWARD, "h_t", 1), (BACKWARD, "gradients", -1)):
         change = only_in(kernel, functools.partial(no_arrive_barrier, n=n))
         yield Planted(f"no barrier before the release of {what}", full, change)
