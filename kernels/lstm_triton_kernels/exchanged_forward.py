@@ -6,8 +6,8 @@ slot n + 1 what step n leaves, zeros in rows that end there or are reset before 
 masks for what it reads. With a full peephole c is exchanged beside h, in the same type, and is more columns of the same
 product.
 
-In each step a program pauses for a time in which no other can be done, polls until its warps have what they multiply,
-adds up the parts of its warps, and publishes.
+In each step a program lets some hundred clocks pass, since no other program is done earlier. Then its warps poll until
+they have what they multiply, the sums of their parts are added up, and the program publishes.
 """
 
 from __future__ import annotations
