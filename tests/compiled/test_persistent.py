@@ -119,9 +119,11 @@ def test_a_plan_keeps_its_weights_on_the_chip_and_waits_as_it_says(cuts, part):
         assert tensor_core(found.asm["ptx"]) != (kernel.layer.rate == "float32"), kernel
         assert bool(found.metadata.launch_cooperative_grid) == (kernel.plan.wait is not None), kernel
         if not kernel.plan.exact:
-            (usage,) = sequence_persistent.usages(kernel.layer, kernel.backward, kernel.gpu, [kernel.plan])
-            assert usage.spilled <= settle.MOST_SPILLED, kernel
-            assert 0 <= usage.shared - kernel.plan.shared_bytes <= 256, kernel
+            plans = ranked_plans(kernel.layer, kernel.backward, kernel.gpu)[:MOST_TRIES]
+            usages = (sequence_persistent.usages(*kernel[:3], [plan])[0] for plan in plans)  # as long as they spill
+            usage = next((usage for usage in usages if usage.spilled <= settle.MOST_SPILLED), None)
+            assert usage is not None, kernel
+            assert 0 <= found.metadata.shared - kernel.plan.shared_bytes <= 256, kernel
 
 
 @pytest.mark.parametrize("name", [spec.name for spec in VARIANTS if not spec.full])
