@@ -22,7 +22,7 @@ from lstm_triton_kernels.equations import (
     store_gates,
 )
 from lstm_triton_kernels.inline_ptx import round_to_tf32
-from lstm_triton_kernels.polling import lane_elements, load_when_there, read_places, slot_place
+from lstm_triton_kernels.polling import lane_elements, load_when_there, read_places, slot_place, slot_rows
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
 from lstm_triton_kernels.tiles import (
@@ -104,7 +104,8 @@ def exchanged_backward_kernel(
 
     gates_stride = B.to(gl.int64) * G * H
     cells_stride = B.to(gl.int64) * H
-    slot_stride = row_blocks.to(gl.int64) * ROWS * P
+    block_stride = slot_rows(rows, ROWS, TILED) * P
+    slot_stride = row_blocks.to(gl.int64) * block_stride
     d_gates_ptr += side * T * gates_stride
     gates_ptr += side * T * gates_stride
     exchange_ptr += side * (T + 1) * slot_stride
@@ -138,14 +139,14 @@ def exchanged_backward_kernel(
             for g in gl.static_range(G):
                 gl.store(place + g * H, zero.to(D_TYPE), mask=tile_mask)
     for b in range(block, row_blocks, gl.num_programs(1)):
-        slot_ptr = exchange_ptr + steps * slot_stride + b.to(gl.int64) * (ROWS * P)
+        slot_ptr = exchange_ptr + steps * slot_stride + b.to(gl.int64) * block_stride
         publish_gates(
             slot_ptr, first_unit, gl.minimum(rows, B - b * rows), zero, zero, zero, zero, H, G, P, V, TILED, ROWS,
             UNITS, WARPS, PRECISION,
         )  # fmt: skip
     places = read_places(gl.minimum(rows, B - block * rows), P, V, TILED, CHUNKS, ROWS, WARPS)
-    none = gl.full([32 * WARPS], 0, gl.int32, each)
-    polls, clocks = none + max_polls, none + pause
+    polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
+    clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
 
     # What the forward pass saved does not depend on other programs: it is loaded an iteration ahead.
     saved_next, c_next, grads_next = load_saved(
@@ -190,13 +191,13 @@ def exchanged_backward_kernel(
         by_o, by_c = output_derivatives(o, c)
         by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
 
-        slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * (ROWS * P)
+        slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
         acc = no_products(SETS * UNITS, ROWS, WARPS)
         PIECE: gl.constexpr = CHUNKS // PIECES
         STEP: gl.constexpr = 4 * V * (8 if TILED else 1)
         for piece in gl.static_range(PIECES):
             there, polls_left = load_when_there(
-                slot_ptr + slot_stride + piece * (PIECE * STEP), places, polls, clocks if piece == 0 else none, PIECE,
+                slot_ptr + slot_stride + piece * (PIECE * STEP), places, polls, clocks, ONE_BLOCK and piece == 0, PIECE,
                 TILED, ROWS, WARPS, words,
             )  # fmt: skip
             polls = gl.where(polls_left > 0, polls, 0)  # a warp that gave up once does not wait again
@@ -220,16 +221,13 @@ def exchanged_backward_kernel(
             dc += v[Q - 1] * d_o
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         rows_here = gl.minimum(rows, B - b * rows)
+        d = (d_i, d_f, d_g, d_o)
         if HAS_RESETS:
             read = (reset == 0)[:, None]
-            publish_gates(
-                slot_ptr, first_unit, rows_here, gl.where(read, d_i, 0.0), gl.where(read, d_f, 0.0),
-                gl.where(read, d_g, 0.0), gl.where(read, d_o, 0.0), H, G, P, V, TILED, ROWS, UNITS, WARPS, PRECISION,
-            )  # fmt: skip
-        else:
-            publish_gates(
-                slot_ptr, first_unit, rows_here, d_i, d_f, d_g, d_o, H, G, P, V, TILED, ROWS, UNITS, WARPS, PRECISION
-            )
+            d = (gl.where(read, d_i, 0.0), gl.where(read, d_f, 0.0), gl.where(read, d_g, 0.0), gl.where(read, d_o, 0.0))
+        publish_gates(
+            slot_ptr, first_unit, rows_here, d[0], d[1], d[2], d[3], H, G, P, V, TILED, ROWS, UNITS, WARPS, PRECISION
+        )
         dc = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
         if HAS_RESETS:
             dc = gl.where(reset[:, None], 0.0, dc)

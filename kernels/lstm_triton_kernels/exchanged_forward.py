@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.equations import load_peephole, next_cell, output_gate
 from lstm_triton_kernels.inline_ptx import round_to_tf32
-from lstm_triton_kernels.polling import lane_elements, load_when_there, read_places, slot_place
+from lstm_triton_kernels.polling import lane_elements, load_when_there, read_places, slot_place, slot_rows
 from lstm_triton_kernels.rows import at_time, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
 from lstm_triton_kernels.tiles import (
@@ -61,8 +61,8 @@ def exchanged_forward_kernel(
 ):  # fmt: skip
     """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
 
-    - output: (T, B, D, H) out; exchange: (D, T + 1, row_blocks, ROWS · P), all ones, but zero in columns that no
-      program publishes; P = 4 V · CHUNKS · WARPS
+    - output: (T, B, D, H) out; exchange: (D, T + 1, row_blocks, `slot_rows` · P), all ones, but zero in columns that
+      no program publishes; P = 4 V · CHUNKS · WARPS
     - cells, h_n, c_n, h_0, c_0, w_hh, w_ch, lengths, resets, error, ONE_BLOCK: as in `persistent_forward_kernel`
 
     CHUNKS of each warp, KEPT of them in shared memory; they are waited for and multiplied in PIECES. ROWS: 8 or 16 of a
@@ -92,7 +92,8 @@ def exchanged_forward_kernel(
     gates_stride = B.to(gl.int64) * G * H
     output_stride = B.to(gl.int64) * D * H
     cells_stride = B.to(gl.int64) * H
-    slot_stride = row_blocks.to(gl.int64) * ROWS * P
+    block_stride = slot_rows(rows, ROWS, TILED) * P
+    slot_stride = row_blocks.to(gl.int64) * block_stride
     gates_ptr += side * T * gates_stride
     output_ptr += side * H
     exchange_ptr += side * (T + 1) * slot_stride
@@ -128,7 +129,7 @@ def exchanged_forward_kernel(
             c = gl.where(reset[:, None], 0.0, c)
             h = gl.where(reset[:, None], 0.0, h)
         publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
-        slot_ptr = exchange_ptr + b.to(gl.int64) * (ROWS * P)
+        slot_ptr = exchange_ptr + b.to(gl.int64) * block_stride
         publish_state(slot_ptr, own_place, h, c, publish_mask, H, P, V, TILED, FULL, PRECISION)
 
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
@@ -144,8 +145,8 @@ def exchanged_forward_kernel(
     elif HAS_LENGTHS:
         steps = gl.max(length, 0)
     places = read_places(gl.minimum(rows, B - block * rows), P, V, TILED, CHUNKS, ROWS, WARPS)
-    none = gl.full([32 * WARPS], 0, gl.int32, each)
-    polls, clocks = none + max_polls, none + pause
+    polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
+    clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
 
     # Gate inputs do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
     a_next = load_gate_inputs(gates_ptr, 0, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
@@ -184,22 +185,15 @@ def exchanged_forward_kernel(
             reset = gl.load(resets_ptr + (step_after.to(gl.int64) * B + row), mask=read_mask, other=0) != 0
             read_mask = read_mask & (reset == 0)
 
-        slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * (ROWS * P)
+        slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
         acc = no_products(4 * UNITS, ROWS, WARPS)
         PIECE: gl.constexpr = CHUNKS // PIECES
         STEP: gl.constexpr = 4 * V * (8 if TILED else 1)
         for piece in gl.static_range(PIECES):
             there, polls_left = load_when_there(
-                slot_ptr + piece * (PIECE * STEP),
-                places,
-                polls,
-                clocks if piece == 0 else none,
-                PIECE,
-                TILED,
-                ROWS,
-                WARPS,
-                words,
-            )
+                slot_ptr + piece * (PIECE * STEP), places, polls, clocks, ONE_BLOCK and piece == 0, PIECE, TILED, ROWS,
+                WARPS, words,
+            )  # fmt: skip
             polls = gl.where(polls_left > 0, polls, 0)  # a warp that gave up once does not wait again
             acc = add_products(acc, w, kept, there, piece * PIECE, H_TYPE, PRECISION, V, WARPS)
         recurrent = sum_of_warps(acc, parts, 4, UNITS, WARPS)

@@ -1,12 +1,12 @@
 """Waiting for published values in the registers that tensor cores read them from, and where those values are.
 
 Programs exchange values through a buffer of slots, one for every step and a first one for the initial state. A slot
-holds ROWS rows (of a row block) of P elements, P a multiple of what the warps of a program read at once. With V
-elements in 16 bytes, element (row, column) of a slot is at
+holds rows of P elements for every row block, P a multiple of what the warps of a program read at once. With V elements
+in 16 bytes, element (row, column) of a row block is at
 
 - `TILED`: tile (row // 8, column // V), in it row % 8, column % V. A tile is a line of 128 bytes; what a program
-  publishes fills tiles, and a load of a warp reads four whole tiles.
-- else row · P + column.
+  publishes fills tiles, and a load of a warp reads four whole tiles. A row block takes the room of ROWS rows, 8 or 16.
+- else row · P + column, and a row block takes the room of the rows that it has.
 
 What is published, and how a reader sees that it is there, is that of `sync.py` (*data*): a buffer filled with all ones,
 a NaN that no value has. Here every warp waits by itself, for no more than it multiplies, in a small loop of inline PTX
@@ -19,9 +19,10 @@ race the model says nothing at all: elements of 16 bits are stored one by one or
 128. That an element is nevertheless read whole is how these GPUs are built. tests/compiled executes the kernels with
 stores that become visible late, one element at a time and in any order.
 
-Operands: a thread of `mma` has of a right operand one row (lane // 4) and pairs of columns of its own. Which columns is
-free, as long as weights are permuted alike: so a thread takes V columns in a row, one load of 16 bytes (a layout with a
-k_width of V). A chunk is 64 bytes of a row, which four lanes share: 32 columns of 16-bit elements, 16 of 32-bit ones.
+Operands: a thread of `mma` has of a right operand one row (lane // 4) and pairs of columns of its own. The choice of
+these columns is free, as long as the weights are permuted in the same way: so a thread takes V adjacent columns, one
+load of 16 bytes (a layout with a k_width of V). A chunk is 64 bytes of a row, which four lanes share: 32 columns of
+16-bit elements, 16 of 32-bit ones.
 """
 
 from __future__ import annotations
@@ -39,15 +40,16 @@ def lane_elements(element):
 
 
 @triton.constexpr_function
-def poll_ptx(places, tiles, step, bits, has_max):
+def poll_ptx(places, tiles, step, bits, has_max, pauses):
     """Return inline PTX that loads 16 bytes at every place until no element is all ones; and its constraints.
 
     - places: loads of a thread, at `step` bytes from each other, in each of `tiles` (1 or 2) sets of 8 rows
-    - bits: of an element, 16 or 32; has_max: whether the GPU has the maximum of two 16-bit halves
+    - bits: of an element, 16 or 32; has_max: whether the GPU has the maximum of two 16-bit halves; pauses: whether
+      clocks of the multiprocessor pass before the first poll
 
     Outputs: the words in the order place, tile, word; then the polls left. Inputs: an address for each tile; the most
-    polls; the clocks of the multiprocessor to pass before the first. When no poll is left, the loop ends: then that
-    output is less than 1, and words may hold all ones.
+    polls; with `pauses` the clocks. When no poll is left, the loop ends: then that output is less than 1, and words may
+    hold all ones.
     """
     loads = [(tile, step * place) for place in range(places) for tile in range(tiles)]
     n = 4 * len(loads)
@@ -58,8 +60,9 @@ def poll_ptx(places, tiles, step, bits, has_max):
     ]
     left, most, clocks = f"${n}", f"${n + 1 + tiles}", f"${n + 2 + tiles}"
     lines = ["{", f".reg .pred %absent<{len(loads)}>, %any;", ".reg .b32 %seen, %t, %start, %now;"]
-    lines += ["mov.u32 %start, %clock;", "PAUSE:", "mov.u32 %now, %clock;", "sub.u32 %t, %now, %start;"]
-    lines += [f"setp.lt.u32 %any, %t, {clocks};", "@%any bra PAUSE;"]
+    if pauses:
+        lines += ["mov.u32 %start, %clock;", "PAUSE:", "mov.u32 %now, %clock;", "sub.u32 %t, %now, %start;"]
+        lines += [f"setp.lt.u32 %any, %t, {clocks};", "@%any bra PAUSE;"]
     lines += [*asks, f"mov.b32 {left}, {most};", "AGAIN:", "setp.ne.b32 %any, 0, 0;"]
     for v, words in enumerate(vectors):
         lines += missing_ptx(words, f"%absent{v}", bits, has_max)
@@ -67,7 +70,7 @@ def poll_ptx(places, tiles, step, bits, has_max):
     lines += ["vote.sync.any.pred %any, %any, 0xffffffff;", "@!%any bra THERE;", f"sub.s32 {left}, {left}, 1;"]
     lines += [f"@%absent{v} {ask}" for v, ask in enumerate(asks)]
     lines += [f"setp.gt.s32 %any, {left}, 0;", "@%any bra AGAIN;", "THERE:", "}"]
-    return "\n".join(lines), ",".join(["=&r"] * (n + 1) + ["l"] * tiles + ["r", "r"])
+    return "\n".join(lines), ",".join(["=&r"] * (n + 1) + ["l"] * tiles + ["r"] * (1 + pauses))
 
 
 @triton.constexpr_function
@@ -95,8 +98,17 @@ def missing_ptx(words, absent, bits, has_max):
 
 
 @gluon.jit
+def slot_rows(rows, ROWS: gl.constexpr, TILED: gl.constexpr):
+    """Return the rows for which a row block of `rows` rows has room in a slot."""
+    if TILED:
+        return ROWS
+    else:
+        return rows
+
+
+@gluon.jit
 def slot_place(row, column, P: gl.constexpr, V: gl.constexpr, TILED: gl.constexpr):
-    """Return where element (row, column) of a slot is."""
+    """Return where element (row, column) of a row block is in a slot, from where the block begins."""
     if TILED:
         return row // 8 * (8 * P) + column // V * (8 * V) + row % 8 * V + column % V
     else:
@@ -130,22 +142,22 @@ def join_words(v, FIRST: gl.constexpr):
 
 @gluon.jit
 def load_when_there(
-    slot_ptr, places, polls, clocks, COUNT: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr,
-    WARPS: gl.constexpr, words: gl.constexpr,
+    slot_ptr, places, polls, clocks, PAUSES: gl.constexpr, COUNT: gl.constexpr, TILED: gl.constexpr,
+    ROWS: gl.constexpr, WARPS: gl.constexpr, words: gl.constexpr,
 ):  # fmt: skip
-    """Wait for COUNT chunks of each warp, after so many clocks; returns them, and the polls left, (32 · WARPS,).
+    """Wait for COUNT chunks of each warp, with PAUSES after so many clocks; returns them, and the polls left.
 
-    slot_ptr: the slot, plus the first chunk; places: of `read_places`; polls, clocks: (32 · WARPS,). A chunk is a block
-    (WARPS, 16, ROWS) of 32-bit words in the layout `words`, that of a right operand. Less than one poll left: a warp
-    gave up.
+    slot_ptr: the row block in a slot, plus the first chunk; places: of `read_places`; polls, clocks: (32 · WARPS,). A
+    chunk is a block (WARPS, 16, ROWS) of 32-bit words in the layout `words`, that of a right operand. Less than one
+    poll left: a warp gave up.
     """
     TILES: gl.constexpr = ROWS // 8
     BITS: gl.constexpr = slot_ptr.dtype.element_ty.primitive_bitwidth
-    PTX: gl.constexpr = poll_ptx(COUNT, TILES, 512 if TILED else 64, BITS, cuda_capability_geq(9))
+    PTX: gl.constexpr = poll_ptx(COUNT, TILES, 512 if TILED else 64, BITS, cuda_capability_geq(9), PAUSES)
     sources = []  # type: ignore[var-annotated]
     for tile in gl.static_range(TILES):
         sources = sources + [(slot_ptr + places[tile]).to(gl.int64, bitcast=True)]  # noqa: RUF005
-    sources = sources + [polls, clocks]  # noqa: RUF005
+    sources = sources + ([polls, clocks] if PAUSES else [polls])
     v = gl.inline_asm_elementwise(
         PTX[0], PTX[1], sources, dtype=(gl.int32,) * (4 * TILES * COUNT + 1), is_pure=False, pack=1
     )

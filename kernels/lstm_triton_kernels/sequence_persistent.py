@@ -354,9 +354,13 @@ def exchanged_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
 
 
 def exchange_buffer(launch: Launch, plan: PersistentPlan) -> Tensor:
-    """Return a buffer (D, T + 1, row_blocks, ROWS · P), unpublished, but zero in columns that no program publishes."""
+    """Return the buffer of the kernels in Gluon, unpublished, but zero in columns that no program publishes.
+
+    (D, T + 1, row_blocks, rows · P), see polling.py.
+    """
     layer, columns = launch.layer, plan.columns
-    shape = (layer.D, layer.T + 1, plan.row_blocks, plan.block_b * columns)
+    rows = plan.block_b if plan.tiled else plan.rows
+    shape = (layer.D, layer.T + 1, plan.row_blocks, rows * columns)
     exchange = torch.empty(shape, dtype=layer.dtype, device=launch.device)
     unpublish(exchange)
     published = exchanged_columns(layer, launch.backward)

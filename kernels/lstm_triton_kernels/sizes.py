@@ -34,6 +34,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def padded_units(H: int) -> int:
+    """Return H filled up to whole tiles of any element, as programs of the kernels in Gluon exchange units."""
+    return (H + 7) // 8 * 8
+
+
 class Layer(NamedTuple):
     """One layer over a sequence, all its directions, and what is asked of it.
 

@@ -18,10 +18,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from lstm_triton_kernels import sizes
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Of the threads of a program: Triton 3.6 has another name for it."""
+
+padded_units = triton.constexpr_function(sizes.padded_units)
 
 
 @triton.constexpr_function
@@ -38,7 +41,7 @@ def operand_layout(side, elements, warps):
 
 @triton.constexpr_function
 def warps_across(units, warps):
-    """Return how many warps share the units of a block; the others share its rows, or repeat."""
+    """Return how many warps share the units of a block; the others share its rows, or compute the same once more."""
     return max(1, min(units // 8, warps))
 
 
@@ -169,7 +172,7 @@ def sum_of_warps(acc, parts, SETS: gl.constexpr, UNITS: gl.constexpr, WARPS: gl.
 
 @gluon.jit
 def as_own(block, UNITS: gl.constexpr, WARPS: gl.constexpr):
-    """Return a block (ROWS, UNITS) in the layout of a program's own; it is that already."""
+    """Return a block (ROWS, UNITS) in the layout of a program's own: another name for it, no value moves."""
     return gl.convert_layout(block, own_layout(UNITS, WARPS), assert_trivial=True)
 
 
@@ -238,9 +241,3 @@ def weights_at(
         inside = inside & (from_h | (from_c & (gate != G - 2)))
     block = gl.load(ptr, mask=inside, other=0.0)
     return round_to_tf32(block) if PRECISION == "tf32" else block
-
-
-@triton.constexpr_function
-def padded_units(H):
-    """Return H filled up to whole tiles of any element."""
-    return (H + 7) // 8 * 8

@@ -101,7 +101,8 @@ def test_what_a_kernel_in_gluon_is_given_of_a_plan(changed, backward):
     for plan in ranked_plans(layer, backward, H100)[:4]:
         arguments = launch_of(layer, backward, T=3).arguments(plan)
         exchange = arguments["exchange_ptr"]  # a slot for every step, and one for the initial state
-        assert exchange.shape == (layer.D, 4, plan.row_blocks, plan.block_b * plan.columns)
+        rows = plan.block_b if plan.tiled else plan.rows
+        assert exchange.shape == (layer.D, 4, plan.row_blocks, rows * plan.columns)
         assert exchange.dtype == layer.dtype
         assert arguments["PIECES"] * plan.group == arguments["CHUNKS"] == plan.chunks
         assert (arguments["KEPT"], arguments["ROWS"], arguments["UNITS"]) == (plan.kept, plan.block_b, plan.block_u)
@@ -126,14 +127,15 @@ def test_what_no_program_publishes_is_zero_and_all_else_missing(changed, backwar
         plan = replace(plan, tiled=tiled)
         exchange = launch_of(layer, backward).arguments(plan)["exchange_ptr"]
         V = 16 // layer.element_bytes
-        row, column = torch.arange(plan.block_b)[:, None], torch.arange(plan.columns)[None, :]
+        rows = plan.block_b if tiled else plan.rows
+        row, column = torch.arange(rows)[:, None], torch.arange(plan.columns)[None, :]
         if tiled:  # as polling.py says
             place = row // 8 * (8 * plan.columns) + column // V * (8 * V) + row % 8 * V + column % V
         else:
             place = row * plan.columns + column
-        assert sorted(place.flatten().tolist()) == list(range(plan.block_b * plan.columns))
+        assert sorted(place.flatten().tolist()) == list(range(rows * plan.columns))
         bits = exchange.view(torch.int16 if layer.element_bytes == 2 else torch.int32)[..., place]
-        published = (column < published_columns(layer, backward)).expand(plan.block_b, -1)
+        published = (column < published_columns(layer, backward)).expand(rows, -1)
         assert torch.equal(bits == -1, published.expand_as(bits)) and set(bits.unique().tolist()) <= {-1, 0}, plan
 
 

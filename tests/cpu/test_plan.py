@@ -133,7 +133,8 @@ def gluon_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) ->
         "resident": plan.programs <= plan.together * gpu.multiprocessors,
         "pairs": plan.together == 1 or (plan.together == 2 and plan.programs > gpu.multiprocessors),
         "waits": plan.wait == "data",
-        "tiled": plan.tiled or backward,
+        "tiled": plan.tiled or backward or plan.rows < 8,
+        "no padded tiles": plan.rows >= 8 or not plan.tiled,
     }
 
 
@@ -205,6 +206,7 @@ WRONG = {
         (dict(row_programs=2), "resident"), (dict(together=2, row_programs=3, row_blocks=3), "resident"),
         (dict(together=2), "pairs"), (dict(together=3, row_programs=2), "pairs"), (dict(together=0), "pairs"),
         (dict(wait=None), "waits"), (dict(wait="counter"), "waits"), (dict(tiled=False), "tiled"),
+        (dict(rows=4), "no padded tiles"),
     ],
 }  # fmt: skip
 
@@ -480,19 +482,19 @@ def test_programs_that_share_a_multiprocessor_pause_for_what_both_read():
         assert found == {(2, B, pause)}
 
 
-def test_few_rows_are_exchanged_by_rows_backward():
-    """Up to 16 rows, as long as a multiprocessor reads no more than 48 KiB in a step."""
+def test_few_rows_are_exchanged_by_rows():
+    """Fewer than a tile has; backward up to 16, as long as a multiprocessor reads no more than 48 KiB in a step."""
 
     def tiled(layer, backward=True, gpu=H100):
         return {(plan.rows, plan.tiled) for plan in ranked_plans(layer, backward, gpu)}
 
     assert (8, False) in tiled(ANCHOR) and (16, True) in tiled(ANCHOR._replace(H=1536))
-    assert all(by_tiles for _, by_tiles in tiled(ANCHOR._replace(B=17)))
-    assert all(by_tiles for _, by_tiles in tiled(TF32._replace(H=1024)))  # 8 rows are 64 KiB
+    assert all(by_tiles == (rows >= 8) for rows, by_tiles in tiled(ANCHOR._replace(B=17)))
+    assert all(by_tiles == (rows >= 8) for rows, by_tiles in tiled(TF32._replace(H=1024)))  # 8 rows are 64 KiB
     for layer in (ANCHOR, TF32, ANCHOR._replace(B=1), ANCHOR._replace(B=100, H=64)):
-        assert all(by_tiles for _, by_tiles in tiled(layer, backward=False))
+        assert all(by_tiles == (rows >= 8) for rows, by_tiles in tiled(layer, backward=False))
     for plan in ranked_plans(ANCHOR, True, H100):
-        assert plan.tiled == (plan.together * plan.rows * plan.columns * 2 > 48 * KIB)
+        assert plan.tiled == (plan.rows >= 8 and plan.together * plan.rows * plan.columns * 2 > 48 * KIB)
 
 
 def clocks(left, right, chunks, warps, kept, outputs_read):
