@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -115,20 +116,33 @@ def spills_of_a_step(cubin: bytes) -> int:
     return sum(one.name in ("LDL", "STL") for n in loop for one in blocks[n].instructions)
 
 
+@cache
+def usage(kernel: Kernel, plan: PersistentPlan) -> settle.Usage:
+    """What the kernel would use on another plan."""
+    return sequence_persistent.usages(*kernel[:3], [plan])[0]
+
+
+def taken(kernel: Kernel) -> PersistentPlan:
+    """The plan that the launcher would take on the kernel's GPU: the first, unless it spills too much."""
+    plans = ranked_plans(*kernel[:3])
+    return settle.first_clean(plans, lambda plan: usage(kernel, plan))
+
+
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("cuts", [False, pytest.param(True, marks=pytest.mark.long)], ids=["tiles", "tiles and cuts"])
 def test_a_plan_keeps_its_weights_on_the_chip_and_waits_as_it_says(cuts, part):
     some = chosen(cuts)[part::PARTS]
     assert some
-    for kernel in some:
+    for first in some:
+        kernel = first if first.plan.exact else first._replace(plan=taken(first))
         found = compiled(kernel)
         assert stays(found.asm["ttgir"], side_of_weights(kernel.plan)), kernel
         assert found.metadata.shared <= kernel.gpu.shared_bytes, kernel
         assert tensor_core(found.asm["ptx"]) != (kernel.layer.rate == "float32"), kernel
         assert bool(found.metadata.launch_cooperative_grid) == (kernel.plan.wait is not None), kernel
         if not kernel.plan.exact:
-            (usage,) = sequence_persistent.usages(*kernel[:3], [kernel.plan])
-            assert usage.spilled == 0 or spills_of_a_step(found.asm["cubin"]) == 0, kernel
+            spills = usage(kernel, kernel.plan).spilled  # ahead of the loop they cost nothing
+            assert spills == 0 or spills_of_a_step(found.asm["cubin"]) <= settle.MOST_SPILLED, kernel
             assert 0 <= found.metadata.shared - kernel.plan.shared_bytes <= 256, kernel
 
 
