@@ -27,7 +27,7 @@ import lstm_triton
 from benchmarks.problem import Problem, layers_of
 from benchmarks.rows import BASELINE
 from benchmarks.suites import STORAGE, TRAINING, Case
-from lstm_triton import reference, routing
+from lstm_triton import estimates, reference, routing
 
 Results = tuple[Tensor, ...]
 """(output, h_n, c_n) as `torch.nn.LSTM` returns them, of a cell (h, c)."""
@@ -263,7 +263,7 @@ class LstmTriton(Provider):
             return obstacle
         if case.suite not in self.CANDIDATE_SUITES:
             return "is measured in smaller suites"
-        passes = routing.passes(case.layer).values()
+        passes = estimates.passes(case.layer).values()
         found = [ranked_plans(case.layer, backward, gpu, self.how.preference) for backward in passes]
         missing = next((plans for plans in found if isinstance(plans, str)), None)
         usual = [ranked_plans(case.layer, backward, gpu)[0] for backward in passes]
@@ -280,7 +280,7 @@ class LstmTriton(Provider):
                 return "cudnn" if engine == "operator" else engine
         elif self.how.strategy != "persistent":
             return ""
-        return "; ".join(self._plan(case, name, backward) for name, backward in routing.passes(case.layer).items())
+        return "; ".join(self._plan(case, name, backward) for name, backward in estimates.passes(case.layer).items())
 
     def _plan(self, case: Case, name: str, backward: bool) -> str:
         """The plan of a pass: the one that ran in this process, else the first that would be tried."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lstm_triton_kernels.sizes import Layer
 
-from lstm_triton import LSTMSpec, routing
+from lstm_triton import LSTMSpec, estimates
 
 STORAGE = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32,
@@ -86,7 +86,7 @@ def regime(case: Case, device_type: str) -> str:
     """
     if device_type == "cpu":
         return CPU
-    return PERSISTENT if routing.asks_for_persistent(case.layer, case.L) else STANDARD
+    return PERSISTENT if estimates.asks_for_persistent(case.layer, case.L) else STANDARD
 
 
 def _anchor() -> Iterator[Case]:

@@ -24,12 +24,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from lstm_triton_kernels.gpus import GPU, gpu_of, product_us
+from lstm_triton_kernels.gpus import GPU, gpu_of
 from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import SUPPORTED_DTYPES, Layer, matmul_precision
 from lstm_triton_kernels.spec import STANDARD, LSTMSpec
 
 from lstm_triton import onnx_node, transforms
+from lstm_triton.estimates import call_us, cudnn_is_persistent, estimate_us, passes
 
 BACKENDS = ("auto", "triton", "torch")
 STRATEGIES = ("auto", "persistent", "stepwise", "cudnn")
@@ -48,37 +49,8 @@ FROM_ENVIRONMENT = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 CPU_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 """The types of PyTorch's operator on a CPU; of others it rounds the cell state at every step."""
 
-CUDNN_PERSISTENT_DTYPES = (torch.float16, torch.float32)
-
 MOST_CUDNN_STEPS = 65_535
 """cuDNN fails on longer sequences (github.com/pytorch/pytorch/issues/133751)."""
-
-STEPWISE_US = {False: 7.0, True: 10.0}
-"""A step forward (False) and backward (True) in two launches, replayed from a CUDA graph, without the time of the
-products: as measured on an H200 (benchmarks/NOTES.md)."""
-
-CUDNN_US = {
-    "persistent": {False: 1.3, True: 3.1},
-    "persistent, 64 units": {False: 0.5, True: 1.0},
-    "persistent, few units": {False: 1.7, True: 2.1},
-    "standard": {False: 6.0, True: 12.0},
-    "standard, capability 9.0": {False: 8.4, True: 14.1},
-    "standard, capability 9.0, packed": {False: 16.0, True: 29.0},
-}
-"""A step of cuDNN forward (False) and backward (True), without its GEMMs for all steps. As an H100 measured it: of its
-persistent kernels the usual time in float16 and, of at most 64 units, in float32 with TF32; of its standard algorithm
-the smallest, beside its product (benchmarks/results/h100-80gb-hbm3-2026-11-26-trial-layers*.txt); packed rows
-as an H200 measured them (older/h200-2026-11-26-gpu.csv). On other GPUs the standard algorithm is an assumption."""
-
-CUDNN_US_PER_1024, CUDNN_US_PER_ROW = {False: 0.8, True: 1.7}, {False: 0.1, True: 0.17}
-"""What 1,024 units add to a step of cuDNN's persistent kernel of many units; its least step for each row; likewise."""
-
-HOST_US = {"persistent": {False: 550.0, True: 1750.0}, "operator": {False: 150.0, True: 850.0}}
-"""What a call takes the host at least, forward (False) and for its backward pass (True), as measured beside an H100
-(h100-80gb-hbm3-2026-11-26-gpu.csv, rows of deepbench). Faster hosts need less for both."""
-
-CUDNN_FEW_UNITS = {False: 192, True: 128}
-"""Up to how many units PyTorch asks cuDNN for a persistent kernel in every type but float64; in training (True)."""
 
 FASTER = 0.9
 """`auto` takes the kernels in place of cuDNN where their estimate is below this part of cuDNN's: both are estimates."""
@@ -191,11 +163,6 @@ def _kernels(strategy: str, layer: Layer, gpu: GPU) -> Choice:
     return Choice("persistent", "a plan fits, and by estimate nothing else is faster")
 
 
-def passes(layer: Layer) -> dict[str, bool]:
-    """Return the passes that are computed, by name: whether it is the backward pass."""
-    return {"forward": False, "backward": True} if layer.training else {"forward": False}
-
-
 def why_not_persistent(layer: Layer, gpu: GPU) -> str | None:
     """Return what keeps the persistent kernels from computing a layer; None if nothing does."""
     for name, backward in passes(layer).items():
@@ -215,41 +182,6 @@ def why_rather_not_persistent(layer: Layer, gpu: GPU) -> str | None:
     return f"{own:.1f} us a step by estimate ({' and '.join(passes(layer))}); step by step it takes {other:.1f} us"
 
 
-def estimate_us(engine: str, layer: Layer, gpu: GPU) -> float:
-    """Return the time of a step of a layer by an engine, "persistent", "stepwise" or "operator": an estimate.
-
-    Of all its directions, and of the backward pass as well if that follows; without the products outside of the loop.
-    """
-    return sum(_estimate_us(engine, layer, backward, gpu) for backward in passes(layer).values())
-
-
-def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
-    if engine == "persistent":
-        plans = ranked_plans(layer, backward, gpu)
-        return float("inf") if isinstance(plans, str) else plans[0].estimate_us
-    if engine == "stepwise":
-        return (STEPWISE_US[backward] + product_us(layer, gpu)) * layer.D
-    if cudnn_is_persistent(layer):
-        if CUDNN_FEW_UNITS[False] >= layer.H:
-            return CUDNN_US["persistent, 64 units" if layer.H <= 64 else "persistent, few units"][backward] * layer.D
-        of_units = CUDNN_US["persistent"][backward] + CUDNN_US_PER_1024[backward] * layer.H / 1024
-        return max(of_units, CUDNN_US_PER_ROW[backward] * layer.B) * layer.D
-    measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
-    return (CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + product_us(layer, gpu)) * layer.D
-
-
-def call_us(engine: str, layer: Layer, gpu: GPU) -> float:
-    """Return the time of a call with a layer of T steps by an engine, "persistent" or "operator": an estimate.
-
-    Of its recurrence, without the products outside of the loop. The host and the device work at the same time, so that
-    the slower of them decides; but cuDNN's standard algorithm is launched step by step, and there the times add up.
-    """
-    host = sum(HOST_US[engine][backward] for backward in passes(layer).values())
-    device = layer.T * estimate_us(engine, layer, gpu)
-    by_steps = engine == "operator" and not cudnn_is_persistent(layer)
-    return host + device if by_steps else max(host, device)
-
-
 @functools.lru_cache(maxsize=4096)
 def unless_cudnn(own: Choice, layer: Layer, gpu: GPU) -> Choice:
     """Return the route by the persistent kernels where they are faster than cuDNN by a margin; else by the operator."""
@@ -261,26 +193,6 @@ def unless_cudnn(own: Choice, layer: Layer, gpu: GPU) -> Choice:
     if ours < FASTER * other:
         return Choice("persistent", compared)
     return Choice("operator", f"the persistent kernels would not take less than {FASTER} of its time: {compared}")
-
-
-def asks_for_persistent(layer: Layer, layers: int = 1) -> bool:
-    """Return whether PyTorch asks cuDNN for a persistent kernel for a stack that begins with this layer.
-
-    As `get_algo` in ATen's native/cudnn/RNN.cpp decides it on a large GPU of compute capability 8.0 or 9.0: for few
-    units in every type but float64; for many in float16.
-    """
-    many = layer.H <= 1024 and layer.H % 128 == layer.I % 128 == 0 and layer.B <= 128 and layer.B % 8 == 0
-    one = layers == layer.D == 1 and not layer.ragged
-    return CUDNN_FEW_UNITS[layer.training] >= layer.H or (many and one and layer.dtype == torch.float16)
-
-
-def cudnn_is_persistent(layer: Layer) -> bool:
-    """Return whether PyTorch asks cuDNN for a persistent kernel, and cuDNN has one.
-
-    For bfloat16 it asks as well where there are few units, but the profile of a run shows cuDNN's standard algorithm
-    (benchmarks/results, -kernels.json).
-    """
-    return asks_for_persistent(layer) and not (layer.ragged or layer.P) and layer.dtype in CUDNN_PERSISTENT_DTYPES
 
 
 def why_not_cudnn(device: torch.device, spec: LSTMSpec) -> str | None:

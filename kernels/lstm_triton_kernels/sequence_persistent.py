@@ -194,7 +194,7 @@ def layer_of(gates: Tensor, H: int, spec: LSTMSpec, order: Order) -> Layer:
 
 
 def plan_of(launch: Launch) -> PersistentPlan:
-    """Return the plan that a launch runs on: the first of the ranked ones that compiles without spilling.
+    """Return the plan that a launch runs on: the first of the ranked ones that hardly spills (settle.py).
 
     Raises RuntimeError with the reason where there is none.
     """

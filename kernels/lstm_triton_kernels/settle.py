@@ -1,4 +1,4 @@
-"""Settling which of the ranked plans of a launch runs: the first that compiles without spilling registers.
+"""Settling which of the ranked plans of a launch runs: the first that compiles to hardly any spilled register.
 
 A kernel is compiled where it is first used on a device, and what the compiler made of it decides. Kept for the process;
 Triton's cache on the disk keeps the kernels.

@@ -18,7 +18,7 @@ from lstm_triton_kernels.sizes import Layer
 from lstm_triton_kernels.spec import VARIANTS, LSTMSpec
 from lstm_triton_kernels.tensor_core_plan import fits, thread_registers
 
-from lstm_triton import routing
+from lstm_triton import estimates, routing
 from lstm_triton.cli.errors import UserError
 from lstm_triton.routing import Choice, Facts
 
@@ -131,7 +131,7 @@ def sections(layer: Layer, chosen: Sequence[Target], compiling: bool = False) ->
     for target in chosen:
         name = target.gpu.name
         found.append(Section(f"{name}: what runs", engine_facts(layer, target)))
-        for pass_name, backward in routing.passes(layer).items():
+        for pass_name, backward in estimates.passes(layer).items():
             rows = pass_facts(layer, target, backward)
             if compiling:
                 rows += compiled_facts(layer, target.gpu, backward)
@@ -387,7 +387,7 @@ def estimate_words(plan: PersistentPlan) -> str:
 
 def stepwise_us(layer: Layer, backward: bool, gpu: GPU) -> float:
     """Return the estimate of a step of one pass in launches of its own."""
-    both, forward = (routing.estimate_us("stepwise", layer._replace(training=t), gpu) for t in (True, False))
+    both, forward = (estimates.estimate_us("stepwise", layer._replace(training=t), gpu) for t in (True, False))
     return both - forward if backward else forward
 
 

@@ -16,7 +16,7 @@ from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import Layer
 
 from benchmarks import suites
-from lstm_triton import VARIANTS, routing
+from lstm_triton import VARIANTS, estimates
 from tests.compiled.layers import DTYPES, Case, Plans
 from tests.support.persistent import SERVED
 
@@ -169,7 +169,7 @@ def planned() -> Iterator[Planned]:
     shapes = [case.layer for case in suites.cases(suites.GPU_SUITES) if not case.cell]
     for shape, ragged in itertools.product(shapes, (False, True)):
         whole = shape._replace(ragged=ragged)
-        for backward in routing.passes(whole).values():
+        for backward in estimates.passes(whole).values():
             plans = ranked_plans(whole, backward, GPUS["h100"])
             if isinstance(plans, str):
                 continue

@@ -27,9 +27,12 @@ from lstm_triton_kernels.sizes import Layer
 
 from benchmarks.simulator.sass import basic_blocks, disassemble, time_loop
 from benchmarks.suites import GPU_SUITES, cases
-from lstm_triton import VARIANTS, LSTMSpec, routing
+from lstm_triton import VARIANTS, LSTMSpec, estimates
 
 PARTS = 6
+
+MOST_ACCESSES = 16
+"""Of spilled registers in a step, by a thread of a kernel in Gluon."""
 
 
 class Kernel(NamedTuple):
@@ -60,7 +63,7 @@ def chosen(cuts: bool = False) -> list[Kernel]:
     suites = [case for case in cases(GPU_SUITES) if not case.cell]
     for gpu, case, ragged in itertools.product(GPUS.values(), suites, (False, True)):
         layer = case.layer._replace(ragged=ragged)
-        for backward in routing.passes(layer).values():
+        for backward in estimates.passes(layer).values():
             plans = ranked_plans(layer, backward, gpu)
             if not isinstance(plans, str):
                 kernel = Kernel(layer, backward, gpu, plans[0])
@@ -141,8 +144,8 @@ def test_a_plan_keeps_its_weights_on_the_chip_and_waits_as_it_says(cuts, part):
         assert tensor_core(found.asm["ptx"]) != (kernel.layer.rate == "float32"), kernel
         assert bool(found.metadata.launch_cooperative_grid) == (kernel.plan.wait is not None), kernel
         if not kernel.plan.exact:
-            spills = usage(kernel, kernel.plan).spilled  # ahead of the loop they cost nothing
-            assert spills == 0 or spills_of_a_step(found.asm["cubin"]) <= settle.MOST_SPILLED, kernel
+            spilled = usage(kernel, kernel.plan).spilled  # ahead of the loop that costs nothing
+            assert spilled == 0 or spills_of_a_step(found.asm["cubin"]) <= MOST_ACCESSES, kernel
             assert 0 <= found.metadata.shared - kernel.plan.shared_bytes <= 256, kernel
 
 
@@ -186,7 +189,7 @@ def test_a_spill_is_told():
     usage = settle.usage_elsewhere(kernel, plan.grid, squeezed, 90)
     assert usage.registers <= 64 and usage.spilled > settle.MOST_SPILLED
     with settle.absent_gpu(90):
-        assert spills_of_a_step(kernel.run(grid=plan.grid, warmup=True, **squeezed).asm["cubin"]) > 0
+        assert spills_of_a_step(kernel.run(grid=plan.grid, warmup=True, **squeezed).asm["cubin"]) > MOST_ACCESSES
 
 
 def test_a_tool_that_fails_says_why(tmp_path):

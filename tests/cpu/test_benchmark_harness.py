@@ -35,7 +35,7 @@ from benchmarks.providers import (
 )
 from benchmarks.suites import FORWARD, TRAINING, Case
 from benchmarks.worker import Worker
-from lstm_triton import routing
+from lstm_triton import estimates, routing
 from tests.support import planted
 
 CPU = torch.device("cpu")
@@ -436,7 +436,7 @@ def h100(monkeypatch):
 
 def ranked(case, preference):
     """The plans of each pass."""
-    passes = routing.passes(case.layer)
+    passes = estimates.passes(case.layer)
     return {n: ranked_plans(case.layer, b, gpus.GPUS["h100"], preference) for n, b in passes.items()}
 
 

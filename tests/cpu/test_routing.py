@@ -20,8 +20,9 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_triton
-from lstm_triton import VARIANTS, CoupledLSTM, LSTMSpec, aten, autograd, functional, routing
-from lstm_triton.routing import CUDNN_US, FASTER, HOST_US, STEPWISE_US, Choice, Facts, decide
+from lstm_triton import VARIANTS, CoupledLSTM, LSTMSpec, aten, autograd, estimates, functional, routing
+from lstm_triton.estimates import CUDNN_US, HOST_US, STEPWISE_US
+from lstm_triton.routing import FASTER, Choice, Facts, decide
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 H100 = GPUS["h100"]
@@ -93,7 +94,7 @@ def test_the_users_choice_wins_or_is_an_error_and_auto_always_finds_something(
     else:
         own = routing.kernels("auto", layer, gpu)
         persistent = own.name == "persistent"
-        faster = persistent and routing.call_us("persistent", layer, gpu) < FASTER * routing.call_us(
+        faster = persistent and estimates.call_us("persistent", layer, gpu) < FASTER * estimates.call_us(
             "operator", layer, gpu
         )
         assert found.name == ("persistent" if faster else "operator")
@@ -102,8 +103,8 @@ def test_the_users_choice_wins_or_is_an_error_and_auto_always_finds_something(
 @thorough
 @given(layers, machines)
 def test_a_layer_without_obstacle_has_plans_for_every_pass(layer, gpu):
-    plans = [ranked_plans(layer, backward, gpu) for backward in routing.passes(layer).values()]
-    assert list(routing.passes(layer)) == (["forward", "backward"] if layer.training else ["forward"])
+    plans = [ranked_plans(layer, backward, gpu) for backward in estimates.passes(layer).values()]
+    assert list(estimates.passes(layer)) == (["forward", "backward"] if layer.training else ["forward"])
     assert (routing.why_not_persistent(layer, gpu) is None) == all(isinstance(p, tuple) for p in plans)
 
 
@@ -161,7 +162,7 @@ def test_both_passes_together_decide_for_training(monkeypatch):
     def timed(layer, backward, gpu):
         return [replace(plans(layer, backward, gpu)[0], estimate_us=took[backward])]
 
-    monkeypatch.setattr(routing, "ranked_plans", timed)
+    monkeypatch.setattr(estimates, "ranked_plans", timed)
     training = of(dict(training=True))
     assert "9.0 us a step by estimate (forward)" in routing.why_rather_not_persistent(ANCHOR, H100)
     assert routing.why_rather_not_persistent(training, H100) is None
@@ -173,21 +174,21 @@ def test_the_estimates_by_hand():
     layer = of(dict(spec=FULL, D=2, training=True))
     product = 2 * 16 * 768 * 768 * (4 + 3) / (0.5 * 989e6)
     both = 2 * (STEPWISE_US[False] + product) + 2 * (STEPWISE_US[True] + product)
-    assert routing.estimate_us("stepwise", layer, H100) == pytest.approx(both, rel=1e-12)
+    assert estimates.estimate_us("stepwise", layer, H100) == pytest.approx(both, rel=1e-12)
     plans = [ranked_plans(layer, backward, H100)[0] for backward in (False, True)]
-    assert routing.estimate_us("persistent", layer, H100) == sum(plan.estimate_us for plan in plans)
+    assert estimates.estimate_us("persistent", layer, H100) == sum(plan.estimate_us for plan in plans)
     product = 2 * 16 * 768 * 768 * 4 / (0.5 * 989e6)
-    assert routing.estimate_us("operator", ANCHOR, H100) == pytest.approx(8.4 + product, rel=1e-12)
-    assert routing.estimate_us("operator", of(dict(ragged=True)), H100) == pytest.approx(16 + product, rel=1e-12)
+    assert estimates.estimate_us("operator", ANCHOR, H100) == pytest.approx(8.4 + product, rel=1e-12)
+    assert estimates.estimate_us("operator", of(dict(ragged=True)), H100) == pytest.approx(16 + product, rel=1e-12)
     product = 2 * 16 * 768 * 768 * 4 / (0.5 * 312e6)
-    assert routing.estimate_us("operator", ANCHOR, GPUS["a100"]) == pytest.approx(6 + product, rel=1e-12)
+    assert estimates.estimate_us("operator", ANCHOR, GPUS["a100"]) == pytest.approx(6 + product, rel=1e-12)
     forward, backward = 1.3 + 0.8 * 768 / 1024, 3.1 + 1.7 * 768 / 1024
     for fields, estimate in (
         (HALF, forward), (HALF | dict(training=True), forward + backward),
         (HALF | dict(training=True, B=64), 6.4 + 0.17 * 64), (HALF | dict(H=64, training=True), 0.5 + 1.0),
         (HALF | dict(H=128), 1.7),
     ):  # fmt: skip
-        assert routing.estimate_us("operator", of(fields), GPUS["a100"]) == pytest.approx(estimate)
+        assert estimates.estimate_us("operator", of(fields), GPUS["a100"]) == pytest.approx(estimate)
     assert all(set(entry) == {False, True} for entry in (*CUDNN_US.values(), *HOST_US.values()))
 
 
@@ -197,11 +198,11 @@ def test_the_time_of_a_call_by_hand():
         layer = of(fields | dict(T=T))
         for engine in ("persistent", "operator"):
             host = HOST_US[engine][False] + (HOST_US[engine][True] if layer.training else 0)
-            device = T * routing.estimate_us(engine, layer, H100)
-            assert routing.call_us(engine, layer, H100) == max(host, device)
+            device = T * estimates.estimate_us(engine, layer, H100)
+            assert estimates.call_us(engine, layer, H100) == max(host, device)
     standard = of(dict(T=25))
-    device = 25 * routing.estimate_us("operator", standard, H100)
-    assert routing.call_us("operator", standard, H100) == HOST_US["operator"][False] + device
+    device = 25 * estimates.estimate_us("operator", standard, H100)
+    assert estimates.call_us("operator", standard, H100) == HOST_US["operator"][False] + device
 
 
 @pytest.mark.parametrize("fields", [dict(), dict(training=True)])
@@ -225,17 +226,17 @@ STANDARD_ALGORITHM = [
 
 @pytest.mark.parametrize("fields", PERSISTENT, ids=str)
 def test_where_pytorch_asks_cudnn_for_a_persistent_kernel(fields):
-    assert routing.cudnn_is_persistent(of(fields))
+    assert estimates.cudnn_is_persistent(of(fields))
 
 
 @pytest.mark.parametrize("fields", STANDARD_ALGORITHM, ids=str)
 def test_where_pytorch_asks_cudnn_for_the_standard_algorithm(fields):
-    assert not routing.cudnn_is_persistent(of(fields))
+    assert not estimates.cudnn_is_persistent(of(fields))
 
 
 def test_the_kernels_must_be_faster_than_cudnn_by_a_margin(monkeypatch):
     layer = of(dict(training=True))
-    ours, cudnn = routing.call_us("persistent", layer, H100), routing.call_us("operator", layer, H100)
+    ours, cudnn = estimates.call_us("persistent", layer, H100), estimates.call_us("operator", layer, H100)
     own = Choice("persistent", FITS)
     text = f"{ours / 1e3:.2f} ms a call, {cudnn / 1e3:.2f} ms by cuDNN's standard algorithm; both are estimates"
     assert ours < FASTER * cudnn and routing.unless_cudnn(own, layer, H100) == ("persistent", text)
@@ -280,7 +281,7 @@ def takes_the_kernels(layer):
 def test_auto_never_takes_kernels_that_are_estimated_to_be_slower_than_cudnn_was_measured(file):
     found = list(measured(file))
     taken = [(layer, us) for layer, us, _ in found if takes_the_kernels(layer)]
-    assert all(routing.estimate_us("persistent", layer, H100) < us for layer, us in taken)
+    assert all(estimates.estimate_us("persistent", layer, H100) < us for layer, us in taken)
     assert len(found) > 40 and len(taken) > 20
 
 
