@@ -103,10 +103,10 @@ PIPELINED = Case("standard", "tf32", 2, 64, 128, stepwise=True)  # as `gates.pro
 def faults() -> Iterator[Planted]:
     """Wrong results, races, accesses outside, missing barriers and orders: one of each."""
     masked = replace(DATA, H=134, B=1)
-    shuffle = r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )2,"
-    shared = r"(st\.shared::cta\.\S+ \[ %r\d+ \+ )0"
+    shuffle = r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )1,"  # of the sums
+    shared = r"(st\.shared\S+\s+\[ ?%r\d+)(?: \+ 0)? ?\]"
     yield from gluon_faults()
-    yield Planted("a shuffle's distance 2 made 4", DATA, replaced(FORWARD, shuffle, r"\g<1>4,", count=1))
+    yield Planted("a shuffle's distance 1 made 4", DATA, replaced(FORWARD, shuffle, r"\g<1>4,", count=1))
     plain = replaced(FORWARD, r"ld\.volatile\.global", "ld.global")
     yield Planted("volatile loads made plain", replace(DATA, weak=True), plain)
     yield Planted("no turn of the data wait", DATA, only_in(FORWARD, no_retry))
@@ -117,7 +117,7 @@ def faults() -> Iterator[Planted]:
     for access in ("st", "ld"):
         change = only_in(FORWARD, functools.partial(unguarded, pattern=rf"{access}\.global\.b32"))
         yield Planted(f"a {access}.global without its mask", masked, change)
-    yield Planted("a shared store 4 bytes further", DATA, replaced(FORWARD, shared, r"\g<1>4", count=1))
+    yield Planted("a shared store 4 bytes further", DATA, replaced(FORWARD, shared, r"\g<1>+4]", count=1))
     # So many rows that several warps store what is published.
     full = replace(COUNTER, B=22, block_b=16, weak=True).with_blocks_of(11)
     for kernel, what, n in ((FORWARD, "h_0", 0), (FORWARD, "h_t", 1), (BACKWARD, "gradients", -1)):
