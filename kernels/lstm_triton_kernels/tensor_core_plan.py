@@ -1,7 +1,7 @@
 """Plans of the kernels in Gluon, for products on tensor cores: candidates, with an estimate.
 
-The estimate was fitted to a study on an H100 (benchmarks/NOTES.md, "The study in Gluon"), to 16 plans of one row block
-with a pause. Of the 14 that are candidates here it is 0.89 to 1.10 of what was measured.
+The estimate was fitted to 190 plans that an H100 measured, of 29 shapes, most with the best of several pauses
+(benchmarks/NOTES.md, "The kernels in Gluon on an H100"). It is 0.80 to 1.22 of what was measured.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterator
 from functools import cache
+from math import log2
 from typing import NamedTuple
 
 from lstm_triton_kernels.gpus import GPU
@@ -39,22 +40,27 @@ RESERVED_BYTES = 1024
 CHUNK_BYTES = 64
 """Of a row in a chunk, see polling.py."""
 
-STEP_US, US_PER_KIB = 0.73, 0.02
-"""A step beside the products and sums, and for what a multiprocessor reads of L2 in it: fitted."""
-PIECE_US = 0.25
-"""For each further piece in which the columns are read: by simulation."""
+
+UNITS_US, LEAST_UNIT_PROGRAMS, PROGRAMS_US = 0.1, 8, 0.041
+"""A step, for each doubling of the programs that share the units, at least so many, and of all programs."""
+EIGHT_ROWS_US = {False: 0.038, True: 0.44}
+"""For every 8 rows of the programs on a multiprocessor, forward and backward (True)."""
+KIB_US, PIECE_US = 0.0125, 0.08
+"""For each KiB that a multiprocessor reads of L2, and for each further piece in which it is read."""
+OUTPUT_US = 0.19
+"""For each output of a thread but the first."""
+PRODUCTS, KEPT, SUMS = 0.77, 0.68, 3.6
+"""Times the clocks of the products at PRODUCT_CLOCKS, and at SHARED_BYTES_PER_CLOCK those of reading the kept weights
+and of writing the parts of the sums."""
 PRODUCT_CLOCKS = 8
 """Of a quarter of a multiprocessor, at least, for a product of 16 x 8 x 16 elements of 16 bits, half as many of 32."""
-OUTPUT_CLOCKS = 150
-"""For each output of a thread but the first: by simulation."""
-POLL_CLOCKS = 10
-"""Likewise, for the poll of a chunk of 8 rows: an assumption."""
 SHARED_BYTES_PER_CLOCK = 128
-"""For weights and sums in shared memory."""
+"""Of a multiprocessor."""
 
 PAUSE, PAUSE_PER_KIB, MOST_PAUSE = 300, 25, 700
 """Clocks from a program's last store to its first poll, by what a multiprocessor reads in a step: the best of those
-tried were 300 for 4 KiB, 500 for 12, 700 for more. With several row blocks a program has other work meanwhile."""
+tried were 300 for 4 KiB, 500 for 12, 700 for more. With several row blocks a program has other work meanwhile, and of
+programs of one row a poll that comes too early costs less than a pause."""
 
 ROW_MAJOR_ROWS, ROW_MAJOR_KIB = 16, 48
 """Backward, for batches of up to so many rows, and as long as a multiprocessor reads no more, an exchange buffer by
@@ -137,19 +143,18 @@ def _plans(
     working = WORKING_REGISTERS[backward] + OUTPUT_REGISTERS[backward] * outputs
     working += BLOCKS_REGISTERS if blocks > 1 else 0
     needed = ceil_div(columns, block_k * warps)
+    of_grid = UNITS_US * log2(max(LEAST_UNIT_PROGRAMS, unit_programs)) + EIGHT_ROWS_US[backward] * together * rows / 8
+    of_grid += PROGRAMS_US * log2(unit_programs * row_programs * layer.D)
     for cut in _cuts(needed, left_rows, tile_rows, registers - working, registers - loading):
         kept_bytes = cut.kept * warps * left_rows * CHUNK_BYTES
         shared_bytes = kept_bytes + warps * left_rows * tile_rows * 4
         if not fits(together, shared_bytes, gpu):
             continue
         read_kib = together * rows * cut.chunks * warps * CHUNK_BYTES / 1024
-        of_chunk = product_clocks(layer, gpu) * 2 * left_rows // 16 + POLL_CLOCKS
-        of_warps = of_chunk * cut.chunks * tile_rows // 8 * max(1, warps / 4)
-        part_bytes = warps * left_rows * tile_rows * 4
-        readers = max(1, 32 * warps // (units * tile_rows))  # threads that have the same output
-        shared_traffic = kept_bytes + (1 + readers) * part_bytes
-        clocks = together * (of_warps + shared_traffic / SHARED_BYTES_PER_CLOCK) + OUTPUT_CLOCKS * (outputs - 1)
-        step_us = STEP_US + US_PER_KIB * read_kib + PIECE_US * (cut.chunks // cut.group - 1)
+        products = 2 * left_rows // 16 * cut.chunks * tile_rows // 8 * max(1, warps / 4)
+        shared_clocks = (KEPT * kept_bytes + SUMS * (shared_bytes - kept_bytes)) / SHARED_BYTES_PER_CLOCK
+        clocks = together * (PRODUCTS * products * product_clocks(layer, gpu) + shared_clocks)
+        step_us = of_grid + KIB_US * read_kib + PIECE_US * (cut.chunks // cut.group - 1) + OUTPUT_US * (outputs - 1)
         yield PersistentPlan(
             block_u=units,
             block_b=tile_rows,
@@ -164,7 +169,7 @@ def _plans(
             row_blocks=row_blocks,
             num_warps=warps,
             wait="data",
-            pause=min(MOST_PAUSE, round(PAUSE + PAUSE_PER_KIB * read_kib)) if blocks == 1 else 0,
+            pause=min(MOST_PAUSE, round(PAUSE + PAUSE_PER_KIB * read_kib)) if blocks == 1 < rows else 0,
             exact=False,
             tile_bytes=cut.chunks * warps * left_rows * CHUNK_BYTES,
             register_bytes=4 * cut.registers,
