@@ -255,11 +255,12 @@ def test_how_programs_wait_and_what_the_other_way_would_take(options, backward, 
 @pytest.mark.parametrize(
     "options, backward, values, pause",
     [
-        (dict(hidden=250, batch=4), False, "h", True),
-        (dict(hidden=250, batch=4, variant="full"), False, "h and c", True),
-        (dict(hidden=250, batch=1), True, "gradients", True),
+        (dict(hidden=250, batch=64), False, "h", True),
+        (dict(hidden=250, batch=64, variant="full"), False, "h and c", True),
+        (dict(hidden=250, batch=64), True, "gradients", True),
+        (dict(hidden=250, batch=1), True, "gradients", False),
         (dict(hidden=250, batch=5000), False, "h", False),
-        (dict(hidden=12, batch=4), True, "gradients", True),  # one program holds all units
+        (dict(hidden=12, batch=400), True, "gradients", True),  # one program holds all units
     ],
 )
 def test_on_tensor_cores_every_warp_waits_by_the_data(options, backward, values, pause, dtype):
