@@ -65,7 +65,8 @@ class Case:
         precision = "tf32" if self.dtype == "tf32" else "ieee"
         training = self.mode == TRAINING
         sizes = (self.T, self.B, self.H, self.D)
-        return Layer(self.spec, *sizes, STORAGE[self.dtype], precision, self.I, training=training, ragged=self.ragged)
+        dtype = STORAGE[self.dtype]
+        return Layer(self.spec, *sizes, dtype, precision, self.I, training=training, ragged=self.ragged, L=self.L)
 
     @property
     def work(self) -> int:
@@ -86,7 +87,7 @@ def regime(case: Case, device_type: str) -> str:
     """
     if device_type == "cpu":
         return CPU
-    return PERSISTENT if estimates.asks_for_persistent(case.layer, case.L) else STANDARD
+    return PERSISTENT if estimates.asks_for_persistent(case.layer, case.layer.training) else STANDARD
 
 
 def _anchor() -> Iterator[Case]:

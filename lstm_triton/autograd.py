@@ -109,7 +109,8 @@ def differentiable_layer(*arguments: Any) -> Any:
     recorded = transforms.recorded(tensors) if transforms.active() else True in [t.requires_grad for t in tensors]
     if recorded and torch.is_grad_enabled():
         call = call._replace(save=call.engine != "operator inside")
-        return LSTMLayerFunction.apply(call, given.order.lengths, given.order.resets, *tensors)[:4]
+        function = TransformedLayerFunction if transforms.active() else LSTMLayerFunction
+        return function.apply(call, given.order.lengths, given.order.resets, *tensors)[:4]
     run = forward_pass if unwatched(tensors) else layer_forward
     return run(*arguments)[:4]
 
@@ -214,25 +215,16 @@ LAYER.impl("layer", differentiable_layer, "CompositeImplicitAutograd")
 
 
 class LSTMLayerFunction(torch.autograd.Function):
-    """apply(call, lengths, resets, x, h_0, c_0, *weights) -> the fields of `layer.LayerResult`."""
+    """apply(call, lengths, resets, x, h_0, c_0, *weights) -> the fields of `layer.LayerResult`.
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        call: Call, lengths: Tensor | None, resets: Tensor | None, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        run = forward_pass if unwatched((x, h_0, c_0, *weights)) else layer_forward
-        return run(x, h_0, c_0, weights, lengths, resets, *call)
+    Outside of torch.func: a Function that has `setup_context` looks up its signature at every call.
+    """
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.recorder = transforms.recorder()
-        ctx.call, *tensors = inputs
-        hidden, _, _, _, gates, cells = output
-        ctx.mark_non_differentiable(gates, cells)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, gates, cells, *tensors)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = compute(*inputs)
+        keep(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -253,3 +245,29 @@ class LSTMLayerFunction(torch.autograd.Function):
             arguments = (x, h_0, c_0, weights, lengths, resets, *ctx.call)
             computed = iter(run(*given, hidden, gates, cells, needs, *arguments))
         return None, None, None, *(next(computed) if needed else None for needed in needs)
+
+
+def compute(
+    call: Call, lengths: Tensor | None, resets: Tensor | None, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor
+) -> tuple[Tensor, ...]:
+    """Compute what the Function returns."""
+    run = forward_pass if unwatched((x, h_0, c_0, *weights)) else layer_forward
+    return run(x, h_0, c_0, weights, lengths, resets, *call)
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what the backward pass of the Function reads."""
+    ctx.recorder = transforms.recorder()
+    ctx.call, *tensors = inputs
+    hidden, _, _, _, gates, cells = output
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, gates, cells, *tensors)
+
+
+class TransformedLayerFunction(LSTMLayerFunction):
+    """The same inside of torch.func's transforms."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(compute)  # type: ignore[assignment]
+    setup_context = staticmethod(keep)

@@ -17,9 +17,13 @@ STEPWISE_US = {False: 7.0, True: 10.0}
 """A step forward (False) and backward (True) in two launches, replayed from a CUDA graph, without the time of the
 products: as measured on an H200 (benchmarks/NOTES.md)."""
 
+STEPWISE_PRODUCT, STEPWISE_ROWS = 6.0, 128
+"""Times the time of `product_us`: the product in such a step, as 64 rows of 1,024 units took it on an H100 and an H200,
+at least. Of so many rows; the product of more takes as long as that, or as `product_us` says."""
+
 CUDNN_US = {
     "persistent": {False: 1.3, True: 3.1},
-    "persistent, 64 units": {False: 0.5, True: 1.0},
+    "persistent, 64 units": {False: 0.4, True: 0.76},
     "persistent, few units": {False: 1.7, True: 2.1},
     "standard": {False: 6.0, True: 12.0},
     "standard, capability 9.0": {False: 8.4, True: 14.1},
@@ -31,14 +35,23 @@ the smallest, beside its product (benchmarks/results/h100-80gb-hbm3-2026-11-26-t
 as an H200 measured them (older/h200-2026-11-26-gpu.csv). On other GPUs the standard algorithm is an assumption."""
 
 CUDNN_US_PER_1024, CUDNN_US_PER_ROW = {False: 0.8, True: 1.7}, {False: 0.1, True: 0.17}
-"""What 1,024 units add to a step of cuDNN's persistent kernel of many units; its least step for each row; likewise."""
+"""What 1,024 units add to a step of cuDNN's persistent kernel of many units; its least step for each row; likewise.
+Forward also of few units but more than 64: 2,000 rows of 192 took 426 us."""
+
+CUDNN_PRODUCT = 2.5
+"""Times the time of `product_us`: the product in a step of cuDNN's standard algorithm, as 128 and 256 rows of 1,024
+units in bfloat16 took it (h100-80gb-hbm3-2026-11-26-suites.csv). In TF32 it is one of float32 where 4 does not divide
+H."""
+
+CUDNN_LAUNCH_US = {False: 11.0, True: 22.0}
+"""What the host needs for a step of cuDNN's standard algorithm, at least: those rows of up to 256 rows took no less."""
 
 HOST_US = {"persistent": {False: 550.0, True: 1750.0}, "operator": {False: 150.0, True: 850.0}}
 """What a call takes the host at least, forward (False) and for its backward pass (True), as measured beside an H100
-(h100-80gb-hbm3-2026-11-26-gpu.csv, rows of deepbench). Faster hosts need less for both."""
+(older/h100-80gb-hbm3-2026-11-26-gpu.csv, rows of deepbench). Faster hosts need less for both."""
 
 CUDNN_FEW_UNITS = {False: 192, True: 128}
-"""Up to how many units PyTorch asks cuDNN for a persistent kernel in every type but float64; in training (True)."""
+"""Up to how many units PyTorch asks cuDNN for a persistent kernel in every type but float64; backward (True)."""
 
 
 def passes(layer: Layer) -> dict[str, bool]:
@@ -59,43 +72,55 @@ def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
         plans = ranked_plans(layer, backward, gpu)
         return float("inf") if isinstance(plans, str) else plans[0].estimate_us
     if engine == "stepwise":
-        return (STEPWISE_US[backward] + product_us(layer, gpu)) * layer.D
-    if cudnn_is_persistent(layer):
-        if CUDNN_FEW_UNITS[False] >= layer.H:
-            return CUDNN_US["persistent, 64 units" if layer.H <= 64 else "persistent, few units"][backward] * layer.D
-        of_units = CUDNN_US["persistent"][backward] + CUDNN_US_PER_1024[backward] * layer.H / 1024
-        return max(of_units, CUDNN_US_PER_ROW[backward] * layer.B) * layer.D
-    measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
-    return (CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + product_us(layer, gpu)) * layer.D
+        few = layer._replace(B=min(layer.B, STEPWISE_ROWS))
+        return (STEPWISE_US[backward] + max(STEPWISE_PRODUCT * product_us(few, gpu), product_us(layer, gpu))) * layer.D
+    least = 0.0
+    if cudnn_is_persistent(layer, backward):
+        if CUDNN_FEW_UNITS[backward] >= layer.H:
+            step = CUDNN_US["persistent, 64 units" if layer.H <= 64 else "persistent, few units"][backward]
+            least = CUDNN_US_PER_ROW[False] * layer.B if layer.H > 64 and not backward else 0.0
+        else:
+            step = CUDNN_US["persistent"][backward] + CUDNN_US_PER_1024[backward] * layer.H / 1024
+            least = CUDNN_US_PER_ROW[backward] * layer.B
+    else:
+        multiplied = layer._replace(precision="ieee") if layer.rate == "tf32" and layer.H % 4 else layer
+        measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
+        step = CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + CUDNN_PRODUCT * product_us(multiplied, gpu)
+        least = CUDNN_LAUNCH_US[backward]
+    return max(step, least) * layer.D
 
 
 def call_us(engine: str, layer: Layer, gpu: GPU) -> float:
-    """Return the time of a call with a layer of T steps by an engine, "persistent" or "operator": an estimate.
+    """Return the time that a call with a layer of T steps takes for it, by "persistent" or "operator": an estimate.
 
     Of its recurrence, without the products outside of the loop. The host and the device work at the same time, so that
     the slower of them decides; but cuDNN's standard algorithm is launched step by step, and there the times add up.
     """
     host = sum(HOST_US[engine][backward] for backward in passes(layer).values())
     device = layer.T * estimate_us(engine, layer, gpu)
-    by_steps = engine == "operator" and not cudnn_is_persistent(layer)
+    if engine == "persistent":
+        return max(host, device)
+    host /= layer.L  # a call is that of all layers
+    by_steps = not all(cudnn_is_persistent(layer, backward) for backward in passes(layer).values())
     return host + device if by_steps else max(host, device)
 
 
-def asks_for_persistent(layer: Layer, layers: int = 1) -> bool:
-    """Return whether PyTorch asks cuDNN for a persistent kernel for a stack that begins with this layer.
+def asks_for_persistent(layer: Layer, backward: bool) -> bool:
+    """Return whether PyTorch asks cuDNN for a persistent kernel for a pass of a stack that begins with this layer.
 
     As `get_algo` in ATen's native/cudnn/RNN.cpp decides it on a large GPU of compute capability 8.0 or 9.0: for few
     units in every type but float64; for many in float16.
     """
     many = layer.H <= 1024 and layer.H % 128 == layer.I % 128 == 0 and layer.B <= 128 and layer.B % 8 == 0
-    one = layers == layer.D == 1 and not layer.ragged
-    return CUDNN_FEW_UNITS[layer.training] >= layer.H or (many and one and layer.dtype == torch.float16)
+    one = layer.L == layer.D == 1 and not layer.ragged
+    return CUDNN_FEW_UNITS[backward] >= layer.H or (many and one and layer.dtype == torch.float16)
 
 
-def cudnn_is_persistent(layer: Layer) -> bool:
-    """Return whether PyTorch asks cuDNN for a persistent kernel, and cuDNN has one.
+def cudnn_is_persistent(layer: Layer, backward: bool) -> bool:
+    """Return whether PyTorch asks cuDNN for a persistent kernel for a pass, and cuDNN has one.
 
     For bfloat16 it asks as well where there are few units, but the profile of a run shows cuDNN's standard algorithm
     (benchmarks/results, -kernels.json).
     """
-    return asks_for_persistent(layer) and not (layer.ragged or layer.P) and layer.dtype in CUDNN_PERSISTENT_DTYPES
+    asked = asks_for_persistent(layer, backward) and not (layer.ragged or layer.P)
+    return asked and layer.dtype in CUDNN_PERSISTENT_DTYPES

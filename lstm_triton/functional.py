@@ -173,7 +173,7 @@ def lstm(
     ragged = order.ragged or (packing is not None and not packing.full)
     of_layer = Layer(
         spec, layout.T, layout.B, H, D, x.dtype, I=I, P=proj_size, ragged=ragged,
-        training=tracked,
+        training=tracked, L=L,
     )  # fmt: skip
     engine = routing.route(of_layer, x.device, strategy, asked, packing is not None).name
     if not engine.startswith("operator"):

@@ -55,6 +55,8 @@ MOST_CUDNN_STEPS = 65_535
 FASTER = 0.9
 """`auto` takes the kernels in place of cuDNN where their estimate is below this part of cuDNN's: both are estimates."""
 
+SINGLE_STEP = "a single step reads the weights once, whatever computes it"
+
 COMPILED_FOR = (256, 16)
 """The time steps and rows for which `auto` decides between cuDNN and the kernels inside of torch.compile."""
 
@@ -114,8 +116,9 @@ def decide(facts: Facts) -> Choice:
         return Choice(engine, reason)
     if facts.gpu is None:
         return Choice("kernels", "chosen when the graph runs")
-    own = kernels("auto", layer, facts.gpu)
-    return unless_cudnn(own, layer, facts.gpu) if facts.cudnn_may and layer.B > 0 else own
+    if facts.cudnn_may and layer.B > 0:
+        return persistent_or_cudnn(layer, facts.gpu)
+    return kernels("auto", layer, facts.gpu)
 
 
 def backend_of(facts: Facts) -> Choice:
@@ -146,7 +149,7 @@ def kernels(strategy: str, layer: Layer, gpu: GPU) -> Choice:
     """
     if layer.B == 0:
         return Choice("stepwise", "there are no rows")
-    return _kernels(strategy, layer._replace(T=min(layer.T, 2), I=0), gpu)
+    return _kernels(strategy, layer._replace(T=min(layer.T, 2), I=0, L=1), gpu)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -175,7 +178,7 @@ def why_not_persistent(layer: Layer, gpu: GPU) -> str | None:
 def why_rather_not_persistent(layer: Layer, gpu: GPU) -> str | None:
     """Return why `auto` does without the persistent kernels where they could run; None if it does not."""
     if layer.T == 1:
-        return "a single step reads the weights once, whatever computes it"
+        return SINGLE_STEP
     own, other = estimate_us("persistent", layer, gpu), estimate_us("stepwise", layer, gpu)
     if own <= other:
         return None
@@ -183,12 +186,13 @@ def why_rather_not_persistent(layer: Layer, gpu: GPU) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def unless_cudnn(own: Choice, layer: Layer, gpu: GPU) -> Choice:
+def persistent_or_cudnn(layer: Layer, gpu: GPU) -> Choice:
     """Return the route by the persistent kernels where they are faster than cuDNN by a margin; else by the operator."""
-    if own.name != "persistent":
-        return Choice("operator", f"it has this variant, and the persistent kernels are out: {own.reason}")
-    ours, other = call_us(own.name, layer, gpu), call_us("operator", layer, gpu)
-    algorithm = "persistent" if cudnn_is_persistent(layer) else "standard"
+    obstacle = why_not_persistent(layer, gpu) or (SINGLE_STEP if layer.T == 1 else None)
+    if obstacle is not None:
+        return Choice("operator", f"it has this variant, and the persistent kernels are out: {obstacle}")
+    ours, other = call_us("persistent", layer, gpu), call_us("operator", layer, gpu)
+    algorithm = "persistent" if cudnn_is_persistent(layer, layer.training) else "standard"
     compared = f"{ours / 1e3:.2f} ms a call, {other / 1e3:.2f} ms by cuDNN's {algorithm} algorithm; both are estimates"
     if ours < FASTER * other:
         return Choice("persistent", compared)

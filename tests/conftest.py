@@ -22,4 +22,4 @@ def seed():
 def nothing_decided_before():
     """Tests replace what a decision rests on; it is kept from one call to the next."""
     routing._kernels.cache_clear()
-    routing.unless_cudnn.cache_clear()
+    routing.persistent_or_cudnn.cache_clear()

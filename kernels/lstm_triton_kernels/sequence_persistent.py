@@ -220,7 +220,7 @@ def plan_that_ran(layer: Layer, backward: bool, wanted: Preference = ANY) -> Per
 
 def key_of(layer: Layer) -> Layer:
     """Return the layer without what does not decide about its plans."""
-    return layer._replace(T=0, I=0, training=False)
+    return layer._replace(T=0, I=0, training=False, L=1)
 
 
 def usages(layer: Layer, backward: bool, gpu: GPU, plans: Sequence[PersistentPlan]) -> list[Usage]:

@@ -46,6 +46,7 @@ class Layer(NamedTuple):
     - dtype: of the storage; precision: of float32 products, "tf32" or "ieee"
     - I, P: input features, and hidden size after projection; 0 where they do not matter or there is no projection
     - training: whether a backward pass follows; ragged: whether rows have lengths or resets
+    - L: layers of the stack that it is in
     """
 
     spec: LSTMSpec
@@ -59,6 +60,7 @@ class Layer(NamedTuple):
     P: int = 0
     training: bool = False
     ragged: bool = False
+    L: int = 1
 
     @property
     def gates(self) -> int:

@@ -1,7 +1,8 @@
 """Plans of the kernels in Gluon, for products on tensor cores: candidates, with an estimate.
 
 The estimate was fitted to 190 plans that an H100 measured, of 29 shapes, most with the best of several pauses
-(benchmarks/NOTES.md, "The kernels in Gluon on an H100"). It is 0.80 to 1.22 of what was measured.
+(benchmarks/NOTES.md, "The kernels in Gluon on an H100"): it is 0.80 to 1.22 of what was measured, and 0.79 to 1.18 of
+104 plans of 13 other shapes.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ SHARED_BYTES_PER_CLOCK = 128
 
 PAUSE, PAUSE_PER_KIB, MOST_PAUSE = 300, 25, 700
 """Clocks from a program's last store to its first poll, by what a multiprocessor reads in a step: the best of those
-tried were 300 for 4 KiB, 500 for 12, 700 for more. With several row blocks a program has other work meanwhile, and of
-programs of one row a poll that comes too early costs less than a pause."""
+tried were 300 for 4 KiB, 500 for 12, 700 for more. With several row blocks a program has other work meanwhile."""
+FEW_READERS = 32
+"""Of one row, read by so many programs at most, a poll that comes too early costs less than a pause."""
 
 ROW_MAJOR_ROWS, ROW_MAJOR_KIB = 16, 48
 """Backward, for batches of up to so many rows, and as long as a multiprocessor reads no more, an exchange buffer by
@@ -137,6 +139,7 @@ def _plans(
     ):
         return  # fewer rows, or programs, do as well
     blocks = ceil_div(row_blocks, row_programs)
+    at_once = blocks > 1 or (rows == 1 and unit_programs <= FEW_READERS)
     registers = thread_registers(warps, together)
     loading = LOADING_REGISTERS + LOADING_ELEMENT * left_rows * 2 // layer.element_bytes if backward else 0
     outputs = ceil_div(units * tile_rows, 32 * warps)
@@ -169,7 +172,7 @@ def _plans(
             row_blocks=row_blocks,
             num_warps=warps,
             wait="data",
-            pause=min(MOST_PAUSE, round(PAUSE + PAUSE_PER_KIB * read_kib)) if blocks == 1 < rows else 0,
+            pause=0 if at_once else min(MOST_PAUSE, round(PAUSE + PAUSE_PER_KIB * read_kib)),
             exact=False,
             tile_bytes=cut.chunks * warps * left_rows * CHUNK_BYTES,
             register_bytes=4 * cut.registers,

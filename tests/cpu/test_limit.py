@@ -81,7 +81,7 @@ sizes = st.integers(1, 4096)
 works = st.builds(
     Layer, spec=st.sampled_from(VARIANTS), T=sizes, B=sizes, I=sizes, H=sizes, D=st.sampled_from((1, 2)),
     dtype=st.sampled_from((torch.float16, torch.float32)), precision=st.sampled_from(("ieee", "tf32")),
-    training=st.booleans(), P=st.just(0), ragged=st.just(False),
+    training=st.booleans(), P=st.just(0), ragged=st.just(False), L=st.just(1),
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ layers = st.builds(
     B=st.one_of(st.integers(1, 64), st.integers(1, 5000)),
     H=st.one_of(st.integers(1, 140), st.integers(1, 1100), st.integers(1, 5000)), D=st.sampled_from((1, 2)),
     dtype=st.sampled_from(PERSISTENT_DTYPES), precision=st.sampled_from(("ieee", "tf32")), I=st.just(0), P=st.just(0),
-    training=st.booleans(), ragged=st.booleans(),
+    training=st.booleans(), ragged=st.booleans(), L=st.integers(1, 4),
 )  # fmt: skip
 passes = st.booleans()
 machines = st.sampled_from((*GPUS.values(), INTERPRETER))
@@ -70,7 +70,11 @@ def rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) -> dict[
         "directions": plan.directions == layer.D,
         "no idle program": plan.row_programs <= plan.row_blocks and (plan.unit_programs - 1) * plan.block_u < layer.H,
         "pause": (plan.pause > 0)
-        == (plan.wait == "data" and plan.blocks_per_program == 1 and (plan.exact or plan.rows > 1)),
+        == (
+            plan.wait == "data"
+            and plan.blocks_per_program == 1
+            and (plan.exact or plan.rows > 1 or plan.unit_programs > 32)
+        ),
         "exact": plan.exact == (layer.dtype == torch.float32 and layer.precision == "ieee"),
         "estimate": 0 < plan.estimate_us < math.inf,
     }
@@ -466,7 +470,8 @@ def test_columns_are_exchanged_in_whole_tiles(changed, backward, columns):
     "gpu, changed, pause",
     [
         ("h100", dict(), 300 + 25 * 12),  # 8 rows of 768 units
-        ("h100", dict(B=1), 0),  # of programs of one row
+        ("h100", dict(B=1), 338),  # 1.5 KiB
+        ("h100", dict(B=1, H=512), 0),  # of one row, by 32 programs
         ("h100", dict(B=32), 700),
         ("h100", dict(H=256), 325),  # 2 rows are 1 KiB
         ("h100", dict(B=128), 0),  # in turns

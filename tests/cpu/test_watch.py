@@ -101,7 +101,7 @@ def test_a_device_has_its_flags_once(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **k: torch.full(shape, int(pin_memory), **k))
     host, first, second = watch.error_words_of(CPU), watch.error_words_of(CUDA), watch.error_words_of(OTHER)
     assert watch.error_words_of(CUDA) is first and watch.error_words_of(CPU) is host and len({host, first, second}) == 3
-    assert host.words[0, 0] == 0 and first.words[0, 0] == 1, "the words of a GPU are in pinned memory"
+    assert host.words[0] == 0 and first.words[0] == 1, "the words of a GPU are in pinned memory"
     assert len(first.words) == WORDS
 
 
