@@ -91,7 +91,7 @@ def run_command(
     results = _folder(results)
     this = environment(where)
     known = load_constants(out, constants_file, results, where, this.gpu)
-    path = rows.new_file(results, machine(where), this.date, "+".join(dict.fromkeys(asked)))
+    path = rows.new_file(results, machine(where), this.date, "_".join(dict.fromkeys(asked)))
     seen: dict[str, dict[str, object]] = {}
     left_out = 0
     bar = Progress(
