@@ -22,9 +22,9 @@ class Machine:
     - clock_ghz: the boost clock; at 1.98 GHz all simulated times are 11 % shorter
     - l2: from a load that hits L2 to its first byte (near 263, far 414: arXiv 2402.13499, 2501.12084); a store or an
       atomic takes half of it to get there, an assumption that agrees with published handoffs by compare-and-swap
-    - port, l2_bytes: bytes a cycle from L2 of one multiprocessor, and of all together: fitted to 38 steps of the kernels
-      in Gluon that an H100 measured, whose programs all read at the same time (3942 of all were measured on an H800
-      with 114 multiprocessors, 2402.13499)
+    - port, l2_bytes: bytes a cycle from L2 of one multiprocessor, and of all together: fitted to 38 steps of the
+      kernels in Gluon that an H100 measured, whose programs all read at the same time (3942 of all were measured on an
+      H800 with 114 multiprocessors, 2402.13499)
     - dram: a load that misses L2; fence: a release beyond the round trip of the stores it covers; atomic_gap: from one
       atomic operation at an address to the next; skew: how much later than this thread block the last of the others
       publishes. All assumptions
