@@ -74,20 +74,25 @@ def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
     if engine == "stepwise":
         few = layer._replace(B=min(layer.B, STEPWISE_ROWS))
         return (STEPWISE_US[backward] + max(STEPWISE_PRODUCT * product_us(few, gpu), product_us(layer, gpu))) * layer.D
-    least = 0.0
-    if cudnn_is_persistent(layer, backward):
-        if CUDNN_FEW_UNITS[backward] >= layer.H:
-            step = CUDNN_US["persistent, 64 units" if layer.H <= 64 else "persistent, few units"][backward]
-            least = CUDNN_US_PER_ROW[False] * layer.B if layer.H > 64 and not backward else 0.0
-        else:
-            step = CUDNN_US["persistent"][backward] + CUDNN_US_PER_1024[backward] * layer.H / 1024
-            least = CUDNN_US_PER_ROW[backward] * layer.B
-    else:
-        multiplied = layer._replace(precision="ieee") if layer.rate == "tf32" and layer.H % 4 else layer
-        measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
-        step = CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + CUDNN_PRODUCT * product_us(multiplied, gpu)
-        least = CUDNN_LAUNCH_US[backward]
-    return max(step, least) * layer.D
+    own = _cudnn_persistent_us if cudnn_is_persistent(layer, backward) else _cudnn_standard_us
+    return own(layer, backward, gpu) * layer.D
+
+
+def _cudnn_persistent_us(layer: Layer, backward: bool, _: GPU) -> float:
+    if CUDNN_FEW_UNITS[backward] < layer.H:
+        of_units = CUDNN_US["persistent"][backward] + CUDNN_US_PER_1024[backward] * layer.H / 1024
+        return max(of_units, CUDNN_US_PER_ROW[backward] * layer.B)
+    if layer.H <= 64:
+        return CUDNN_US["persistent, 64 units"][backward]
+    few_rows = CUDNN_US["persistent, few units"][backward]
+    return few_rows if backward else max(few_rows, CUDNN_US_PER_ROW[backward] * layer.B)
+
+
+def _cudnn_standard_us(layer: Layer, backward: bool, gpu: GPU) -> float:
+    measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
+    multiplied = layer._replace(precision="ieee") if layer.rate == "tf32" and layer.H % 4 else layer
+    step = CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + CUDNN_PRODUCT * product_us(multiplied, gpu)
+    return max(step, CUDNN_LAUNCH_US[backward])
 
 
 def call_us(engine: str, layer: Layer, gpu: GPU) -> float:

@@ -41,6 +41,7 @@ RESERVED_BYTES = 1024
 CHUNK_BYTES = 64
 """Of a row in a chunk, see polling.py."""
 
+# The time of a step, fitted.
 
 UNITS_US, LEAST_UNIT_PROGRAMS, PROGRAMS_US = 0.1, 8, 0.041
 """A step, for each doubling of the programs that share the units, at least so many, and of all programs."""
