@@ -19,8 +19,8 @@ Assumptions:
   on other thread blocks comes from device memory
 - latencies and rates are published ones of H100, H800 and A100, or assumptions: `machine.Machine`; at 1.755 GHz
 - instruction fetch, and the slowdown when many thread blocks read the same lines, are not modelled
-- float32 and TF32 are simulated like the half types; an HMMA of TF32 is assumed to take twice as long for as many
-  products
+- float32 and TF32 are simulated like the half types, but no simulated time of exact float32 has been compared with a
+  measured one; an HMMA of TF32 is assumed to take twice as long for as many products
 
 `python -m benchmarks simulate --hidden 768 --batch 16` is the command: both passes of a layer on the plans that would
 run; with `--all-plans` every plan, with `--code` the instructions of a step, with `--suites` a file of all suites'

@@ -34,7 +34,7 @@ def ranked_plans(
 
     A plan without waiting may take a little longer, and still comes first.
     """
-    return _ranked_plans(layer._replace(T=0, I=0, training=False, L=1), backward, gpu, preference)
+    return _ranked_plans(layer.planned, backward, gpu, preference)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -202,7 +202,7 @@ def plan_of(launch: Launch) -> PersistentPlan:
     plans = ranked_plans(launch.layer, launch.backward, gpu_of(launch.device), wanted)
     if isinstance(plans, str):
         raise RuntimeError(f"strategy 'persistent' cannot run here: {plans}")
-    key = (key_of(launch.layer), launch.backward, wanted, launch.device, launch.flags)
+    key = (launch.layer.planned, launch.backward, wanted, launch.device, launch.flags)
 
     def usage_of(plan: PersistentPlan) -> Usage | None:
         usage = usage_on_device(kernel_of(launch, plan), plan.grid, launch.arguments(plan))
@@ -213,14 +213,9 @@ def plan_of(launch: Launch) -> PersistentPlan:
 
 def plan_that_ran(layer: Layer, backward: bool, wanted: Preference = ANY) -> PersistentPlan | None:
     """Return the plan that was last settled for such a launch in this process; None if there was none."""
-    key = (key_of(layer), backward, wanted)
+    key = (layer.planned, backward, wanted)
     found = [plan for known, plan in SETTLED.items() if known[:3] == key]
     return found[-1] if found else None
-
-
-def key_of(layer: Layer) -> Layer:
-    """Return the layer without what does not decide about its plans."""
-    return layer._replace(T=0, I=0, training=False, L=1)
 
 
 def usages(layer: Layer, backward: bool, gpu: GPU, plans: Sequence[PersistentPlan]) -> list[Usage]:

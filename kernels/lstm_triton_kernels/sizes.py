@@ -63,6 +63,11 @@ class Layer(NamedTuple):
     L: int = 1
 
     @property
+    def planned(self) -> Layer:
+        """The layer without what does not decide about the plans of a pass."""
+        return self._replace(T=0, I=0, training=False, L=1)
+
+    @property
     def gates(self) -> int:
         """Gate blocks, G."""
         return len(self.spec.gates)

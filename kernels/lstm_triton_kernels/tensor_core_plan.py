@@ -2,7 +2,7 @@
 
 The estimate was fitted to 190 plans that an H100 measured, of 29 shapes, most with the best of several pauses
 (benchmarks/NOTES.md, "The kernels in Gluon on an H100"): it is 0.80 to 1.22 of what was measured, and 0.79 to 1.18 of
-104 plans of 13 other shapes.
+104 plans measured afterwards, of 13 shapes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ CHUNK_BYTES = 64
 # The time of a step, fitted.
 
 UNITS_US, LEAST_UNIT_PROGRAMS, PROGRAMS_US = 0.1, 8, 0.041
-"""A step, for each doubling of the programs that share the units, at least so many, and of all programs."""
+"""For each doubling of the programs that share the units, of which there are at least so many for this; and of all
+programs."""
 EIGHT_ROWS_US = {False: 0.038, True: 0.44}
 """For every 8 rows of the programs on a multiprocessor, forward and backward (True)."""
 KIB_US, PIECE_US = 0.0125, 0.08
@@ -52,8 +53,8 @@ KIB_US, PIECE_US = 0.0125, 0.08
 OUTPUT_US = 0.19
 """For each output of a thread but the first."""
 PRODUCTS, KEPT, SUMS = 0.77, 0.68, 3.6
-"""Times the clocks of the products at PRODUCT_CLOCKS, and at SHARED_BYTES_PER_CLOCK those of reading the kept weights
-and of writing the parts of the sums."""
+"""What the clocks of a step are multiplied by: those of the products, by PRODUCT_CLOCKS; and by SHARED_BYTES_PER_CLOCK
+those of reading the kept weights, and of writing the parts of the sums."""
 PRODUCT_CLOCKS = 8
 """Of a quarter of a multiprocessor, at least, for a product of 16 x 8 x 16 elements of 16 bits, half as many of 32."""
 SHARED_BYTES_PER_CLOCK = 128
@@ -63,7 +64,8 @@ PAUSE, PAUSE_PER_KIB, MOST_PAUSE = 300, 25, 700
 """Clocks from a program's last store to its first poll, by what a multiprocessor reads in a step: the best of those
 tried were 300 for 4 KiB, 500 for 12, 700 for more. With several row blocks a program has other work meanwhile."""
 FEW_READERS = 32
-"""Of one row, read by so many programs at most, a poll that comes too early costs less than a pause."""
+"""Where programs have one row, and no more than so many read each other, a poll that comes too early costs less than a
+pause."""
 
 ROW_MAJOR_ROWS, ROW_MAJOR_KIB = 16, 48
 """Backward, for batches of up to so many rows, and as long as a multiprocessor reads no more, an exchange buffer by
