@@ -12,6 +12,8 @@ RAW := PYTHONPATH=.:kernels
 # One thread a process: the tests run in as many processes as there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 WORKERS ?= 2
+# pip's output: progress bars on a terminal, errors alone in a log.
+PIP_WORDS := $(shell test -t 2 || echo --quiet)
 # Where benchmarks put their files; a file whose marked block a report rewrites from them, none if empty.
 RESULTS ?= benchmarks/results
 README =
@@ -30,17 +32,19 @@ endef
 
 setup: $(VENV)/.installed
 
+# pip shows its progress on a terminal.
 $(VENV)/.installed: pyproject.toml
+	@echo "Setting up $(VENV): 2.5 GB on the disk with a build of PyTorch for CPUs, 8 GB and more with one for CUDA."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH) $(TRITON) "$(NUMPY)"
-	$(BIN)/pip install --quiet --editable ".[dev]" "$(NUMPY)"
-	touch $@
+	$(BIN)/pip install $(PIP_WORDS) $(TORCH) $(TRITON) "$(NUMPY)"
+	$(BIN)/pip install $(PIP_WORDS) --editable ".[dev]" "$(NUMPY)"
+	@touch $@
 
 # Interpreted and compiled kernels need separate processes: TRITON_INTERPRET is read when a kernel is decorated.
 test: test-cpu test-interpreted test-compiled
 
 test-cpu: setup
-	$(TEST) -n $(WORKERS) --dist loadgroup tests/cpu tests/gpu
+	$(TEST) -n $(WORKERS) --dist loadgroup tests/cpu tests/examples tests/gpu
 
 test-interpreted: setup
 	TRITON_INTERPRET=1 $(TEST) -n $(WORKERS) tests/interpreted
@@ -69,8 +73,7 @@ gpu-sanitize:
 # threads wait for each other and a run takes minutes; with one it takes as long as it takes alone.
 demo: setup
 	mkdir -p demo
-	OMP_NUM_THREADS=1 $(BIN)/lstm-triton train --variant standard --variant coupled --variant diagonal --variant full \
-		--steps 200 --plot demo/curves.png
+	OMP_NUM_THREADS=1 $(BIN)/python examples/train_text.py --steps 200 --plot demo/curves.png
 
 lint: setup
 	$(BIN)/ruff check .

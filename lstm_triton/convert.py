@@ -1,8 +1,8 @@
-"""Swap every `torch.nn.LSTM` and `LSTMCell` of a model for this library's, and back.
+"""Convert every `torch.nn.LSTM` and `torch.nn.LSTMCell` of a model to this library's class, and back.
 
-A swapped module stays the object that it is; only its class changes, as where PyTorch parametrizes a module. So its
-parameters, buffers, hooks and attributes are what they were, and whatever refers to it or to them goes on working:
-optimizers, tied weights, handles of hooks, a second place in the model, a list that PyTorch does not know of.
+A converted module stays the same object; only its class changes, as PyTorch itself does when it parametrizes a module.
+So its parameters, buffers, hooks and attributes are unchanged, and whatever refers to the module or to its parameters
+goes on working: optimizers, tied weights, handles of hooks, a second place in the model, a plain list of modules.
 """
 
 from __future__ import annotations
@@ -21,51 +21,59 @@ from lstm_triton.routing import CPU_DTYPES
 Model = TypeVar("Model", bound=nn.Module)
 
 COMPUTED_DTYPES = {*SUPPORTED_DTYPES, *CPU_DTYPES}
-"""The types of a standard LSTM that the library computes, the complex ones on a CPU alone."""
+"""The parameter types of a standard LSTM that the library computes; the complex ones only on a CPU."""
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
-"""What `from_torch` makes of which class."""
+"""The class that `from_torch` gives a module of each class."""
 
 TORCHS: dict[type[nn.Module], type[nn.Module]] = {
     LSTM: nn.LSTM, CoupledLSTM: nn.LSTM, PeepholeLSTM: nn.LSTM, LSTMCell: nn.LSTMCell
 }  # fmt: skip
-"""What `to_torch` makes of which class; the variant must be the standard one."""
+"""The class that `to_torch` gives a module of each class; the variant must be the standard one."""
 
 
 def from_torch(module: Model) -> Model:
-    """Make every `torch.nn.LSTM` and `LSTMCell` in the model this library's `LSTM` and `LSTMCell`, in place.
+    """Convert every `torch.nn.LSTM` and `torch.nn.LSTMCell` of a model to this library's classes, in place.
 
-    Returns the module. State dict, outputs, parameters (the very objects), options, hooks, training flags and other
-    attributes stay the same; nothing is allocated and no random number drawn. Parametrized and pruned modules are
+    - module: the model, or a single layer or cell
+    - returns the same object, converted
+
+    The state dict, the outputs, the parameters (the same objects), options, hooks, training flags and other attributes
+    stay the same; no parameter is allocated and no random number is drawn. Parametrized and pruned modules are
     converted like others. `strategy` and `recompute` have their defaults afterwards and may be set.
 
-    A subclass of `torch.nn.LSTM` or `LSTMCell` may compute something else, so it is left as it is; so is what is no
-    such module, as `torch.ao.nn.quantizable.LSTM` or a scripted module.
+    A subclass of `torch.nn.LSTM` or `torch.nn.LSTMCell` may compute something else, and is left as it is; so are other
+    classes, such as `torch.ao.nn.quantizable.LSTM`, and scripted modules.
 
-    Raises TypeError for what is no module; ValueError naming the module, before anything is changed, where one has a
-    replaced `forward`, an attribute with a name that this library's module uses, or parameters of a type that the
-    library does not compute: it does float16, bfloat16, float32 and float64, and on a CPU complex64 and complex128.
+    Raises TypeError if it is no module; ValueError naming the layer, before anything is changed, if a layer has a
+    replaced `forward`, has an attribute with a name that this library's class uses, is sharded by FSDP2, or has
+    parameters of a type other than float16, bfloat16, float32, float64, complex64 and complex128.
     """
     return swap(module, OURS)
 
 
 def to_torch(module: Model) -> Model:
-    """Make every `LSTM` and `LSTMCell` of this library in the model `torch.nn.LSTM` and `LSTMCell`, in place.
+    """Convert every `LSTM` and `LSTMCell` of this library in a model to PyTorch's classes, in place.
 
-    Returns the module. What stays the same is as in `from_torch`; `strategy` and `recompute` are lost, and on a GPU
-    PyTorch moves the values of the parameters into one block for cuDNN, as wherever it builds an LSTM. `CoupledLSTM`
-    and `PeepholeLSTM` are converted where they are of the standard variant. Other subclasses may compute something
-    else and are left as they are.
+    - module: the model, or a single layer or cell
+    - returns the same object, converted
 
-    Raises TypeError for what is no module; ValueError naming the module, before anything is changed, where one is not
-    of the standard variant (a subclass too), has a replaced `forward`, or an attribute with a name that PyTorch's
-    module uses.
+    What stays the same is as in `from_torch`; `strategy` and `recompute` are lost, and on a GPU PyTorch moves the
+    values of the parameters into one block for cuDNN, as it does for every LSTM. `CoupledLSTM` and `PeepholeLSTM` are
+    converted if they are of the standard variant. Other subclasses may compute something else and are left as they are.
+
+    Raises TypeError if it is no module; ValueError naming the layer, before anything is changed, if a layer (also one
+    of a subclass) is not of the standard variant, has a replaced `forward`, has an attribute with a name that PyTorch's
+    class uses, or is sharded by FSDP2.
     """
     return swap(module, TORCHS)
 
 
 def swap(module: Model, classes: dict[type[nn.Module], type[nn.Module]]) -> Model:
-    """Change the class of each module whose class is a key to its value. Raises as `from_torch` and `to_torch`."""
+    """Give each module in it whose class is a key of `classes` the class that is the value.
+
+    Raises as `from_torch` and `to_torch` do.
+    """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module should be a torch.nn.Module, got: {type(module).__name__}")
     changes: list[Callable[[], None]] = []
@@ -152,7 +160,7 @@ def absent(module: nn.Module) -> dict[str, None]:
 
 
 def skeleton(cls: type[nn.Module], like: nn.Module) -> nn.Module:
-    """A module of that class with the options that decide on its parameters as in `like`, and no memory."""
+    """Return a module of that class on the meta device, with those options of `like` that decide on the parameters."""
     options = ["input_size", "hidden_size", "bias"]
     if issubclass(cls, (nn.LSTM, LSTM)):
         options += ["num_layers", "bidirectional", "proj_size"]

@@ -65,10 +65,14 @@ def estimate_us(engine: str, layer: Layer, gpu: GPU) -> float:
 
     Of all its directions, and of the backward pass as well if that follows; without the products outside of the loop.
     """
-    return sum(_estimate_us(engine, layer, backward, gpu) for backward in passes(layer).values())
+    return sum(pass_us(engine, layer, backward, gpu) for backward in passes(layer).values())
 
 
-def _estimate_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
+def pass_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
+    """Return the time of a step of one pass of a layer, all its directions, by an engine: an estimate.
+
+    Infinite where the persistent kernels have no plan.
+    """
     if engine == "persistent":
         plans = ranked_plans(layer, backward, gpu)
         return float("inf") if isinstance(plans, str) else plans[0].estimate_us

@@ -1,14 +1,19 @@
-"""The LSTM on explicit tensors: lay out and check the arguments, route the call, run the layers.
+"""The LSTM as functions of explicit tensors: lay out and check the arguments, route the call, run the layers.
 
-Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), L layers,
-D directions, G gate blocks, Q peephole blocks. The equations stand in `lstm_triton.reference`.
+Sizes in the docstrings, here and in `lstm_triton.modules`:
+
+- T time steps, B batch rows, I input features, H hidden units (the size of a cell state)
+- P size of a hidden state: `proj_size` where the layer projects its hidden state, else H
+- L layers, D directions (2 if bidirectional, else 1)
+- G gate blocks: 4, in the order i, f, g, o; coupled: 3, in the order f, g, o
+- Q peephole blocks: 3, in the order i, f, o; coupled: 2, in the order f, o
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +28,43 @@ from lstm_triton import aten, autograd, checks, parameters, routing, second_orde
 from lstm_triton.layer import Call
 from lstm_triton.layout import Layout
 from lstm_triton.ragged import Packing, all_full, checked_lengths, without_waiting
+from lstm_triton.routing import Strategy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+States = tuple[Tensor, Tensor]
+"""Hidden and cell state, (h, c)."""
+
+Lengths = Tensor | Sequence[int]
+"""The number of steps of each row."""
+
+TensorOrPacked = TypeVar("TensorOrPacked", Tensor, PackedSequence)
+"""The type of a sequence: the output and the cell states have that of the input."""
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `lstm` that do not decide on the type of its result, for the overloads."""
+
+    num_layers: int
+    bias: bool
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    proj_size: int
+    coupled: bool
+    peephole: Peephole | None
+    output_peephole: OutputPeephole
+    strategy: Strategy
+    recompute: bool
+    lengths: Lengths | None
+    resets: Tensor | None
 
 
 def lstm_cell(
     input: Tensor,
-    hx: tuple[Tensor, Tensor] | None,
+    hx: States | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
@@ -37,19 +74,33 @@ def lstm_cell(
     coupled: bool = False,
     peephole: Peephole | None = None,
     output_peephole: OutputPeephole = "previous",
-) -> tuple[Tensor, Tensor]:
-    """One step of one layer: (h, c) from the input and the states before it.
+) -> States:
+    """Compute one step of one layer, as `lstm_triton.LSTMCell` does: (h', c') from the input and the states (h, c).
 
-    - input: (B, I), or (I,) unbatched
-    - hx: (h, c), each (B, H) or (H,); None for zeros
-    - weight_ih: (G·H, I); weight_hh: (G·H, H); bias_ih, bias_hh: (G·H,), both or neither
-    - weight_ch: with a peephole; diagonal (Q·H,), full (Q·H, H)
+        a = W_ih x + b_ih + W_hh h + b_hh
+        i = s(a_i + V_i c)          coupled: i = 1 - f
+        f = s(a_f + V_f c)
+        g = tanh(a_g)
+        c' = f c + i g
+        o = s(a_o + V_o c_*)        c_* = c, or c' with output_peephole="current"
+        h' = o tanh(c')
 
-    Gate blocks i, f, g, o (coupled: f, g, o), peephole blocks i, f, o (coupled: f, o). float16, bfloat16, float32 or
-    float64, all tensors alike (or under autocast); returns states of that type.
+    s is the logistic function; without a peephole the terms with V are absent.
 
-    Raises ValueError or RuntimeError as `torch.nn.LSTMCell` does for sizes and types that do not fit; RuntimeError
-    where the backend asked for cannot run, and for parameters that are sharded; ValueError for an unknown variant.
+    - input: x, (B, I), or (I,) unbatched
+    - hx: (h, c), each (B, H), or (H,) unbatched; zeros if None
+    - weight_ih: W_ih, (G·H, I); weight_hh: W_hh, (G·H, H); bias_ih, bias_hh: (G·H,), both or neither
+    - weight_ch: V, given exactly if there is a peephole; diagonal (Q·H,), full (Q·H, H)
+    - coupled, peephole, output_peephole: the variant, as in `lstm_triton.LSTMCell`. By default the output gate reads
+      the "previous" cell state, a simplified form; textbook peepholes are "current"
+    - returns (h', c'), each of the shape of its state in hx and of the inputs' type
+
+    Types: float16, bfloat16, float32 or float64; on a CPU, for the standard variant, complex64 and complex128 as well.
+    All tensors have the same type; under autocast they are converted to autocast's.
+
+    Raises ValueError or RuntimeError, as `torch.nn.LSTMCell` does, for sizes and types that do not fit; TypeError for a
+    type that is not computed; ValueError for an unknown variant; RuntimeError where the chosen backend cannot run, and
+    for parameters sharded by FSDP2.
     """
     if not torch.compiler.is_compiling():
         check_launches()
@@ -90,9 +141,36 @@ def lstm_cell(
     return (h, c) if batched else (h[0], c[0])
 
 
+@overload
+def lstm(
+    input: TensorOrPacked,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    *,
+    return_cell_states: Literal[False] = False,
+    **options: Unpack[Options],
+) -> tuple[TensorOrPacked, States]: ...
+@overload
+def lstm(
+    input: TensorOrPacked,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    *,
+    return_cell_states: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[TensorOrPacked, States, TensorOrPacked]: ...
+@overload
 def lstm(
     input: Tensor | PackedSequence,
-    hx: tuple[Tensor, Tensor] | None,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    *,
+    return_cell_states: bool = False,
+    **options: Unpack[Options],
+) -> tuple[Any, ...]: ...
+def lstm(
+    input: Tensor | PackedSequence,
+    hx: States | None,
     weights: Sequence[Tensor],
     *,
     num_layers: int = 1,
@@ -105,45 +183,106 @@ def lstm(
     coupled: bool = False,
     peephole: Peephole | None = None,
     output_peephole: OutputPeephole = "previous",
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     recompute: bool = False,
-    lengths: Tensor | Sequence[int] | None = None,
+    lengths: Lengths | None = None,
     resets: Tensor | None = None,
     return_cell_states: bool = False,
 ) -> tuple[Any, ...]:
-    """A stack of layers over a whole sequence: (output, (h_n, c_n)), with `return_cell_states` (..., cell_states).
+    """Compute a stack of LSTM layers over a whole sequence, as `lstm_triton.LSTM` does.
 
-    - input: (T, B, I), (B, T, I) with `batch_first`, (T, I) unbatched, or a PackedSequence
-    - hx: (h_0, c_0), (D·L, B, P) and (D·L, B, H), or without B for unbatched input; None for zeros
-    - weights: for each layer, for each direction: weight_ih (G·H, I or D·P), weight_hh (G·H, P), with `bias` bias_ih
-      and bias_hh (G·H,), with `proj_size` weight_hr (P, H), with `peephole` weight_ch, diagonal (Q·H,) or full (Q·H, H)
+    Returns (output, (h_n, c_n)); with `return_cell_states`, (output, (h_n, c_n), cell_states). Each step computes what
+    `lstm_cell` does; with a projection, h' = W_hr (o tanh(c')) (Sak et al. 2014).
+
+    - input: (T, B, I), with `batch_first` (B, T, I), unbatched (T, I), or a PackedSequence
+    - hx: (h_0, c_0), of shapes (D·L, B, P) and (D·L, B, H), or without B for unbatched input; zeros if None
+    - weights: for each layer, for each direction: weight_ih (G·H, I; above the first layer G·H, D·P), weight_hh
+      (G·H, P), with `bias` bias_ih and bias_hh (G·H,), with `proj_size` weight_hr (P, H), with `peephole` weight_ch,
+      diagonal (Q·H,) or full (Q·H, H)
     - dropout: probability of zeroing an element of the output of each layer but the last, where `training`
-    - strategy: "persistent" (all steps in one launch, the recurrent weights on the chip), "stepwise" (a launch a step),
-      "cudnn" (`torch.nn.LSTM`'s own operator; variants without peepholes on CUDA), or "auto": see the README
-    - recompute: do not keep the activated gates for the backward pass, but compute them again in it from h_t and c_t
-      (PyTorch's own operator, where that computes, keeps what it likes)
-    - lengths: (B,) integers from 1 to T on any device, instead of packing: beyond a row's length nothing is read,
-      output and cell states are zero, and h_n and c_n are the row's last; the second direction starts at its end. On a
-      GPU they are checked there, which waits for it once (but not inside a CUDA graph's capture); on the host nothing
-      waits
-    - resets: bool, (T, B), (B, T) with `batch_first`, (T,) unbatched: the state is zero before that step, in each
-      layer and direction (an episode that begins there); on any device
-    - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
-    - cell_states: every c_t of the last layer, (T, B, D·H), laid out as the output is
+    - coupled, peephole, output_peephole: the variant, as in `lstm_triton.LSTM`. By default the output gate reads the
+      "previous" cell state, a simplified form; textbook peepholes are "current"
+    - strategy: what computes the recurrence. "persistent": all time steps in one kernel launch, with the recurrent
+      weights kept on the chip; "stepwise": kernels launched for each time step; "cudnn": PyTorch's own LSTM operator
+      on cuDNN, for variants without peepholes on a CUDA device; "auto" chooses by estimated time
+    - recompute: whether the backward pass computes the gates again from h_t and c_t, so that they need not be kept.
+      PyTorch's own operator, where it is what computes, ignores this
+    - lengths: (B,) integers from 1 to T, the number of steps of each row, instead of packing. Beyond a row's length its
+      input is not read, its output and cell states are zero, and its h_n and c_n are those of its last step; the second
+      direction starts at that step. They may be on any device; on a GPU they are checked there, for which the host
+      waits once (not while a CUDA graph is captured)
+    - resets: bool, (T, B), with `batch_first` (B, T), unbatched (T,): where it is true, h and c are set to zero before
+      that step, in each layer and direction. It marks the first step of an episode, and may be on any device
+    - return_cell_states: whether to return the cell states of all steps
+    - output: (T, B, D·P), laid out as the input is; h_n, c_n: of the shapes of h_0, c_0
+    - cell_states: c_t of every step in the last layer, (T, B, D·H), laid out as the output is
 
-    Types as in `lstm_cell`. Raises ValueError or RuntimeError as `torch.nn.LSTM` does for sizes and types that do not
-    fit and for T = 0; TypeError or ValueError for lengths and resets that do not; RuntimeError with the reason where
-    the backend or strategy asked for cannot run, and for parameters that are sharded; ValueError for an unknown variant
-    or strategy.
+    Types: float16, bfloat16, float32 or float64; on a CPU, for the standard and the coupled variant without `lengths`,
+    `resets` and cell states, complex64 and complex128 as well. All tensors have the same type; under autocast they are
+    converted to autocast's.
+
+    Raises ValueError or RuntimeError, as `torch.nn.LSTM` does, for sizes and types that do not fit and for T = 0;
+    TypeError or ValueError for lengths and resets that do not fit; TypeError for a type that is not computed;
+    ValueError for an unknown variant or strategy; RuntimeError with the reason where the chosen backend or strategy
+    cannot run, and for parameters sharded by FSDP2.
     """
     if not torch.compiler.is_compiling():
         check_launches()
     spec = LSTMSpec.of(coupled, peephole, output_peephole)
-    routing.check_strategy(strategy, spec)
     checks.flag("recompute", recompute)
-    checks.flag("return_cell_states", return_cell_states)
     L, D = num_layers, 2 if bidirectional else 1
-    checks.not_sharded(weights, lambda: parameters.state_dict_names(spec, L, bidirectional, bias, proj_size))
+    taken = take(
+        input, hx, weights, spec, L, D, bias, batch_first, proj_size, strategy, lengths, resets, return_cell_states
+    )
+    layout, x, h_0, c_0, weights, order, autocast, question = taken
+    engine = routing.route(*question).name
+    if not engine.startswith("operator"):
+        checks.computed_dtype(x.dtype)
+    if order.lengths is not None:
+        x = order.zero_beyond(x)
+    drop = dropout if training and L > 1 else 0.0
+    cell_states = None
+    # Autocast would cast the arguments of PyTorch's operator once more: on CUDA to float16, whatever was asked for.
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        if engine == "operator" and (drop == 0 or x.device.type == "cpu"):
+            options = aten.Options(bias, L, drop, bidirectional, layout.packing)
+            x, h_n, c_n = aten.lstm(x, h_0, c_0, aten.standard_weights(weights, spec), options)
+        else:
+            call = Call(spec.name, bias, proj_size > 0, engine, False, recompute, return_cell_states)
+            groups = call.group(weights)
+            layers = [groups[n : n + D] for n in range(0, L * D, D)]
+            x, h_n, c_n, cell_states = run_layers(x, h_0, c_0, layers, order, layout.packing, call, drop)
+    result = (layout.user_sequence(x), (layout.user_state(h_n), layout.user_state(c_n)))
+    return (*result, layout.user_sequence(cell_states)) if cell_states is not None and return_cell_states else result
+
+
+class Taken(NamedTuple):
+    """The arguments of a call of `lstm`, checked and laid out: what is computed with, and what the router is asked.
+
+    - x (T, B, I), or of packed rows (N, I); h_0 (D·L, B, P), c_0 (D·L, B, H); weights: in the type that is computed
+    - autocast: whether they were converted to autocast's type
+    - question: the arguments of `routing.route`
+    """
+
+    layout: Layout
+    x: Tensor
+    h_0: Tensor
+    c_0: Tensor
+    weights: Sequence[Tensor]
+    order: Order
+    autocast: bool
+    question: tuple[Layer, torch.device, Strategy, tuple[str, ...], bool]
+
+
+def take(
+    input: Tensor | PackedSequence, hx: States | None, weights: Sequence[Tensor], spec: LSTMSpec, L: int, D: int,
+    bias: bool, batch_first: bool, proj_size: int, strategy: Strategy, lengths: Lengths | None, resets: Tensor | None,
+    return_cell_states: bool,
+) -> Taken:  # fmt: skip
+    """Check and lay out the arguments of a call of `lstm`, which says what they are and what is raised."""
+    routing.check_strategy(strategy, spec)
+    checks.flag("return_cell_states", return_cell_states)
+    checks.not_sharded(weights, lambda: parameters.state_dict_names(spec, L, D == 2, bias, proj_size))
     I, H, P = parameters.stack_sizes(spec, L, D, bias, proj_size, tuple([w.shape for w in weights]))  # noqa: E741
 
     checks.lstm_input(input)
@@ -171,29 +310,12 @@ def lstm(
     inputs = (x, h_0, c_0, *weights)
     tracked = torch.is_grad_enabled() and (True in [t.requires_grad for t in inputs] or bool(transforms.recorder()))
     ragged = order.ragged or (packing is not None and not packing.full)
-    of_layer = Layer(
+    layer = Layer(
         spec, layout.T, layout.B, H, D, x.dtype, I=I, P=proj_size, ragged=ragged,
         training=tracked, L=L,
     )  # fmt: skip
-    engine = routing.route(of_layer, x.device, strategy, asked, packing is not None).name
-    if not engine.startswith("operator"):
-        checks.computed_dtype(x.dtype)
-    if steps is not None:
-        x = order.zero_beyond(x)
-    drop = dropout if training and L > 1 else 0.0
-    cell_states = None
-    # Autocast would cast the arguments of PyTorch's operator once more: on CUDA to float16, whatever was asked for.
-    with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
-        if engine == "operator" and (drop == 0 or x.device.type == "cpu"):
-            options = aten.Options(bias, L, drop, bidirectional, packing)
-            x, h_n, c_n = aten.lstm(x, h_0, c_0, aten.standard_weights(weights, spec), options)
-        else:
-            call = Call(spec.name, bias, proj_size > 0, engine, False, recompute, return_cell_states)
-            groups = call.group(weights)
-            layers = [groups[n : n + D] for n in range(0, L * D, D)]
-            x, h_n, c_n, cell_states = run_layers(x, h_0, c_0, layers, order, packing, call, drop)
-    result = (layout.user_sequence(x), (layout.user_state(h_n), layout.user_state(c_n)))
-    return (*result, layout.user_sequence(cell_states)) if cell_states is not None and return_cell_states else result
+    question = (layer, x.device, strategy, asked, packing is not None)
+    return Taken(layout, x, h_0, c_0, weights, order, dtype is not None, question)
 
 
 def run_layers(

@@ -1,13 +1,16 @@
-"""The modules: `torch.nn.LSTM` and `torch.nn.LSTMCell` with coupled gates and peepholes."""
+"""The modules: `torch.nn.LSTM` and `torch.nn.LSTMCell` with coupled gates and peepholes.
+
+The sizes in the docstrings, T, B, I, H, P, L, D, G and Q, are explained in `lstm_triton.functional`.
+"""
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import repeat
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from lstm_triton_kernels.spec import LSTMSpec, OutputPeephole, Peephole, state_dict_name
@@ -17,10 +20,19 @@ from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_triton import checks, functional, routing
+from lstm_triton.explain import Explanation, explanation
+from lstm_triton.functional import Lengths, States, TensorOrPacked
+from lstm_triton.routing import Strategy
+
+if TYPE_CHECKING:
+    Signature = TypeVar("Signature", bound=Callable[..., Any])
+
+    def typed_as(function: Signature) -> Callable[[Callable[..., Any]], Signature]:
+        """Declare a method with the signature of `function`: `__call__`, untyped in `nn.Module`, with forward's."""
 
 
 class VariantModule(nn.Module):
-    """Base of cell and layer: the variant, and what code around them does with a module of PyTorch's."""
+    """Base of `LSTM` and `LSTMCell`: the options of the variant, initial values, the reply to `torch.jit.script`."""
 
     input_size: int
     hidden_size: int
@@ -33,11 +45,11 @@ class VariantModule(nn.Module):
 
     @property
     def spec(self) -> LSTMSpec:
-        """The variant as one value."""
+        """The variant of this module, as one value."""
         return LSTMSpec.of(self.coupled, self.peephole, self.output_peephole)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script asks for this. Raises RuntimeError: TorchScript has no operator of this library."""
+        """Refuse `torch.jit.script`, which calls this. Raises RuntimeError that names what to use instead."""
         way = (
             "lstm_triton.convert.to_torch(model) makes it one that can be"
             if self.spec.standard
@@ -48,7 +60,10 @@ class VariantModule(nn.Module):
         )
 
     def reset_parameters(self, bound: float | None = None) -> None:
-        """Draw every parameter from U(-bound, bound); by default bound = 1 / sqrt(hidden_size), as `torch.nn.LSTM`."""
+        """Draw every parameter from the uniform distribution on [-bound, bound].
+
+        The default bound is 1 / sqrt(hidden_size), as in `torch.nn.LSTM`.
+        """
         if bound is None:
             bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
         for parameter in self.parameters():
@@ -62,7 +77,7 @@ class VariantModule(nn.Module):
 
 
 class LSTMCell(VariantModule, nn.RNNCellBase):
-    """One step of an LSTM: the interface of `torch.nn.LSTMCell`, with variants.
+    """Compute one step of an LSTM: the interface and checkpoints of `torch.nn.LSTMCell`, with variants.
 
         a = W_ih x + b_ih + W_hh h + b_hh
         i = s(a_i + V_i c)          coupled: i = 1 - f
@@ -72,20 +87,28 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
         o = s(a_o + V_o c_*)        c_* = c, or c' with output_peephole="current"
         h' = o tanh(c')
 
+    s is the logistic function, a_i, a_f, a_g, a_o are the gate blocks of a, products with gates are elementwise, and
+    without a peephole the terms with V are absent: then this is the cell of Hochreiter & Schmidhuber 1997 with the
+    forget gate of Gers et al. 2000.
+
     Arguments:
 
     - input_size, hidden_size: I and H
     - bias: whether there are bias_ih and bias_hh
-    - coupled: the input gate is 1 - f (CIFG, Greff et al. 2017)
-    - peephole: None, "diagonal" (V elementwise, Gers & Schmidhuber 2000) or "full" (V a matrix)
-    - output_peephole: the output gate reads the "previous" or the "current" cell state
+    - device, dtype: of the parameters
+    - coupled: whether the input gate is 1 - f, which leaves three gate blocks (CIFG, Greff et al. 2017)
+    - peephole: None, "diagonal" (V is a vector and V c elementwise, Gers & Schmidhuber 2000) or "full" (V is a matrix)
+    - output_peephole: which cell state the output gate reads. "previous", the default, is a simplified form in which it
+      reads c, as the other gates do. Textbook peepholes (Gers & Schmidhuber 2000; TensorFlow, ONNX) are "current":
+      there it reads c'
 
-    Parameters, G gate blocks in the order i, f, g, o (coupled: f, g, o), Q peephole blocks i, f, o (coupled: f, o):
+    Parameters, with G gate blocks in the order i, f, g, o (coupled: f, g, o) and Q peephole blocks in the order i, f, o
+    (coupled: f, o):
 
-    - weight_ih: (G·H, I); weight_hh: (G·H, H); bias_ih, bias_hh: (G·H,) or None
-    - weight_ch: diagonal (Q·H,), full (Q·H, H), or None
+    - weight_ih: W_ih, (G·H, I); weight_hh: W_hh, (G·H, H); bias_ih, bias_hh: (G·H,), or None without bias
+    - weight_ch: V, diagonal (Q·H,), full (Q·H, H), or None without a peephole
 
-    Raises ValueError for an unknown variant.
+    Raises TypeError if coupled is no bool, ValueError for an unknown variant.
     """
 
     weight_ih: Tensor
@@ -118,10 +141,14 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
             self.register_parameter(name, parameter)
         self.reset_parameters()
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """input (B, I) or (I,), hx = (h, c) each (B, H) or (H,), zeros if None -> (h', c').
+    def forward(self, input: Tensor, hx: States | None = None) -> States:
+        """Compute (h', c') from the input and the states hx = (h, c).
 
-        Raises TypeError, ValueError or RuntimeError as `torch.nn.LSTMCell` does.
+        - input: (B, I), or (I,) unbatched
+        - hx: (h, c), each (B, H), or (H,) unbatched; zeros if None
+        - returns (h', c'), each of the shape of h and c, and of the input's type
+
+        Types and errors as of `functional.lstm_cell`.
         """
         if isinstance(input, Proxy) or (hx is not None and traced(hx)):
             return leaf(self, input, hx)
@@ -138,6 +165,12 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
             output_peephole=self.output_peephole,
         )
 
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Call `forward`, and the hooks."""
+
     def extra_repr(self) -> str:
         """Return the arguments that are not the defaults."""
         bias = ", bias=False" if not self.bias else ""
@@ -145,31 +178,54 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
 
 
 class LSTM(VariantModule, nn.RNNBase):
-    """A stack of LSTM layers over a whole sequence: the interface and checkpoints of `torch.nn.LSTM`, with variants.
+    """Compute a stack of LSTM layers over a whole sequence: the interface of `torch.nn.LSTM`, with variants.
 
-    Each step computes what `LSTMCell` does; with a projection, h' = W_hr (o tanh(c')) (Sak et al. 2014).
+    Checkpoints of `torch.nn.LSTM` load into the standard variant, and back. Each step computes
 
-    Arguments: as `torch.nn.LSTM`, and
+        a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+        i = s(a_i + V_i c_{t-1})          coupled: i = 1 - f
+        f = s(a_f + V_f c_{t-1})
+        g = tanh(a_g)
+        c_t = f c_{t-1} + i g
+        o = s(a_o + V_o c_*)              c_* = c_{t-1}, or c_t with output_peephole="current"
+        h_t = o tanh(c_t)                 with proj_size: h_t = W_hr (o tanh(c_t)), Sak et al. 2014
 
-    - coupled: the input gate is 1 - f (CIFG, Greff et al. 2017)
-    - peephole: None, "diagonal" (V elementwise, Gers & Schmidhuber 2000) or "full" (V a matrix)
-    - output_peephole: the output gate reads the "previous" or the "current" cell state
-    - strategy, recompute: how it is computed, as in `functional.lstm`; attributes that may be set at any time
+    s is the logistic function, a_i, a_f, a_g, a_o are the gate blocks of a, products with gates are elementwise, and
+    without a peephole the terms with V are absent. x_t is the input of the layer: in layers above the first the hidden
+    states of the layer below.
 
-    Parameters of layer k (suffix `_reverse` for the second direction), G gate blocks in the order i, f, g, o (coupled:
-    f, g, o), Q peephole blocks i, f, o (coupled: f, o), P = proj_size or else H, D directions:
+    Arguments:
 
-    - weight_ih_l{k}: (G·H, I), in layers above the first (G·H, D·P)
-    - weight_hh_l{k}: (G·H, P); bias_ih_l{k}, bias_hh_l{k}: (G·H,)
-    - weight_hr_l{k}: (P, H), with proj_size
-    - weight_ch_l{k}: diagonal (Q·H,), full (Q·H, H)
+    - input_size, hidden_size, num_layers: I, H and L
+    - bias: whether there are bias_ih and bias_hh
+    - batch_first: whether input and output are (B, T, ...) in place of (T, B, ...); the states are not
+    - dropout: probability of zeroing an element of the output of each layer but the last, in training
+    - bidirectional: whether each layer has a second direction, which reads the sequence from its end (D = 2)
+    - proj_size: size P of the projected hidden state; 0 for none, then P = H
+    - device, dtype: of the parameters
+    - coupled: whether the input gate is 1 - f, which leaves three gate blocks (CIFG, Greff et al. 2017)
+    - peephole: None, "diagonal" (V is a vector and V c elementwise, Gers & Schmidhuber 2000) or "full" (V is a matrix)
+    - output_peephole: which cell state the output gate reads. "previous", the default, is a simplified form in which it
+      reads c_{t-1}, as the other gates do. Textbook peepholes (Gers & Schmidhuber 2000; TensorFlow, ONNX) are
+      "current": there it reads c_t
+    - strategy: what computes the recurrence, "auto", "persistent", "stepwise" or "cudnn"; recompute: whether the
+      backward pass computes the gates again to save memory. Both as in `functional.lstm`, and attributes that may be
+      set at any time
+
+    Parameters of layer k (with the suffix `_reverse` those of the second direction), with G gate blocks in the order
+    i, f, g, o (coupled: f, g, o) and Q peephole blocks in the order i, f, o (coupled: f, o):
+
+    - weight_ih_l{k}: W_ih, (G·H, I), in layers above the first (G·H, D·P)
+    - weight_hh_l{k}: W_hh, (G·H, P); bias_ih_l{k}, bias_hh_l{k}: (G·H,), absent without bias
+    - weight_hr_l{k}: W_hr, (P, H), with proj_size
+    - weight_ch_l{k}: V, diagonal (Q·H,), full (Q·H, H), with a peephole
 
     Raises TypeError and ValueError as `torch.nn.LSTM` does, ValueError for an unknown variant or strategy.
     """
 
     mode: str = "LSTM"
     proj_size: int = 0
-    strategy: str = "auto"
+    strategy: Strategy = "auto"
     recompute: bool = False
 
     def __init__(
@@ -188,7 +244,7 @@ class LSTM(VariantModule, nn.RNNBase):
         coupled: bool = False,
         peephole: Peephole | None = None,
         output_peephole: OutputPeephole = "previous",
-        strategy: str = "auto",
+        strategy: Strategy = "auto",
         recompute: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # RNNBase would make the parameters of the standard variant
@@ -221,25 +277,57 @@ class LSTM(VariantModule, nn.RNNBase):
         self._init_flat_weights()
         self.reset_parameters()
 
+    @overload
+    def forward(
+        self,
+        input: TensorOrPacked,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+        return_cell_states: Literal[False] = False,
+    ) -> tuple[TensorOrPacked, States]: ...
+    @overload
+    def forward(
+        self,
+        input: TensorOrPacked,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+        return_cell_states: Literal[True],
+    ) -> tuple[TensorOrPacked, States, TensorOrPacked]: ...
+    @overload
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: tuple[Tensor, Tensor] | None = None,
+        hx: States | None = None,
         *,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+        return_cell_states: bool = False,
+    ) -> tuple[Any, ...]: ...
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
         resets: Tensor | None = None,
         return_cell_states: bool = False,
     ) -> tuple[Any, ...]:
-        """output, (h_n, c_n), and with return_cell_states cell_states.
+        """Return (output, (h_n, c_n)); with return_cell_states, (output, (h_n, c_n), cell_states).
 
-        - input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence
-        - hx: (h_0, c_0), (D·L, B, P) and (D·L, B, H), without B for unbatched input; zeros if None
-        - lengths: (B,) integers, steps of each row, instead of packing; output is zero beyond
-        - resets: (T, B) bool, laid out as the input is: the state is zero before that step
-        - output: (T, B, D·P), laid out as the input is; h_n, c_n as h_0, c_0
-        - cell_states: every c_t of the last layer, (T, B, D·H), laid out as output
+        - input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence
+        - hx: (h_0, c_0), of shapes (D·L, B, P) and (D·L, B, H), without B for unbatched input; zeros if None
+        - lengths: (B,) integers from 1 to T, the number of steps of each row, instead of packing; beyond it the output
+          is zero
+        - resets: (T, B) bool, laid out as the input is: where it is true, h and c are set to zero before that step
+        - return_cell_states: whether to return the cell states of all steps
+        - output: (T, B, D·P), laid out as the input is; h_n, c_n: of the shapes of h_0, c_0
+        - cell_states: c_t of every step in the last layer, (T, B, D·H), laid out as the output is
 
-        Raises as `functional.lstm` does.
+        Types and errors as of `functional.lstm`, which says more about each argument.
         """
         if isinstance(input, Proxy) or (hx is not None and traced(hx)):
             asked = dict(lengths=lengths, resets=resets, return_cell_states=return_cell_states)
@@ -264,6 +352,37 @@ class LSTM(VariantModule, nn.RNNBase):
             resets=resets,
             return_cell_states=return_cell_states,
         )
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Call `forward`, and the hooks."""
+
+    def explain(
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+        return_cell_states: bool = False,
+        gpu: str | None = None,
+    ) -> Explanation:
+        """Return what would compute this call, and why: print it, or take its `to_dict()`. Nothing is computed.
+
+        - all arguments but gpu: as of `forward`
+        - gpu: the name of a GPU, present or not ("h100", "RTX 4090"; `lstm-triton info --help` lists them); None: the
+          device that the input is on
+
+        Raises as `forward` does for arguments that do not fit, and ValueError for an unknown GPU.
+        """
+        directions = 2 if self.bidirectional else 1
+        taken = functional.take(
+            input, hx, self._current_weights(), self.spec, self.num_layers, directions, self.bias, self.batch_first,
+            self.proj_size, self.strategy, lengths, resets, return_cell_states,
+        )  # fmt: skip
+        return explanation(*taken.question, gpu=gpu)
 
     def _current_weights(self) -> list[Tensor]:
         """Return the weights of this call in the order of `functional.lstm`: PyTorch's private list `_flat_weights`.
@@ -313,7 +432,7 @@ class LSTM(VariantModule, nn.RNNBase):
     def permute_hidden(  # type: ignore[override]
         self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Both states with their rows in another order; as they are without one."""
+        """Return both states with their rows in another order; as they are if the permutation is None."""
         if permutation is None:
             return hx
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
@@ -330,7 +449,7 @@ class LSTM(VariantModule, nn.RNNBase):
 
 
 def gone() -> None:
-    """A reference to a weight that is no more, in place of a weak one."""
+    """Return None, as a weak reference to a weight that is no more does."""
 
 
 def traced(hx: Any) -> bool:
@@ -339,7 +458,7 @@ def traced(hx: Any) -> bool:
 
 
 def leaf(module: nn.Module, input: Any, hx: Any, **asked: Any) -> Any:
-    """A call of the module in the graph of the torch.fx tracer that called it: a leaf, as PyTorch's modules are.
+    """Return the call of the module as a node in the graph of the torch.fx tracer: a leaf, as PyTorch's modules are.
 
     Raises TraceError where the module itself is what is traced.
     """
@@ -355,14 +474,37 @@ def leaf(module: nn.Module, input: Any, hx: Any, **asked: Any) -> Any:
 
 
 class CoupledLSTM(LSTM):
-    """`LSTM` with coupled forget and input gate: c_t = f c_{t-1} + (1 - f) g. Nothing but the default is changed."""
+    """`LSTM` whose default is coupled=True: c_t = f c_{t-1} + (1 - f) g (CIFG, Greff et al. 2017).
 
-    def __init__(self, *args: Any, coupled: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, coupled=coupled, **kwargs)
+    All arguments, and all else, are those of `LSTM`.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device: Any = None,
+        dtype: torch.dtype | None = None, *, coupled: bool = True, peephole: Peephole | None = None,
+        output_peephole: OutputPeephole = "previous", strategy: Strategy = "auto", recompute: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
+            coupled=coupled, peephole=peephole, output_peephole=output_peephole, strategy=strategy, recompute=recompute,
+        )  # fmt: skip
 
 
 class PeepholeLSTM(LSTM):
-    """`LSTM` with peephole connections, diagonal unless told otherwise. Nothing but the default is changed."""
+    """`LSTM` whose default is peephole="diagonal": each gate reads the cell state (Gers & Schmidhuber 2000).
 
-    def __init__(self, *args: Any, peephole: Peephole | None = "diagonal", **kwargs: Any) -> None:
-        super().__init__(*args, peephole=peephole, **kwargs)
+    All arguments, and all else, are those of `LSTM`. In particular output_peephole is "previous": the output gate reads
+    c_{t-1}. The peepholes of the paper, of TensorFlow and of ONNX are output_peephole="current".
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device: Any = None,
+        dtype: torch.dtype | None = None, *, coupled: bool = False, peephole: Peephole | None = "diagonal",
+        output_peephole: OutputPeephole = "previous", strategy: Strategy = "auto", recompute: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
+            coupled=coupled, peephole=peephole, output_peephole=output_peephole, strategy=strategy, recompute=recompute,
+        )  # fmt: skip

@@ -21,7 +21,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lstm_triton_kernels.gpus import GPU, gpu_of
@@ -32,8 +32,11 @@ from lstm_triton_kernels.spec import STANDARD, LSTMSpec
 from lstm_triton import onnx_node, transforms
 from lstm_triton.estimates import call_us, cudnn_is_persistent, estimate_us, passes
 
-BACKENDS = ("auto", "triton", "torch")
-STRATEGIES = ("auto", "persistent", "stepwise", "cudnn")
+Backend = Literal["auto", "triton", "torch"]
+Strategy = Literal["auto", "persistent", "stepwise", "cudnn"]
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 ENVIRONMENT_VARIABLE = "LSTM_TRITON_BACKEND"
 MINIMUM_CAPABILITY = (8, 0)
 NEEDS_CUDA = (
@@ -222,7 +225,7 @@ cudnn_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: Backend) -> Iterator[None]:
     """Compute every call inside the `with` block on the given backend.
 
     - name: "triton" (the kernels; an error where they cannot run), "torch" (PyTorch's own operators), or "auto"

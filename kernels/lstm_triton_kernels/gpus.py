@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -41,13 +43,40 @@ def _rates(half: float, tf32: float, float32: float, float64: float) -> dict[str
 KIB = 1024
 GPUS: dict[str, GPU] = {
     "a100": GPU("A100 SXM 80 GB", 80, 108, 163 * KIB, 1.41, _rates(312, 156, 19.5, 19.5), 2039),
-    "h100": GPU("H100 SXM", 90, 132, 227 * KIB, 1.83, _rates(989, 494, 67, 67), 3352),
+    "a10": GPU("A10", 86, 72, 99 * KIB, 1.70, _rates(125, 62.5, 31.2, 0.5), 600),
+    "rtx3090": GPU("RTX 3090", 86, 82, 99 * KIB, 1.70, _rates(71, 35.6, 35.6, 0.6), 936),
     "l4": GPU("L4", 89, 58, 99 * KIB, 2.04, _rates(121, 60, 30.3, 0.5), 300),
+    "l40s": GPU("L40S", 89, 142, 99 * KIB, 2.52, _rates(362, 183, 91.6, 1.4), 864),
     "rtx4090": GPU("RTX 4090", 89, 128, 99 * KIB, 2.52, _rates(165, 82.6, 82.6, 1.3), 1008),
+    "h100": GPU("H100 SXM", 90, 132, 227 * KIB, 1.83, _rates(989, 494, 67, 67), 3352),
+    "h200": GPU("H200 SXM", 90, 132, 227 * KIB, 1.83, _rates(989, 494, 67, 67), 4800),
     "b200": GPU("B200", 100, 148, 227 * KIB, 1.85, _rates(2250, 1125, 75, 37), 8000),
     "rtx5090": GPU("RTX 5090", 120, 170, 99 * KIB, 2.41, _rates(209.5, 104.8, 104.8, 1.6), 1792),
 }
-"""GPUs that plans can be made for where none of them is at hand (limits: CUDA C++ Programming Guide)."""
+"""GPUs that plans can be made for where none of them is at hand.
+
+Limits: CUDA C++ Programming Guide. Rates: NVIDIA's data sheets, of half types with float32 accumulation, no sparsity.
+"""
+
+
+def gpu_key(text: str) -> str:
+    """Return the key in `GPUS` of a GPU, from any spelling: "H100", "RTX 4090", "rtx-4090".
+
+    Raises ValueError if it is none of the table.
+    """
+    key = re.sub(r"[\s_-]", "", text.lower())
+    if key not in GPUS:
+        raise ValueError(f"unknown GPU {text!r}: there are {', '.join(GPUS)}")
+    return key
+
+
+def nearest(name: str, capability: int) -> GPU:
+    """Return the GPU of the table with that name, as the driver tells it; else that of the nearest capability."""
+    words = re.split(r"[\W_]+", name.lower())
+    called = {*words, *(a + b for a, b in itertools.pairwise(words))}
+    named = [gpu for key, gpu in GPUS.items() if key in called]
+    return min(named or GPUS.values(), key=lambda gpu: (abs(gpu.capability - capability), gpu.name))
+
 
 INTERPRETER = replace(GPUS["h100"], name="Triton's interpreter", multiprocessors=1, interpreted=True)
 """It runs the programs of a launch one after another: none may wait for another."""
@@ -82,7 +111,7 @@ def product_us(layer: Layer, gpu: GPU) -> float:
 
 @functools.lru_cache
 def gpu_of(device: torch.device) -> GPU:
-    """Return the GPU that a CUDA device is; limits as the driver tells them, rates of the nearest kind in the table.
+    """Return the GPU that a CUDA device is; limits as the driver tells them, rates of the nearest in the table.
 
     A CPU is Triton's interpreter.
     """
@@ -90,9 +119,8 @@ def gpu_of(device: torch.device) -> GPU:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
-    alike = min(GPUS.values(), key=lambda gpu: (abs(gpu.capability - capability), gpu.name))
     return replace(
-        alike,
+        nearest(properties.name, capability),
         name=properties.name,
         capability=capability,
         multiprocessors=properties.multi_processor_count,

@@ -22,6 +22,10 @@ PERSISTENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_TRIES = 4
 """Plans that are compiled at most until one does not spill (settle.py)."""
 
+MOST_SPILLED = 16
+"""Spilled registers of a thread up to which a plan is taken. On an H200 a plan that took the place of such a one was
+slower than it by far more than the spill costs (benchmarks/NOTES.md)."""
+
 WAITING_MARGIN = 1.2
 """How much longer a plan without waiting may take by estimate, and still be preferred: it leaves the rest of the GPU to
 others, and cannot time out."""

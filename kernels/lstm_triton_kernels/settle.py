@@ -20,11 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.errors import OutOfResources
 
-from lstm_triton_kernels.planner import MOST_TRIES
-
-MOST_SPILLED = 16
-"""Spilled registers of a thread up to which a plan is taken. On an H200 a plan that took the place of such a one was
-slower than it by far more than the spill costs (benchmarks/NOTES.md)."""
+from lstm_triton_kernels.planner import MOST_SPILLED, MOST_TRIES
 
 Plan = TypeVar("Plan", bound=Hashable)
 

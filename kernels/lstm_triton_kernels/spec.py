@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 Peephole = Literal["diagonal", "full"]
 OutputPeephole = Literal["previous", "current"]
 
-PEEPHOLES: tuple[Peephole | None, ...] = (None, "diagonal", "full")
-OUTPUT_PEEPHOLES: tuple[OutputPeephole, ...] = ("previous", "current")
+PEEPHOLES: tuple[Peephole | None, ...] = (None, *get_args(Peephole))
+OUTPUT_PEEPHOLES: tuple[OutputPeephole, ...] = get_args(OutputPeephole)
 
 
 class LSTMWeights(NamedTuple):
@@ -51,7 +51,8 @@ class LSTMSpec:
 
     - coupled: the input gate is 1 - f (CIFG: Greff et al. 2017), three gate blocks instead of four
     - peephole: None, "diagonal" (elementwise: Gers & Schmidhuber 2000) or "full" (a matrix)
-    - output_peephole: which cell state the output gate reads: "previous" (c_{t-1}) or "current" (c_t)
+    - output_peephole: which cell state the output gate reads: "previous", the default, is a simplified form in which it
+      reads c_{t-1}; textbook peepholes (Gers & Schmidhuber 2000; TensorFlow, ONNX) are "current", and read c_t
 
     What follows from them, settled once since every step of a layer asks for it:
 

@@ -22,7 +22,7 @@ import torch
 from lstm_triton_kernels import sequence_persistent, settle
 from lstm_triton_kernels.gpus import GPU, GPUS
 from lstm_triton_kernels.plan import PersistentPlan
-from lstm_triton_kernels.planner import MOST_TRIES, ranked_plans
+from lstm_triton_kernels.planner import MOST_SPILLED, MOST_TRIES, ranked_plans
 from lstm_triton_kernels.sizes import Layer
 
 from benchmarks.simulator.sass import basic_blocks, disassemble, time_loop
@@ -177,7 +177,7 @@ def test_what_a_kernel_uses_is_told_without_a_gpu(backward):
     for usage, plan in zip(sequence_persistent.usages(ANCHOR, backward, GPUS["h100"], plans), plans, strict=True):
         assert 64 <= usage.registers <= 255 and usage.registers * 32 * plan.num_warps <= 65536
         assert plan.shared_bytes <= usage.shared <= plan.shared_bytes + 1024 <= GPUS["h100"].shared_bytes
-        assert 0 <= usage.spilled <= settle.MOST_SPILLED
+        assert 0 <= usage.spilled <= MOST_SPILLED
 
 
 def test_a_spill_is_told():
@@ -187,7 +187,7 @@ def test_a_spill_is_told():
     squeezed = launch.arguments(plan) | dict(maxnreg=64)
     kernel = sequence_persistent.kernel_of(launch, plan)
     usage = settle.usage_elsewhere(kernel, plan.grid, squeezed, 90)
-    assert usage.registers <= 64 and usage.spilled > settle.MOST_SPILLED
+    assert usage.registers <= 64 and usage.spilled > MOST_SPILLED
     with settle.absent_gpu(90):
         assert spills_of_a_step(kernel.run(grid=plan.grid, warmup=True, **squeezed).asm["cubin"]) > MOST_ACCESSES
 

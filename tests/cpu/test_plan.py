@@ -753,9 +753,13 @@ def test_small_layers_run_in_the_interpreter():
 @pytest.mark.parametrize(
     "name, capability, multiprocessors, shared_bytes, alike",
     [
-        ("NVIDIA H200", (9, 0), 132, 232_448, "h100"),
+        ("NVIDIA H100 80GB HBM3", (9, 0), 132, 232_448, "h100"),
+        ("NVIDIA H200", (9, 0), 132, 232_448, "h200"),
         ("NVIDIA A100-SXM4-40GB", (8, 0), 108, 166_912, "a100"),
-        ("NVIDIA A10", (8, 6), 72, 101_376, "l4"),
+        ("NVIDIA RTX A1000", (8, 6), 18, 101_376, "a10"),
+        ("NVIDIA A10", (8, 6), 72, 101_376, "a10"),
+        ("NVIDIA L40S", (8, 9), 142, 101_376, "l40s"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 76, 101_376, "rtx4090"),
         ("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376, "rtx5090"),
         ("NVIDIA B300", (10, 3), 148, 232_448, "b200"),
     ],
@@ -775,7 +779,9 @@ def test_a_device_has_the_drivers_limits_and_the_rates_of_its_kind(
         gpu_of.cache_clear()
     assert (gpu.name, gpu.capability) == (name, 10 * capability[0] + capability[1])
     assert (gpu.multiprocessors, gpu.shared_bytes) == (multiprocessors, shared_bytes)
-    assert (gpu.tflop_per_s, gpu.clock_ghz) == (GPUS[alike].tflop_per_s, GPUS[alike].clock_ghz)
+    expected = GPUS[alike]
+    assert (gpu.tflop_per_s, gpu.clock_ghz) == (expected.tflop_per_s, expected.clock_ghz)
+    assert gpu.memory_gb_per_s == expected.memory_gb_per_s
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lstm_triton_kernels import settle
-from lstm_triton_kernels.planner import MOST_TRIES
-from lstm_triton_kernels.settle import MOST_SPILLED, Usage, first_clean, settled
+from lstm_triton_kernels.planner import MOST_SPILLED, MOST_TRIES
+from lstm_triton_kernels.settle import Usage, first_clean, settled
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
