@@ -1,4 +1,4 @@
-"""The benchmark suite: `python -m benchmarks run | micro | simulate | report | gpu`, from a checkout."""
+"""The benchmark suite, from a checkout: `python -m benchmarks run | micro | steps | warm | report | gpu | simulate`."""
 
 import sys
 from importlib.util import find_spec

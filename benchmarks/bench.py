@@ -6,7 +6,8 @@ import gc
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,31 +18,35 @@ from benchmarks.check import Oracle, allowed
 from benchmarks.problem import Problem, make_problem
 from benchmarks.providers import Model, Provider, baseline_of
 from benchmarks.suites import TRAINING, Case
+from lstm_triton.dtypes import DTYPES
 
 LONGEST_WORDS = 300
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measurement:
-    """What one row measured; `failure` in words instead of times where there are none.
+    """What one row measured.
 
-    - times: of the call and of its baseline; cpu_us, peak_mib, error: as in `rows.Row`
-    - rows: rows of the batch that a step computes on average (fewer than B where rows end early)
-    - kernels: names of the kernels that the baseline launched
-    - plan: as in `rows.Row`
+    - columns: of a results file (see `rows`): times and error, or an error in words
+    - mean_rows: rows of the batch that a step computes on average (fewer than B where rows end early)
     - lost_device: the device answers no more in this process; stopped: it was not done in time
     """
 
-    failure: str | None = None
-    times: timing.Times | None = None
-    cpu_us: float | None = None
-    peak_mib: float | None = None
-    error: float | None = None
-    rows: float | None = None
-    kernels: tuple[str, ...] = ()
-    plan: str = ""
+    columns: dict[str, float | str | None] = field(default_factory=dict)
+    mean_rows: float | None = None
     lost_device: bool = False
     stopped: bool = False
+
+    @property
+    def failure(self) -> str | None:
+        """Return why nothing was timed; None if it was."""
+        error = self.columns.get("error")
+        return error if isinstance(error, str) else None
+
+
+def failed(words: str, **flags: bool) -> Measurement:
+    """Return the measurement of a row that has no time."""
+    return Measurement({"error": words}, **flags)
 
 
 class Bench:
@@ -49,74 +54,60 @@ class Bench:
 
     def __init__(self, device: torch.device, baselines: Sequence[Provider], seconds: float) -> None:
         self.device, self.baselines, self.seconds = device, baselines, seconds
-        self.stands: dict[Case, Stand] = {}
+        self.prepared: dict[Case, Prepared] = {}
         """Of the case that is measured, and of the baseline's case, which is another for a variant."""
 
     def measure(self, provider: Provider, case: Case) -> Measurement:
-        """One row. Whatever goes wrong becomes a Measurement that says so."""
+        """Return one row. Whatever goes wrong becomes a row that says so."""
         found = self._measure(provider, case)
-        return replace(found, plan=provider.plan(case, self.device.type))
+        found.columns["plan"] = provider.plan(case, self.device.type)
+        return found
 
     def _measure(self, provider: Provider, case: Case) -> Measurement:
         other, theirs = baseline_of(case, self.device.type, self.baselines)
-        for old in self.stands.keys() - {case, theirs}:
-            del self.stands[old]
+        for old in self.prepared.keys() - {case, theirs}:
+            del self.prepared[old]
         try:
-            own = self._stand(case)
-            baseline = self._stand(theirs).baseline(other)
+            own, baseline = self._prepare(case), self._prepare(theirs).baseline(other)
             if provider.name == other.name:
-                return baseline.measurement(self.seconds)
-            found = own.measure(provider, baseline, self.seconds)
-            timed_out = _timed_out(self.device)
-            return found if timed_out is None else Measurement(failure=timed_out)
+                found = own.timed_alone(baseline, self.seconds)
+            else:
+                call, error = own.checked(provider, baseline.error)
+                found = own.timed(call, baseline.call, error, self.seconds)
+            late = timed_out(self.device)
+            return found if late is None else failed(late)
+        except WrongResult as wrong:
+            return failed(str(wrong))
         except Exception as error:  # what a provider raises is a result
-            failure = _words(error)
-        self.stands.clear()
-        _free(self.device)
-        if _lost(self.device):
-            return Measurement(failure=failure, lost_device=True)
-        _timed_out(self.device)  # the next row begins with nothing to complain of
-        return Measurement(failure=failure)
+            words = in_words(error)
+        self.prepared.clear()
+        free(self.device)
+        if lost(self.device):
+            return failed(words, lost_device=True)
+        timed_out(self.device)  # the next row begins with nothing to complain of
+        return failed(words)
 
-    def _stand(self, case: Case) -> Stand:
-        if case not in self.stands:
-            _free(self.device)
-            self.stands[case] = Stand(case, self.device)
-        return self.stands[case]
-
-
-class Baseline:
-    """The baseline's model of a case, or why it has none."""
-
-    def __init__(self, provider: Provider, stand: Stand) -> None:
-        self.stand = stand
-        self.error: float | None = None
-        self.timed: timing.Timed | None = None
-        self.failure: str | None = None
-        try:
-            self.short_model, model = provider.build(stand.oracle.problem), provider.build(stand.problem)
-            self.error, self.failure = stand.verdict(self.short_model, model, None)
-            if self.failure is None:
-                self.timed = timed_call(model, stand.problem)
-        except Exception as error:
-            if _lost(stand.device):
-                raise
-            self.failure = _words(error)  # and the others are measured without a ratio
-
-    def measurement(self, seconds: float) -> Measurement:
-        """The baseline's own row."""
-        if self.timed is None:
-            return Measurement(failure=self.failure)
-        (own,) = timing.in_turns([self.timed], self.stand.device, seconds)
-        short_call = timed_call(self.short_model, self.stand.oracle.problem)
-        kernels = timing.kernel_names(short_call.call, self.stand.device)
-        alone = timing.times(own)
-        times = replace(alone, baseline_ms=alone.ms[1])
-        return replace(self.stand.figures(self.timed, own, times, self.error), kernels=tuple(kernels))
+    def _prepare(self, case: Case) -> Prepared:
+        if case not in self.prepared:
+            free(self.device)
+            self.prepared[case] = Prepared(case, self.device)
+        return self.prepared[case]
 
 
-class Stand:
-    """One case: the problem, and what the reference says of it."""
+class WrongResult(Exception):
+    """A provider does not compute the same function as the reference; the message says how far it is off."""
+
+
+class Baseline(NamedTuple):
+    """The baseline's call of a case and its error; or why it has none, and then others are timed without a ratio."""
+
+    call: timing.Timed | None
+    error: float | None
+    failure: str = ""
+
+
+class Prepared:
+    """One case: the problem, what the reference says of it, and the baseline that others take turns with."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         set_precision(case.dtype)
@@ -127,48 +118,48 @@ class Stand:
         self._baseline: Baseline | None = None
 
     def baseline(self, provider: Provider) -> Baseline:
-        """The baseline of this case, built once."""
+        """Return the baseline of this case, built once."""
         if self._baseline is None:
-            self._baseline = Baseline(provider, self)
+            try:
+                self._baseline = Baseline(*self.checked(provider, None))
+            except Exception as error:
+                if lost(self.device):
+                    raise
+                self._baseline = Baseline(None, None, in_words(error))
         return self._baseline
 
-    def verdict(self, short_model: Model, model: Model, baseline_error: float | None) -> tuple[float, str | None]:
-        """The largest error, and words if it is too large for the same function."""
+    def checked(self, provider: Provider, baseline_error: float | None) -> tuple[timing.Timed, float]:
+        """Return a provider's call and its largest error. Raises WrongResult if that is not the same function."""
+        short_model, model = provider.build(self.oracle.problem), provider.build(self.problem)
         errors = self.oracle.errors(short_model, model)
         worst = max(errors, key=lambda name: errors[name])
         bound = allowed(self.case.dtype, baseline_error)
-        wrong = f"wrong: error {errors[worst]:.1e} of {worst}, allowed {bound:.1e}"
-        return errors[worst], None if errors[worst] <= bound else wrong
+        if not errors[worst] <= bound:
+            raise WrongResult(f"wrong: error {errors[worst]:.1e} of {worst}, allowed {bound:.1e}")
+        return timed_call(model, self.problem), errors[worst]
 
-    def measure(self, provider: Provider, baseline: Baseline, seconds: float) -> Measurement:
-        """A provider's row: checked, then timed in turns with the baseline."""
-        short_model, model = provider.build(self.oracle.problem), provider.build(self.problem)
-        error, wrong = self.verdict(short_model, model, baseline.error)
-        if wrong is not None:
-            return Measurement(failure=wrong)
-        timed = timed_call(model, self.problem)
-        if baseline.timed is None:
-            (own,) = timing.in_turns([timed], self.device, seconds)
-            return self.figures(timed, own, timing.times(own), error)
-        own, theirs = timing.in_turns([timed, baseline.timed], self.device, seconds)
-        return self.figures(timed, own, timing.times(own, theirs), error)
-
-    def figures(
-        self, timed: timing.Timed, milliseconds: list[float], times: timing.Times, error: float | None
+    def timed(
+        self, own: timing.Timed, baseline: timing.Timed | None, error: float | None, seconds: float
     ) -> Measurement:
-        """The row; milliseconds are those of every call."""
+        """Return the row of a call, timed in turns with the baseline if there is one."""
+        times = timing.in_turns([own] if baseline is None else [own, baseline], self.device, seconds)
+        columns: dict[str, float | str | None] = {**timing.columns(*times), "error": error}
+        columns["cpu_us_per_call"] = timing.host_us(own, self.device, times[0])
+        columns["peak_mib"] = timing.peak_mib(own, self.device)
         lengths = self.problem.lengths
-        return Measurement(
-            times=times,
-            cpu_us=timing.host_us(timed, self.device, milliseconds),
-            peak_mib=timing.peak_mib(timed, self.device),
-            error=error,
-            rows=float(lengths.sum()) / self.case.T if lengths is not None else float(self.case.B),
-        )
+        return Measurement(columns, float(lengths.sum()) / self.case.T if lengths is not None else float(self.case.B))
+
+    def timed_alone(self, baseline: Baseline, seconds: float) -> Measurement:
+        """Return the baseline's own row."""
+        if baseline.call is None:
+            return failed(baseline.failure)
+        found = self.timed(baseline.call, None, baseline.error, seconds)
+        found.columns |= dict(baseline_ms=found.columns["ms_median"], baseline_ratio=1.0)
+        return found
 
 
 def timed_call(model: Model, problem: Problem) -> timing.Timed:
-    """The call that is timed: forward without gradients, or forward and backward from the gradient of the output.
+    """Return the call that is timed: forward without gradients, or forward and backward from the output's gradient.
 
     Every call takes the next set of inputs; gradients are None when it starts.
     """
@@ -179,8 +170,7 @@ def timed_call(model: Model, problem: Problem) -> timing.Timed:
     def before() -> None:
         nonlocal x
         x = next(inputs)
-        x.grad = None
-        for leaf in leaves:
+        for leaf in (x, *leaves):
             leaf.grad = None
 
     def forward() -> None:
@@ -195,42 +185,44 @@ def timed_call(model: Model, problem: Problem) -> timing.Timed:
 
 
 def set_precision(dtype: str) -> None:
-    """PyTorch's switches for float32 matmuls and cuDNN's RNNs: TF32 for "tf32", else IEEE."""
-    precision = "tf32" if dtype == "tf32" else "ieee"
+    """Set PyTorch's switches for float32 matmuls and cuDNN's RNNs: TF32 for "tf32", else IEEE."""
+    precision = DTYPES[dtype][1]
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
 
 
-def _words(error: Exception) -> str:
-    """What went wrong, on one line."""
+def in_words(error: Exception) -> str:
+    """Return what went wrong, on one line."""
     text = re.sub(r"\s+", " ", str(error)).strip()
     text = text if len(text) <= LONGEST_WORDS else text[: LONGEST_WORDS - 1] + "…"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory: {text}"
-    return f"failed: {type(error).__name__}: {text}"
+    if isinstance(error, WrongResult):
+        return text
+    kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"failed: {type(error).__name__}"
+    return f"{kind}: {text}"
 
 
-def _timed_out(device: torch.device) -> str | None:
-    """Words if a persistent launch timed out since this was last asked: what it computed, and how fast, is void.
+def timed_out(device: torch.device) -> str | None:
+    """Wait for the device; return words if a persistent launch timed out since this was last asked.
 
-    Waits for the device.
+    What such a launch computed, and how fast, is void.
     """
     timing.synchronize(device)
     try:
         lstm_triton.check_launches()
     except RuntimeError as error:
-        return _words(error)
+        return in_words(error)
     return None
 
 
-def _free(device: torch.device) -> None:
+def free(device: torch.device) -> None:
+    """Give back the memory of what is no longer referenced."""
     gc.collect()
-    if device.type == "cuda" and not _lost(device):
+    if device.type == "cuda" and not lost(device):
         torch.cuda.empty_cache()
 
 
-def _lost(device: torch.device) -> bool:
-    """Whether the device answers no more in this process (after an illegal access, say)."""
+def lost(device: torch.device) -> bool:
+    """Return whether the device answers no more in this process (after an illegal access, say)."""
     try:
         timing.synchronize(device)
     except RuntimeError:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.problem import Problem, layers_of, make_problem
-from benchmarks.providers import Model
-from benchmarks.suites import FORWARD, TRAINING, Case
+from benchmarks.providers import Model, leaves
+from benchmarks.suites import FORWARD, TRAINING
 from lstm_triton import reference
 
 STEPS = 64
@@ -31,21 +31,15 @@ FLOOR = {"float32": 1e-5, "tf32": 2e-3, "float16": 3e-3, "bfloat16": 2e-2}
 """A provider may err by TIMES_BASELINE times what the baseline errs by, or by the FLOOR where that is more."""
 
 
-def short(case: Case) -> Case:
-    """The case over at most STEPS steps."""
-    return replace(case, T=min(case.T, STEPS))
-
-
 def results(model: Model, problem: Problem) -> dict[str, Tensor]:
-    """By name the model's outputs on the first input and, in training, the gradients of x and every weight."""
+    """Return by name the outputs on the first input and, in training, the gradients of x and every weight."""
     x = problem.inputs[0]
     names = ("h", "c") if problem.case.cell else ("output", "h_n", "c_n")
     if problem.case.mode != TRAINING:
         with torch.inference_mode(), model.settings():
             return dict(zip(names, model.run(x), strict=True))
-    x.grad = None
-    for parameter in model.parameters().values():
-        parameter.grad = None
+    for leaf in (x, *model.parameters().values()):
+        leaf.grad = None
     with model.settings():
         outputs = model.run(x)
         torch.autograd.backward(outputs[0], problem.grad_output)
@@ -57,14 +51,8 @@ def results(model: Model, problem: Problem) -> dict[str, Tensor]:
     return found
 
 
-def expected(problem: Problem) -> dict[str, Tensor]:
-    """The same by the reference, in float64."""
-    doubled = double(problem)
-    return results(Reference(doubled), doubled)
-
-
 def double(problem: Problem) -> Problem:
-    """The problem with the same numbers in float64, its first set of inputs alone."""
+    """Return the problem with the same numbers in float64, its first set of inputs alone."""
     x = problem.inputs[0].detach().double().requires_grad_(problem.inputs[0].requires_grad)
     weights = {name: weight.double() for name, weight in problem.weights.items()}
     return replace(problem, weights=weights, inputs=[x], grad_output=problem.grad_output.double())
@@ -74,20 +62,16 @@ class Reference(Model):
     """The library's reference on a problem in float64; rows end at their lengths if there are any."""
 
     def __init__(self, problem: Problem) -> None:
-        case = problem.case
-        self.cell, self.lengths, self.spec = case.cell, problem.lengths, case.spec
-        self.states = (case.L * case.D, case.B, case.H)
-        self.weights = {
-            name: weight.clone().requires_grad_(case.mode == TRAINING) for name, weight in problem.weights.items()
-        }
-        self.layers = layers_of(case, self.weights)
+        self.case, self.lengths, self.weights = problem.case, problem.lengths, leaves(problem)
+        self.layers = layers_of(self.case, self.weights)
 
     def run(self, x: Tensor) -> tuple[Tensor, ...]:
-        zeros = x.new_zeros(self.states[0], x.shape[-2], self.states[2])
-        if self.cell:
-            return reference.cell(x, zeros[0], zeros[0], self.layers[0][0], self.spec)
+        case = self.case
+        zeros = x.new_zeros(case.L * case.D, x.shape[-2], case.H)
+        if case.cell:
+            return reference.cell(x, zeros[0], zeros[0], self.layers[0][0], case.spec)
         lengths = self.lengths.to(x.device) if self.lengths is not None else None
-        *found, _ = reference.lstm(x, zeros, zeros, self.layers, self.spec, lengths)
+        *found, _ = reference.lstm(x, zeros, zeros, self.layers, case.spec, lengths)
         return tuple(found)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -100,8 +84,9 @@ class Oracle:
     def __init__(self, whole: Problem) -> None:
         case = whole.case
         self.whole = whole
-        self.problem = make_problem(short(case), whole.device)
-        self.expected = expected(self.problem)
+        self.problem = make_problem(replace(case, T=min(case.T, STEPS)), whole.device)
+        doubled = double(self.problem)
+        self.expected = results(Reference(doubled), doubled)
         self.output: Tensor | None = None
         if case.T > STEPS:
             x = whole.inputs[0].detach()[:, :ROWS]
@@ -112,7 +97,7 @@ class Oracle:
                 self.output = Reference(rows).run(rows.inputs[0])[0]
 
     def errors(self, short_model: Model, whole_model: Model) -> dict[str, float]:
-        """||result - reference|| / ||reference|| by name, of models of `self.problem` and of `self.whole`.
+        """Return ||result - reference|| / ||reference|| by name, of models of `self.problem` and of `self.whole`.
 
         Infinite where a result is not finite.
         """
@@ -126,7 +111,7 @@ class Oracle:
 
 
 def distances(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Relative distance in float64 by name. Raises RuntimeError where a shape or a name is another."""
+    """Return the relative distance in float64 by name. Raises RuntimeError where a shape or a name is another."""
     if actual.keys() != wanted.keys():
         raise RuntimeError(f"returns {', '.join(actual)} instead of {', '.join(wanted)}")
     found = {}
@@ -139,7 +124,7 @@ def distances(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str,
 
 
 def allowed(dtype: str, baseline_error: float | None) -> float:
-    """The error up to which a result is the same function; `baseline_error` None: of the baseline itself."""
+    """Return the error up to which a result is the same function; `baseline_error` None: of the baseline itself."""
     if baseline_error is None:
         return ALLOWED[dtype]
     return max(TIMES_BASELINE * baseline_error, FLOOR[dtype])

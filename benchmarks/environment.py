@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
-from dataclasses import dataclass
 from datetime import date
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -15,75 +14,59 @@ import torch
 from benchmarks import ROOT
 
 
-@dataclass(frozen=True)
-class Environment:
-    """The last columns of a row; `gpu` is the processor's name where a CPU was measured."""
-
-    gpu: str
-    driver: str
-    torch: str
-    triton: str
-    cudnn: str
-    commit: str
-    date: str
-
-
-def environment(device: torch.device) -> Environment:
-    """What is true of this process, this checkout and the given device."""
+def environment(device: torch.device) -> dict[str, str]:
+    """Return the columns of a row that this process, this checkout and the device have in common."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = ""
     on_gpu = device.type == "cuda"
-    return Environment(
-        gpu=torch.cuda.get_device_name(device) if on_gpu else f"{processor()}, {torch.get_num_threads()} threads",
-        driver=driver() if on_gpu else "",
-        torch=torch.__version__,
-        triton=_version("triton"),
-        cudnn=str(torch.backends.cudnn.version()) if on_gpu else "",
-        commit=commit(ROOT),
-        date=date.today().isoformat(),
-    )
+    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else f"{processor()}, {torch.get_num_threads()} threads",
+        "driver": output_of(driver).partition("\n")[0] if on_gpu else "",
+        "torch": torch.__version__,
+        "triton": triton,
+        "cudnn": str(torch.backends.cudnn.version()) if on_gpu else "",
+        "commit": commit(),
+        "date": date.today().isoformat(),
+    }
 
 
 def machine(device: torch.device) -> str:
-    """What the names of results files begin with."""
+    """Return what the names of results files begin with."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """Return the processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+?)\s*$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
-def driver() -> str:
-    """The version of NVIDIA's driver; "" where nvidia-smi does not say."""
-    found = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return found.splitlines()[0] if found else ""
-
-
-def commit(root: Path) -> str:
-    """The checkout's commit, with `+` where the measured code differs from it; else the variable COMMIT."""
-    found = _output(["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"])
-    if not found:
-        return os.environ.get("COMMIT", "")
+def commit() -> str:
+    """Return the checkout's commit, with `+` where the measured code differs from it; else the variable COMMIT."""
+    git = ["git", "-C", str(ROOT)]
+    found = output_of([*git, "rev-parse", "--short=10", "HEAD"])
     measured = ["lstm_triton", "kernels", "benchmarks", ":!benchmarks/results", ":!benchmarks/*.md"]
-    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--", *measured])
-    return found + ("+" if changed else "")
+    changed = found and output_of([*git, "status", "--porcelain", "--", *measured])
+    return found + "+" * bool(changed) if found else os.environ.get("COMMIT", "")
 
 
-def _version(package: str) -> str:
+def output_of(command: list[str]) -> str:
+    """Return what a command prints, stripped; "" if it fails or is not there."""
     try:
-        return str(import_module(package).__version__)
-    except ImportError:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
 
 
-def _output(command: list[str]) -> str | None:
-    """What a command prints, stripped; None if it fails or is not there."""
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by the text; if that fails, its former contents are still there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        temporary.write_text(text, newline="")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

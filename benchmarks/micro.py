@@ -17,6 +17,8 @@ import torch
 from lstm_triton_kernels.limit import Constants
 from torch import Tensor
 
+from benchmarks import timing
+
 WAIT_BLOCK = 8
 """Elements that a program publishes in a round: 16 bytes, one access."""
 
@@ -44,51 +46,39 @@ REPEATS = 7
 
 
 def measure(device: torch.device, quick: bool = False) -> Constants:
-    """The constants of a device.
+    """Return the constants of a device.
 
     On a CPU the copy bandwidth and the matmul rates of float32 and float64 alone, in a second or two. On a GPU all of
     them, in about half a minute; it must be idle otherwise. quick: fewer counts of programs, smaller buffers.
     """
     if device.type == "cpu":
-        return Constants(
-            copy_gb_per_s=copy_gb_per_s(device, megabytes=32 if quick else 128),
-            matmul_tflop_per_s={
-                "float32": matmul_tflop_per_s(device, "float32", 512 if quick else 1024),
-                "float64": matmul_tflop_per_s(device, "float64", 512),
-            },
-        )
+        sizes = {"float32": 512 if quick else 1024, "float64": 512}
+        rates = {kind: matmul_tflop_per_s(device, kind, size) for kind, size in sizes.items()}
+        return Constants(copy_gb_per_s(device, megabytes=32 if quick else 128), rates)
     with torch.cuda.device(device):
         return measure_gpu(device, quick)
 
 
 def measure_gpu(device: torch.device, quick: bool) -> Constants:
-    """All constants of the current GPU."""
+    """Return all constants of the current GPU."""
     properties = torch.cuda.get_device_properties(device)
     multiprocessors = properties.multi_processor_count
-    size = 4096 if quick else 8192
+    sizes = dict.fromkeys(("float16", "bfloat16", "float32", "tf32"), 4096 if quick else 8192) | {"float64": 4096}
+    counts = program_counts(multiprocessors, quick)
     return Constants(
         copy_gb_per_s=copy_gb_per_s(device, megabytes=256 if quick else 1024),
-        matmul_tflop_per_s={
-            kind: matmul_tflop_per_s(device, kind, min(size, 4096) if kind == "float64" else size)
-            for kind in ("float16", "bfloat16", "float32", "tf32", "float64")
-        },
+        matmul_tflop_per_s={kind: matmul_tflop_per_s(device, kind, size) for kind, size in sizes.items()},
         l2_read_gb_per_s=l2_read_gb_per_s(device, multiprocessors),
         l2_round_trip_us=l2_round_trip_us(device),
         launch_us=launch_us(device, multiprocessors),
-        wait_us={
-            method: {
-                programs: wait_us(device, method, programs, multiprocessors)
-                for programs in program_counts(multiprocessors, quick)
-            }
-            for method in ("counter", "data")
-        },
+        wait_us={how: {n: wait_us(device, how, n, multiprocessors) for n in counts} for how in ("counter", "data")},
         multiprocessors=multiprocessors,
         on_chip_bytes=properties.shared_memory_per_multiprocessor + REGISTER_BYTES,
     )
 
 
 def program_counts(multiprocessors: int, quick: bool = False) -> list[int]:
-    """1, 2, 4, ... and all multiprocessors; quick: 1, 2, 8, 32, ... and all."""
+    """Return 1, 2, 4, ... and all multiprocessors; quick: 1, 2, 8, 32, ... and all."""
     counts = [1 << n for n in range(multiprocessors.bit_length()) if not quick or n % 2 or n == 0]
     return [*(count for count in counts if count < multiprocessors), multiprocessors]
 
@@ -97,7 +87,7 @@ def program_counts(multiprocessors: int, quick: bool = False) -> list[int]:
 
 
 def copy_gb_per_s(device: torch.device, megabytes: int) -> float:
-    """Bytes read plus bytes written by a copy of `megabytes` from one buffer to another, 1e9 a second."""
+    """Return the bytes read plus written by a copy of `megabytes` from one buffer to another, 1e9 a second."""
     source = torch.ones(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     seconds = median_seconds(device, lambda: target.copy_(source))
@@ -105,7 +95,7 @@ def copy_gb_per_s(device: torch.device, megabytes: int) -> float:
 
 
 def matmul_tflop_per_s(device: torch.device, kind: str, size: int) -> float:
-    """Rate of a (size, size) product: "float16", "bfloat16", "float32" (IEEE), "tf32" or "float64"."""
+    """Return the rate of a (size, size) product: "float16", "bfloat16", "float32" (IEEE), "tf32" or "float64"."""
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     # Random: a product of zeros draws less power, so its clock is higher than real work's.
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -116,7 +106,7 @@ def matmul_tflop_per_s(device: torch.device, kind: str, size: int) -> float:
 
 
 def l2_read_gb_per_s(device: torch.device, programs: int) -> float:
-    """All programs together reading the same 4 MB (or half of L2, where that is less), 1e9 bytes a second."""
+    """Return the bandwidth of all programs reading the same 4 MB (or half of L2, if less), 1e9 bytes a second."""
     steps, width = 64, 4 * READ_BLOCK
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     while steps > 1 and 4 * steps * width > l2 // 2:
@@ -133,7 +123,7 @@ def l2_read_gb_per_s(device: torch.device, programs: int) -> float:
 
 
 def l2_round_trip_us(device: torch.device) -> float:
-    """Microseconds of one load that the next one needs, from a buffer of 1 MB in L2."""
+    """Return the microseconds of one load that the next one needs, from a buffer of 1 MB in L2."""
     following = random_cycle(1 << 13).to(device)
     end = torch.empty(1, dtype=torch.int32, device=device)
     seconds = seconds_of_one(
@@ -146,7 +136,7 @@ def l2_round_trip_us(device: torch.device) -> float:
 
 
 def launch_us(device: torch.device, programs: int) -> float:
-    """Microseconds from one empty cooperative launch to the next, all queued before the first one starts."""
+    """Return the microseconds from one empty cooperative launch to the next, all queued before the first one starts."""
     flag = torch.zeros(1, dtype=torch.int32, device=device)
 
     def launch_all() -> None:
@@ -164,7 +154,7 @@ def launch_us(device: torch.device, programs: int) -> float:
 
 
 def wait_us(device: torch.device, method: str, programs: int, multiprocessors: int) -> float:
-    """Microseconds of one wait of `programs` programs for each other, by "counter" or "data" (see sync.py)."""
+    """Return the microseconds of one wait of programs for each other, by "counter" or "data" (see sync.py)."""
     buffers = WaitBuffers(device, rounds=max(WAIT_ROUNDS), programs=programs)
     exchange = method == "data"
     # The counter alone is timed, but a count that waits for nothing would pass: values exchanged by it would not.
@@ -198,7 +188,7 @@ class WaitBuffers:
         self.reset()
 
     def reset(self) -> None:
-        """What a launch expects to find."""
+        """Restore what a launch expects to find."""
         from lstm_triton_kernels.sync import unpublish
 
         unpublish(self.chunks)
@@ -206,7 +196,7 @@ class WaitBuffers:
             tensor.zero_()
 
     def check(self, method: str, rounds: int, exchange: bool) -> None:
-        """RuntimeError if a wait of the last launch timed out, or its programs did not see each other."""
+        """Raise RuntimeError if a wait of the last launch timed out, or its programs did not see each other."""
         from lstm_triton_kernels.sync import raise_if_timed_out
 
         launch = f"wait_kernel (method {method}, {self.programs} programs, {rounds} rounds)"
@@ -283,7 +273,7 @@ def chase(following: Tensor, end: Tensor, length: int) -> None:
 
 
 def check_read(h: Tensor, sums: Tensor, reads: int) -> None:
-    """RuntimeError if a program's sums are not those of `reads` steps of h, from the first one round and round."""
+    """Raise RuntimeError if a program's sums are not those of `reads` steps of h, round and round."""
     steps, block = h.shape[0], sums.shape[1]
     of_step = h.view(steps, -1, block).sum(1, dtype=torch.int64)
     times = torch.arange(steps, device=h.device) < reads % steps
@@ -293,7 +283,7 @@ def check_read(h: Tensor, sums: Tensor, reads: int) -> None:
 
 
 def check_chase(following: Tensor, end: Tensor, length: int) -> None:
-    """RuntimeError if end is not where `length` steps from element 0 of following lead."""
+    """Raise RuntimeError if end is not where `length` steps from element 0 of following lead."""
     steps, at = following.tolist(), 0
     for _ in range(length):
         at = steps[at]
@@ -309,13 +299,13 @@ def launch_empty(flag: Tensor, programs: int) -> None:
 
 
 def require_resident(programs: int, multiprocessors: int | None) -> None:
-    """ValueError unless all programs can run at the same time, one a multiprocessor."""
+    """Raise ValueError unless all programs can run at the same time, one a multiprocessor."""
     if multiprocessors is not None and programs > multiprocessors:
         raise ValueError(f"{programs} programs cannot wait for each other on {multiprocessors} multiprocessors")
 
 
 def random_cycle(lines: int) -> Tensor:
-    """Where to go next, int32, one element used of each line: a random cycle through all lines from element 0."""
+    """Return where to go next, int32: a random cycle from element 0 through one element of every line."""
     generator = torch.Generator().manual_seed(0)
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(lines - 1, generator=generator)]) * LINE
     following = torch.zeros(lines * LINE, dtype=torch.int32)
@@ -329,33 +319,16 @@ def random_cycle(lines: int) -> Tensor:
 def median_seconds(
     device: torch.device, run: Callable[[], object], first: Callable[[], object] = lambda: None
 ) -> float:
-    """Median time of run() after a warm-up; `first` runs before each, untimed."""
-    seconds = []
-    for _ in range(1 + REPEATS):
-        first()
-        seconds.append(seconds_of(device, run))
-    return statistics.median(seconds[1:])
-
-
-def seconds_of(device: torch.device, run: Callable[[], object]) -> float:
-    """Time of run(): device time between two events on a GPU, and it has ended; else the host's."""
-    if device.type == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    run()
-    after.record()
-    torch.cuda.synchronize(device)
-    return 1e-3 * before.elapsed_time(after)
+    """Return the median time of run() after a warm-up; `first` runs before each, untimed."""
+    one = timing.Timed(first, run)
+    return 1e-3 * statistics.median([timing.one_round([one], device)[0] for _ in range(1 + REPEATS)][1:])
 
 
 def seconds_of_one(
     device: torch.device, run: Callable[[int], object], counts: Sequence[int],
     prepare: Callable[[], object] = lambda: None, check: Callable[[int], object] = lambda count: None,
 ) -> float:  # fmt: skip
-    """Time of one of what run(count) does `count` times in a launch: many against few, so that the launch cancels.
+    """Return the time of one of what run(count) does `count` times: many against few, so that the launch cancels.
 
     counts: few, many. `prepare` runs before each run, untimed; `check` after the last run of each count.
     """
@@ -369,7 +342,7 @@ def seconds_of_one(
 
 @contextmanager
 def float32_matmuls(precision: str) -> Iterator[None]:
-    """PyTorch's switch for float32 products on CUDA set to "ieee" or "tf32", and back."""
+    """Set PyTorch's switch for float32 products on CUDA to "ieee" or "tf32", and back."""
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
     switch.fp32_precision = precision

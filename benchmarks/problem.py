@@ -36,7 +36,7 @@ class Problem:
 
 
 def make_problem(case: Case, device: torch.device, cache_bytes: int = 0, seed: int = 0) -> Problem:
-    """The problem of a case; with as many sets of inputs as twice a cache of `cache_bytes` holds, one at least."""
+    """Return the problem of a case; as many sets of inputs as twice a cache of `cache_bytes` holds, one at least."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = STORAGE[case.dtype]
 
@@ -62,7 +62,7 @@ def make_problem(case: Case, device: torch.device, cache_bytes: int = 0, seed: i
 
 
 def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
-    """State-dict name to shape of every parameter, in `torch.nn.LSTM`'s order."""
+    """Return state-dict name to shape of every parameter, in `torch.nn.LSTM`'s order."""
     if case.cell:
         return case.spec.parameter_shapes(case.I, case.H)
     return {
@@ -74,7 +74,7 @@ def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def layers_of(case: Case, weights: dict[str, Tensor]) -> list[list[LSTMWeights]]:
-    """The weights by layer and direction; a cell's as one layer."""
+    """Return the weights by layer and direction; a cell's as one layer."""
     if case.cell:
         return [[LSTMWeights(**weights)]]
     names = case.spec.parameter_names()

@@ -1,185 +1,177 @@
-"""The whole report: from rows to Markdown tables.
+"""The report of all results files, and the block of a README that says the shortest of it. Needs pandas, matplotlib.
 
-Every number is a row's, or a mean or count of rows. A row without a time is counted and named.
+Every number is a row's, or a mean or count of rows. Simulated times are in no results file, and so in no table here.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import PurePath
+import os
+from pathlib import Path
+from urllib.parse import quote
 
+import pandas as pd
 from lstm_triton_kernels.limit import Constants
 
-from benchmarks.markdown import counted, dates, escaped, link_target, means_table, table
-from benchmarks.rows import BASELINE, Row
-from benchmarks.suites import STORAGE
-from benchmarks.summary import (
-    GROUP_HEADS,
-    NO_GPU,
-    compared,
-    geometric_means,
-    in_order,
-    in_words,
-    is_gpu,
-    kind,
-    machines,
-    number,
-    older_note,
-    place,
-    ratio_in_words,
-    ratio_of,
-)
+from benchmarks import plots, rows, summary
+from benchmarks.console import constants_lines
+from benchmarks.environment import write_whole
+from benchmarks.providers import PROVIDERS
+from benchmarks.rows import BASELINE
+from benchmarks.suites import FORWARD, TRAINING, WORDS
+from benchmarks.summary import OURS, count_text, geometric_mean
+from benchmarks.text import escaped, number, table
 
 HOW = f"""\
-Every provider solves the same problem with the same numbers, the input's matmul included, and is timed only after its
-outputs and gradients were found right: *error* is the largest distance from a float64 reference, relative to its norm.
-It then takes turns with its baseline, call by call after a warm-up; on a GPU device events stand around each call and
-nothing waits for it on the host, on a CPU the host's clock stands there. *ms* is the median over the calls, *baseline
-ms* that of the baseline over the same turns, and *ratio* the second over the first: **above 1 is faster than the
-baseline**. In brackets stand the 20th and 80th percentile of the quotients turn by turn; where they or the ratio do not
-all lie on one side of 1, the ratio is *noise*. A baseline's own row is timed alone, at another moment: no ratio is made
-of it. *us/step* is the time of one time step of one layer and direction, *cpu us* the time until an idle device's call
-returns to Python, and *MiB* the most memory that a call allocates. The baseline is `{BASELINE}`; beside a variant that
-it lacks it computes the standard cell of the same sizes, but where a call computes next to nothing the baseline of
-those is their step in a few lines of PyTorch, `by-hand`. *limit* is a bound from below on us/step, from the machine's
-constants (see `lstm_triton_kernels.limit`); *times* is us/step over it. The regime is the algorithm that PyTorch asks
-cuDNN for at the shape, or the CPU."""
+`docs/benchmarking.md` says how rows are measured and checked, and what their columns mean. In short: *ms* is the
+median time of a call, *baseline ms* that of the baseline in the same turns, and *ratio* the second over the first,
+**above 1 is faster than the baseline**, with the 20th and 80th percentile of the quotients turn by turn in brackets.
+Where these and the ratio do not all lie on one side of 1, the ratio is *noise*. Of files without a time of the
+baseline it is the median of the quotients. The baseline is `{BASELINE}`; beside a variant that it lacks it computes
+the standard cell of the same sizes, except in the suites `overhead` and `overhead-cell`, where it is the variant's
+step in plain PyTorch, `by-hand`. A baseline's own row is timed alone and has no ratio. *us/step* is the time of one
+time step of one layer and direction, *cpu us* the time until a call returns to Python, *MiB* the most memory that it
+allocates, *error* the largest distance from a float64 reference relative to its norm. *limit* is the least us/step
+that the machine's constants allow, and *times* is us/step over it; *times* below 1 shows that the constants were
+measured while the machine was slower. *regime* is the algorithm that PyTorch asks cuDNN for at the shape, or the CPU.
+A mean is geometric, and of the rows that its provider computes, which are not always the same; *n of m* rows: n have
+a ratio."""
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+class WrongMarkers(Exception):
+    """A file has not exactly one line with each marker, in the right order."""
+
+
+def write(results: Path, readme: Path | None = None) -> tuple[list[Path], list[str]]:
+    """Write the plots, the report and, where one is named, the README; return what was written and what is damaged."""
+    text = readme.read_bytes().decode() if readme is not None else ""
+    if readme is not None:
+        rewrite_block(text, "")  # wrong markers are found before anything is written
+    frame, damaged_rows = summary.load(results)
+    known, damaged_constants = rows.all_constants(results)
+    damaged = [str(error) for error in (*damaged_rows, *damaged_constants)]
+    pictures = plots.draw_all(frame, results)
+    written = [path for _, path in pictures]
+    written.append(results / "report.md")
+    write_whole(written[-1], markdown(frame, known, damaged, [(title, path.name) for title, path in pictures]))
+    if readme is not None:
+        write_whole(readme, rewrite_block(text, block(frame, Path(os.path.relpath(results, readme.parent)))))
+        written.append(readme)
+    return written, damaged
 
 
 def markdown(
-    rows: Sequence[Row],
-    constants: Mapping[str, Constants],
-    damaged: Sequence[Exception],
-    plots: Sequence[tuple[str, str]] = (),
-    leaves_out: Mapping[str, str] | None = None,
+    frame: pd.DataFrame, known: dict[str, Constants], damaged: list[str], pictures: list[tuple[str, str]]
 ) -> str:
-    """The whole report: what was measured where and how, means, slowest rows, all rows, what failed.
-
-    - constants: by machine; damaged: what could not be read; plots: titles and paths, relative to the report
-    - leaves_out: by provider and strategy (`Row.name`), what it does not do that `torch.nn.LSTM` does
-    """
-    rows = in_order(rows)
-    parts = ["# Benchmarks", HOW, *older_note(rows)]
-    if not rows:
+    """Return the report; `known` are constants by machine, `pictures` titles and names of files beside the report."""
+    parts = ["# Benchmarks", HOW]
+    if not len(frame):
         parts.append("No row has been measured yet.")
-    elif not any(map(is_gpu, rows)):
-        parts.append(NO_GPU)
     if damaged:
-        lines = [f"- {escaped(without_folder(str(error)))}" for error in damaged]
-        parts += ["## Damaged files, left out", "\n".join(lines)]
-    if plots:
-        parts += ["## Plots", "\n".join(f"- [{escaped(title)}]({link_target(path)})" for title, path in plots)]
-    present = [name for name in (leaves_out or {}) if any(row.name == name for row in rows)]
-    if leaves_out and present:
-        cells = [(name, leaves_out[name] or "nothing") for name in present]
-        parts += ["## What each leaves out", table(("provider", "leaves out"), cells)]
-    for gpu in machines(rows, constants):
-        own = [row for row in rows if row.gpu == gpu]
-        parts += [f"## {escaped(gpu)}", *_machine(own, constants.get(gpu))]
+        parts += ["## Damaged files, left out", "\n".join(f"- {escaped(words)}" for words in damaged)]
+    present = frame["name"].unique()
+    leaves_out = {f"{one.name} {one.strategy}": one.leaves_out or "nothing" for one in PROVIDERS.values()}
+    lines = [(name, words) for name, words in leaves_out.items() if name in present]
+    parts += ["## What each provider leaves out", table(("provider", "leaves out"), lines)] if lines else []
+    for gpu in dict.fromkeys([*frame.gpu, *known]):
+        parts += [f"## {escaped(gpu)}", *machine(frame[frame.gpu == gpu])]
+        parts += [f"![{escaped(title)}]({quote(name)})" for title, name in pictures if title.startswith(f"{gpu}: ")]
+        if gpu in known:
+            parts += ["### Constants of the limit", table(("constant", "value"), constants_lines(known[gpu]), (1,))]
     return "\n\n".join(parts) + "\n"
 
 
-def _machine(rows: Sequence[Row], constants: Constants | None) -> list[str]:
-    if not rows:
-        return ["No row has been measured here yet.", *_constants_part(constants)]
-    means = geometric_means(compared(rows))
-    parts = [_where(rows), "### Geometric means of the ratio to the baseline", *means_table(means)]
-    slowest = [
-        [*mean.group, mean.name, ratio_in_words(mean.worst), mean.worst.dtype, mean.worst.shape,
-         f"{mean.slower} of {mean.count}"]
-        for mean in means if mean.worst is not None
-    ]  # fmt: skip
-    if slowest:
-        heads = [*GROUP_HEADS, "provider", "ratio", "dtype", "shape", "slower rows, without noise"]
-        parts += ["### The slowest row of each mean", table(heads, slowest, right=(len(GROUP_HEADS) + 1,))]
-    parts += ["### Rows without a time or a ratio", _missing(rows)]
-    parts += _constants_part(constants)
+def machine(frame: pd.DataFrame) -> list[str]:
+    """Return what the report says of one machine's rows: where from, means, rows without a ratio, all rows."""
+    if not len(frame):
+        return ["No results file of this folder has a row of this machine."]
+    origin = ["file", "driver", "torch", "triton", "cudnn", "commit", "date"]
+    counts = frame.groupby(origin, sort=False).size().reset_index(name="rows")
+    counts["file"] = [f"[{escaped(name)}]({quote(name)})" for name in counts.file]
+    parts = [markdown_of(counts)]
+    if frame.commit.str.endswith("+").any():
+        parts.append("A `+` behind a commit: the code that was measured differed from it.")
+    missing = frame[frame.ratio.isna() & ~((frame.provider == frame.baseline) & frame.ms_median.notna())]
+    words = ", ".join(f"{count} {kind}" for kind, count in missing.outcome.value_counts().items())
+    parts += ["### Geometric means of the ratio to the baseline", markdown_of(summary.means(frame))]
+    parts.append("*slower*: rows that are slower than the baseline, noise not counted. *slowest*: the least ratio.")
+    parts += ["### Rows without a ratio", f"{words}." if words else "None."]
+    if len(missing):
+        why = missing[["suite", "mode", "name", "dtype", "shape", "outcome"]].copy()
+        timed = missing.ms_median.notna()
+        why["why"] = missing.error.where(~timed, f"no time of {BASELINE} beside it").map(
+            lambda text: escaped(str(text))
+        )
+        parts.append(markdown_of(why))
     parts.append("### All rows")
-    for suite in dict.fromkeys(row.suite for row in rows):
-        own = [row for row in rows if row.suite == suite]
-        summary = f"<summary>{escaped(suite)}, {counted(len(own), 'row')}</summary>"
-        parts += [f"<details>\n{summary}", _all_rows(own), "</details>"]
+    for suite, own in frame.groupby("suite", sort=False):
+        parts += [f"<details>\n<summary>{suite}, {len(own)} rows</summary>", markdown_of(all_rows(own)), "</details>"]
     return parts
 
 
-def _where(rows: Sequence[Row]) -> str:
-    """The versions that rows were measured with, one line for each combination."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.driver, row.torch, row.triton, row.cudnn, row.commit), []).append(row)
-    ordered = sorted(groups.items(), key=lambda item: min(row.date for row in item[1]))
-    lines = [[*key, dates(group), len(group)] for key, group in ordered]
-    text = table(["driver", "PyTorch", "Triton", "cuDNN", "commit", "measured", "rows"], lines, right=(6,))
-    if any(row.commit.endswith("+") for row in rows):
-        text += "\n\nA `+` behind a commit: the code that was measured differed from it."
-    return text
+def all_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of the table of all rows, in words."""
+    own = frame.provider == frame.baseline
+    found = frame[["name", "mode", "dtype", "shape"]].rename(columns={"name": "provider"})
+    found["ms"] = frame.ms_median.map(number)
+    found["baseline"] = frame.baseline.mask(own, "")
+    found["baseline ms"] = frame.baseline_ms.mask(own).map(number)
+    found["ratio"] = frame.ratio_text
+    figures = {"us/step": "us_per_step", "cpu us": "cpu_us_per_call", "MiB": "peak_mib"}
+    for head, column in (figures | {"limit": "limit_us_per_step", "times": "limit_ratio"}).items():
+        found[head] = frame[column].map(number)
+    errors = frame.error.map(lambda error: f"{error:.1e}" if isinstance(error, float) and error == error else "")
+    found["error"] = errors.mask(frame.ms_median.isna(), frame.outcome)
+    return found
 
 
-def _missing(rows: Iterable[Row]) -> str:
-    missing = [row for row in rows if ratio_of(row) is None]
-    if not missing:
-        return "None."
-    kinds = Counter(kind(row) for row in missing)
-    cells = [
-        [row.suite, row.mode, row.name, row.dtype, row.shape, escaped(missing_words(row))] for row in missing
-    ]  # fmt: skip
-    return f"{in_words(kinds)}.\n\n{table(['suite', 'mode', 'provider', 'dtype', 'shape', 'why'], cells)}"
+def markdown_of(frame: pd.DataFrame) -> str:
+    """Return a frame as a Markdown table."""
+    return table(list(frame.columns), frame.astype(str).values.tolist()) if len(frame) else "None."
 
 
-def missing_words(row: Row) -> str:
-    """Why there is no ratio."""
-    if row.timed:
-        return f"{number(row.ms_median)} ms, but no time of {row.baseline} to compare with"
-    return row.error if isinstance(row.error, str) and row.error else "not timed, and no words say why"
+def block(frame: pd.DataFrame, results: Path) -> str:
+    """Return the block of a README: of every GPU what a user gets who chooses nothing; links go to `results`."""
+    report = f"[report.md]({quote(str(results / 'report.md'))})"
+    ours = frame[(frame["name"] == OURS) & (frame.baseline == BASELINE) & ~frame.on_cpu]
+    if not len(ours):
+        return f"No GPU has been measured: no speed against cuDNN is claimed. What was measured: {report}."
+    parts = []
+    for gpu, rows_of_gpu in ours.groupby("gpu", sort=False):
+        lines = []
+        for suite, own in rows_of_gpu.groupby("suite", sort=False):
+            by_mode = [number(geometric_mean(own.ratio[own["mode"] == mode])) for mode in (FORWARD, TRAINING)]
+            slowest = own.ratio_text[own.ratio.idxmin()] if own.ratio.count() else ""
+            lines.append((suite, WORDS.get(suite, ""), count_text(own.ratio), *by_mode, slowest, own.slower.sum()))
+        words = [f"{name} {' and '.join(rows_of_gpu[column].unique())}" for name, column in VERSIONS.items()]
+        files = ", ".join(f"[{name}]({quote(str(results / name))})" for name in rows_of_gpu.file.unique())
+        picture = f"{rows.slug(gpu)}-speed-over-shapes.png"
+        parts += [
+            f"**{gpu}**: time of `{BASELINE}` / time of this library with its defaults; above 1 is faster. "
+            "Geometric means of the rows of each suite; in brackets the 20th and 80th percentile over the calls:",
+            table(("suite", "what", "rows", FORWARD, TRAINING, "slowest row", "slower rows"), lines, range(2, 7)),
+            f"*slower rows*: noise is not counted. {', '.join(words)}; rows of {files}. All of them: {report}.",
+        ]
+        if rows_of_gpu.ratio.count():
+            parts.append(f"![{gpu}: speed over shapes]({quote(str(results / picture))})")
+    return "\n\n".join(parts)
 
 
-_CONSTANTS: tuple[tuple[str, Callable[[Constants], float | None]], ...] = (
-    ("device memory, copy, GB/s", lambda found: found.copy_gb_per_s),
-    ("L2 read by all multiprocessors, GB/s", lambda found: found.l2_read_gb_per_s),
-    ("L2 round trip, us", lambda found: found.l2_round_trip_us),
-    ("launch, us", lambda found: found.launch_us),
-    ("multiprocessors", lambda found: found.multiprocessors),
-    ("on-chip memory of a multiprocessor, KiB", lambda found: found.on_chip_bytes and found.on_chip_bytes / 1024),
-)
+VERSIONS = {"Driver": "driver", "PyTorch": "torch", "Triton": "triton", "cuDNN": "cudnn", "measured": "date"}
 
 
-def _constants_part(constants: Constants | None) -> list[str]:
-    if constants is None:
-        return []
-    return ["### Constants of the limit", table(["constant", "value"], constants_lines(constants), right=(1,))]
+def rewrite_block(text: str, new: str) -> str:
+    """Return the text with `new` between the lines BEGIN and END; everything else is the same byte for byte.
 
-
-def constants_lines(found: Constants) -> list[list[str]]:
-    """Name and value of every constant there is."""
-    lines = [[name, number(value)] for name, of in _CONSTANTS if (value := of(found)) is not None]
-    rates = sorted(found.matmul_tflop_per_s.items(), key=lambda item: place(item[0], tuple(STORAGE)))
-    lines += [[f"matmul, {dtype}, TFLOP/s", number(rate)] for dtype, rate in rates]
-    for method, by_programs in (found.wait_us or {}).items():
-        for programs, us in sorted(by_programs.items()):
-            lines.append([f"wait by {method}, {counted(programs, 'program')}, us", number(us)])
-    return lines
-
-
-def _all_rows(rows: Iterable[Row]) -> str:
-    heads = [
-        "provider", "mode", "dtype", "shape", "ms", "baseline", "baseline ms", "ratio", "us/step", "cpu us", "MiB",
-        "limit", "times", "error",
-    ]  # fmt: skip
-    cells = []
-    for row in rows:
-        beside = [] if row.is_baseline else [row.baseline, number(row.baseline_ms), ratio_in_words(row)]
-        figures = (row.us_per_step, row.cpu_us_per_call, row.peak_mib, row.limit_us_per_step, row.limit_ratio)
-        words = f"{row.error:.1e}" if isinstance(row.error, float) and math.isfinite(row.error) else kind(row)
-        if row.timed and row.error is None:
-            words = ""
-        start = [row.name, row.mode, row.dtype, row.shape, number(row.ms_median), *(beside or [""] * 3)]
-        cells.append([*start, *map(number, figures), words])
-    return table(heads, cells, right=(4, *range(6, len(heads))))
-
-
-def without_folder(words: str) -> str:
-    """An error's words with the file's name where its path stands: a report is read on other machines."""
-    path, separator, rest = words.partition(": ")
-    return f"{PurePath(path).name}{separator}{rest.replace(path, PurePath(path).name)}" if separator else words
+    Raises WrongMarkers where one of the two lines is missing, there twice, or they are in the wrong order.
+    """
+    lines = text.split("\n")
+    for marker in (BEGIN, END):
+        count = [line.rstrip() for line in lines].count(marker)
+        if count != 1:
+            raise WrongMarkers(f"the line {marker} is {f'there {count} times' if count else 'missing'}")
+    first, last = ([line.rstrip() for line in lines].index(marker) for marker in (BEGIN, END))
+    if first > last:
+        raise WrongMarkers(f"the line {END} stands before {BEGIN}")
+    return "\n".join([*lines[: first + 1], "", new.strip("\n"), "", *lines[last:]])

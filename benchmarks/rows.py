@@ -1,236 +1,178 @@
-"""The results: one row per provider, shape, type and mode; files of them that grow row by row.
+"""The results files: one row per provider, shape, type and mode, appended when it is done; and a machine's constants.
 
-A file is `<gpu>-<date>-<suite>.csv`. What a killed run had finished is whole: a row goes to the file in one write.
+docs/benchmarking.md says what each column of `<machine>-<date>-<suites>.csv` means. A cell is empty where nothing was
+measured.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from lstm_triton_kernels.limit import Constants
 
 BASELINE = "torch.nn.LSTM"
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a results file; times and ratios are None where nothing was timed.
-
-    - provider: `lstm_triton`, `torch.nn.LSTM`, ...; strategy: `auto`, `stepwise`, `cudnn`, ...
-    - regime: what PyTorch asks cuDNN for at this shape, `cudnn-persistent` or `cudnn-standard`; on a CPU `cpu`
-    - mode: `forward` or `forward+backward`; variant: of the provider's cell (the baseline's is always `standard`)
-    - ms_median, ms_p20, ms_p80: milliseconds of a call; us_per_step: of one time step of one layer and direction
-    - cpu_us_per_call: microseconds until the call returned to Python
-    - peak_mib: most memory allocated during a call above what was before, MiB
-    - error: largest ||result - reference|| / ||reference|| of outputs and gradients; or the words why nothing was timed
-    - baseline_ratio: baseline_ms / ms_median, above 1 is faster (in files without baseline_ms: the median of the turns)
-    - limit_us_per_step, limit_ratio: the least time of a step (`lstm_triton_kernels.limit`); us_per_step / it
-    - plan: what computed it where the strategy does not say that alone (`PersistentPlan.describe`)
-    - baseline: the provider that it took turns with; baseline_ms: the median of that one's calls in these turns
-    - ratio_p20, ratio_p80: of the quotients of both times, turn by turn
-
-    Older files lack the columns from `plan` or from `baseline` on.
-    """
-
-    provider: str
-    strategy: str
-    suite: str
-    regime: str
-    mode: str
-    dtype: str
-    T: int
-    B: int
-    I: int
-    H: int
-    L: int
-    D: int
-    variant: str
-    ms_median: float | None
-    ms_p20: float | None
-    ms_p80: float | None
-    us_per_step: float | None
-    cpu_us_per_call: float | None
-    peak_mib: float | None
-    error: float | str | None
-    baseline_ratio: float | None
-    limit_us_per_step: float | None
-    limit_ratio: float | None
-    gpu: str
-    driver: str
-    torch: str
-    triton: str
-    cudnn: str
-    commit: str
-    date: str
-    plan: str = ""
-    baseline: str = BASELINE
-    baseline_ms: float | None = None
-    ratio_p20: float | None = None
-    ratio_p80: float | None = None
-
-    @property
-    def noise(self) -> bool:
-        """Whether the ratio says nothing: it and its spread do not all lie on one side of 1."""
-        if self.baseline_ratio is None or self.ratio_p20 is None or self.ratio_p80 is None:
-            return False
-        return min(self.ratio_p20, self.baseline_ratio) <= 1 <= max(self.ratio_p80, self.baseline_ratio)
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether it is the baseline's own row, timed alone: others are not to be compared with it."""
-        return self.provider == self.baseline
-
-    @property
-    def case(self) -> tuple[object, ...]:
-        """What was computed where, whoever computed it."""
-        sizes = (self.T, self.B, self.I, self.H, self.L, self.D)
-        return (self.gpu, self.suite, self.variant, self.dtype, self.mode, *sizes)
-
-    @property
-    def timed(self) -> bool:
-        """Whether there is a time."""
-        return self.ms_median is not None
-
-    @property
-    def name(self) -> str:
-        """Provider and strategy, in words."""
-        return f"{self.provider} {self.strategy}" if self.strategy else self.provider
-
-    @property
-    def shape(self) -> str:
-        """The sizes and the variant, in words."""
-        layers = f" L={self.L}" * (self.L > 1) + f" D={self.D}" * (self.D > 1)
-        return f"{self.variant} T={self.T} B={self.B} I={self.I} H={self.H}{layers}"
-
-
-COLUMNS = tuple(field.name for field in fields(Row))
-OLD_COLUMNS = tuple(COLUMNS[: COLUMNS.index(first)] for first in ("plan", "baseline"))
-"""Of files from before there were plans, and from before a row had its baseline's time."""
-
-_INTEGERS = ("T", "B", "I", "H", "L", "D")
-_NUMBERS = (
+COLUMNS = (
+    "provider", "strategy", "suite", "regime", "mode", "dtype", "T", "B", "I", "H", "L", "D", "variant", "ms_median",
+    "ms_p20", "ms_p80", "us_per_step", "cpu_us_per_call", "peak_mib", "error", "baseline_ratio", "limit_us_per_step",
+    "limit_ratio", "gpu", "driver", "torch", "triton", "cudnn", "commit", "date", "plan", "baseline", "baseline_ms",
+    "ratio_p20", "ratio_p80",
+)  # fmt: skip
+SIZES = ("T", "B", "I", "H", "L", "D")
+NUMBERS = (
     "ms_median", "ms_p20", "ms_p80", "us_per_step", "cpu_us_per_call", "peak_mib", "baseline_ratio",
     "limit_us_per_step", "limit_ratio", "baseline_ms", "ratio_p20", "ratio_p80",
 )  # fmt: skip
+ADDED = {"plan": "", "baseline": BASELINE, "baseline_ms": "", "ratio_p20": "", "ratio_p80": ""}
+"""What older files lack, from the first or from the second of these columns on."""
 
-
-_PARTS = re.compile(r"(\d+)")
+Row = dict[str, Any]
+"""A value for every column; None where there is no number."""
 
 
 class DamagedResults(Exception):
-    """A results file is not what this program writes; the message names the file, the line and what is wrong."""
+    """A results file is not what this program writes; the message names the file and what is wrong."""
 
 
-def slug(gpu: str) -> str:
-    """The name of a GPU as it stands in file names: "NVIDIA H100 80GB HBM3" -> "h100-80gb-hbm3"."""
-    words = re.sub(r"^(nvidia|tesla|geforce|\s)+", "", gpu.strip(), flags=re.IGNORECASE)
+def slug(machine: str) -> str:
+    """Return a machine's name as it stands in file names: "NVIDIA H100 80GB HBM3" -> "h100-80gb-hbm3"."""
+    words = re.sub(r"^(nvidia|tesla|geforce|\s)+", "", machine.strip(), flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "gpu"
 
 
-def new_file(folder: Path, gpu: str, date: str, what: str, suffix: str = "csv") -> Path:
-    """`<gpu>-<date>-<what>.<suffix>` in the folder; a number is added where such a file is there already."""
-    stem = f"{slug(gpu)}-{date}-{what}"
-    path = folder / f"{stem}.{suffix}"
-    count = 2
+def new_file(folder: Path, machine: str, date: str, what: str, suffix: str = "csv") -> Path:
+    """Return the path `<machine>-<date>-<what>.<suffix>`, numbered where such a file is there already."""
+    stem = f"{slug(machine)}-{date}-{what}"
+    path, count = folder / f"{stem}.{suffix}", 2
     while path.exists():
-        path = folder / f"{stem}-{count}.{suffix}"
-        count += 1
+        path, count = folder / f"{stem}-{count}.{suffix}", count + 1
     return path
 
 
-def _text(value: float | int | str | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def append(path: Path, row: Row) -> None:
-    """Add the row to the file, which starts with the header; one write, on the disk when this returns."""
+    """Append a row to a file, after the header if it is new; one write, on the disk when this returns."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     if not path.exists() or path.stat().st_size == 0:
-        writer.writerow(COLUMNS)
-    writer.writerow([_text(value) for value in asdict(row).values()])
+        writer.writeheader()
+    writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
     with path.open("ab", buffering=0) as file:
         file.write(buffer.getvalue().encode())
         os.fsync(file.fileno())
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file. Raises DamagedResults if it is not what `append` writes."""
+    """Return the rows of a file. Raises DamagedResults if it is not what `append` writes."""
     try:
         text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DamagedResults(f"{path}: cannot be read: {error}") from error
-    if not text.endswith("\n"):
-        raise DamagedResults(f"{path}: the last line is not whole")
+        if not text.endswith("\n"):
+            raise ValueError("the last line is not whole")
+        reader = csv.DictReader(io.StringIO(text), strict=True)
+        if reader.fieldnames not in [list(COLUMNS[:count]) for count in (len(COLUMNS), -len(ADDED), 1 - len(ADDED))]:
+            raise ValueError("line 1 has other columns than a results file")
+        return [_typed(line, reader.line_num) for line in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DamagedResults(f"{path.name}: {error}") from error
+
+
+def _typed(line: dict[str, Any], number: int) -> Row:
+    """Return the row of a line of text. Raises ValueError where a cell is not what its column holds."""
+    if None in line or None in line.values():
+        raise ValueError(f"line {number} has another number of cells than line 1")
+    row: Row = ADDED | line
     try:
-        lines = list(csv.reader(io.StringIO(text), strict=True))
-    except csv.Error as error:
-        raise DamagedResults(f"{path}: {error}") from error
-    columns = tuple(lines[0])
-    if columns not in (COLUMNS, *OLD_COLUMNS):
-        raise DamagedResults(f"{path}: line 1: the columns are not {','.join(COLUMNS)}")
-    return [_parse(path, number, columns, line) for number, line in enumerate(lines[1:], 2)]
-
-
-def _parse(path: Path, number: int, columns: tuple[str, ...], line: list[str]) -> Row:
-    if len(line) != len(columns):
-        raise DamagedResults(f"{path}: line {number}: {len(line)} cells instead of {len(columns)}")
-    cells: dict[str, object] = dict(zip(columns, line, strict=True))
-    for name in _INTEGERS:
-        if not re.fullmatch(r"[1-9][0-9]*", str(cells[name])):
-            raise DamagedResults(f"{path}: line {number}: {name} is {cells[name]!r}, not a positive whole number")
-        cells[name] = int(str(cells[name]))
-    for name in set(_NUMBERS) & cells.keys():
-        cells[name] = _number(path, number, name, str(cells[name]))
-    error = str(cells["error"])
-    try:
-        cells["error"] = float(error) if error else None
-    except ValueError:
-        if cells["ms_median"] is not None:
-            raise DamagedResults(f"{path}: line {number}: error is {error!r}, but there is a time") from None
-    return Row(**cells)  # type: ignore[arg-type]
-
-
-def _number(path: Path, line: int, name: str, text: str) -> float | None:
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise DamagedResults(f"{path}: line {line}: {name} is {text!r}, not a number")
-    return value
+        row |= {name: int(row[name]) for name in SIZES}
+        row |= {name: float(row[name]) if row[name] else None for name in NUMBERS}
+        if row["ms_median"] is not None:
+            row["error"] = float(row["error"]) if row["error"] else None
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if min(row[name] for name in SIZES) < 1 or not all(0 <= (row[name] or 0) < math.inf for name in NUMBERS):
+        raise ValueError(f"line {number} has a number that cannot be measured")
+    return row
 
 
 def in_order(paths: Iterable[Path]) -> list[Path]:
-    """By name, numbers by value: the file of a second run, `...-2.csv`, comes after that of the first, `....csv`."""
-    return sorted(paths, key=lambda path: [int(part) if part.isdigit() else part for part in _PARTS.split(path.stem)])
+    """Sort paths by name, numbers by value: the file of a second run, `...-2.csv`, comes after that of the first."""
+    return sorted(paths, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path.stem)])
 
 
 def read_all(folder: Path) -> tuple[list[Row], list[DamagedResults]]:
-    """The rows of every CSV file in the folder, and what is damaged: such a file is left out, and left alone."""
-    rows: list[Row] = []
-    damaged: list[DamagedResults] = []
+    """Return the rows of all CSV files, each with its `file`, and what is damaged: such a file is left out."""
+    found: list[Row] = []
+    damaged = []
     for path in in_order(folder.glob("*.csv")):
         try:
-            rows += read(path)
+            found += [row | {"file": path.name} for row in read(path)]
         except DamagedResults as error:
             damaged.append(error)
-    return rows, damaged
+    return found, damaged
 
 
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that measured the same thing on the same machine, the last; in the order of their dates."""
-    last: dict[tuple[object, ...], Row] = {}
-    for row in sorted(rows, key=lambda row: row.date):
-        what = (row.provider, row.strategy, *row.case)
-        last[what] = row
-    return list(last.values())
+def name_of(row: Row) -> str:
+    """Return provider and strategy in words."""
+    return f"{row['provider']} {row['strategy']}".strip()
+
+
+def shape_of(row: Row) -> str:
+    """Return the cell and its sizes in words."""
+    more = "".join(f" {size}={row[size]}" for size in "LD" if row[size] > 1)
+    return f"{row['variant']} T={row['T']} B={row['B']} I={row['I']} H={row['H']}{more}"
+
+
+def ratio_of(row: Row) -> float | None:
+    """Return the ratio to the baseline of a row that was timed beside it; a baseline's own row has none."""
+    own = row["provider"] == row["baseline"] or row["ms_median"] is None
+    return None if own else row["baseline_ratio"] or None
+
+
+def is_noise(row: Row) -> bool:
+    """Return whether the ratio and its 20th and 80th percentile do not all lie on one side of 1."""
+    ratio, low, high = ratio_of(row), row["ratio_p20"], row["ratio_p80"]
+    return ratio is not None and None not in (low, high) and min(low, ratio) <= 1 <= max(high, ratio)
+
+
+def outcome_of(row: Row) -> str:
+    """Return what became of a row: a ratio, a time alone, or what went wrong."""
+    if row["ms_median"] is not None:
+        return "has a ratio" if ratio_of(row) else "timed alone"
+    return next((kind for kind in ("out of memory", "wrong") if str(row["error"]).startswith(kind)), "failed")
+
+
+def save_constants(path: Path, constants: Constants, environment: dict[str, str]) -> None:
+    """Write a new file of a machine's constants; one that exists is an error, never overwritten."""
+    with path.open("x") as file:
+        file.write(json.dumps({"environment": environment, "constants": asdict(constants)}, indent=2) + "\n")
+
+
+def load_constants(path: Path) -> tuple[str, Constants]:
+    """Return the machine and the constants of a file. Raises DamagedResults if it is not what was saved."""
+    try:
+        content = json.loads(path.read_text())
+        values = content["constants"]
+        waits = values["wait_us"] or {}
+        values["wait_us"] = {how: {int(n): float(us) for n, us in of.items()} for how, of in waits.items()} or None
+        return str(content["environment"]["gpu"]), Constants(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedResults(f"{path.name}: not a file of constants: {error!r}") from error
+
+
+def all_constants(folder: Path) -> tuple[dict[str, Constants], list[DamagedResults]]:
+    """Return the newest constants by machine, and what is damaged; files are named by their dates."""
+    known: dict[str, Constants] = {}
+    damaged = []
+    for path in in_order(folder.glob("*-micro*.json")):
+        try:
+            known |= [load_constants(path)]
+        except DamagedResults as error:
+            damaged.append(error)
+    return known, damaged

@@ -83,13 +83,13 @@ WAITS = ("planned", "counter", "data")
 
 
 def waits(case: Case, asked: Sequence[str] | None) -> list[str | None]:
-    """How programs wait in the launches of a case: as asked, else as planned and, where there is a choice, by both."""
+    """Return how programs wait in the launches of a case: as asked, else as planned and, in float32, by both."""
     names = asked or (WAITS if case.layer.exact else WAITS[:1])
     return [None if name == "planned" else name for name in names]
 
 
 def cases(shapes: Sequence[tuple[int, int, str, str]] = SHAPES) -> list[Case]:
-    """One layer in training for each of the shapes."""
+    """Return one layer in training for each of the shapes."""
     return [
         Case("steps", T=TIMED, B=B, I=H, H=H, dtype=dtype, mode=TRAINING, variant=variant)
         for B, H, dtype, variant in shapes
@@ -124,7 +124,7 @@ class Passes:
         self.cells: torch.Tensor | None = None
 
     def forward(self) -> tuple[torch.Tensor, ...]:
-        """output, h_n, c_n; the gates are overwritten, with numbers that another launch may take as its input."""
+        """Return output, h_n, c_n; the gates are overwritten, by numbers that the next launch may take as input."""
         x = torch.empty(0, device=self.gates.device)
         output, h_n, c_n, self.cells = self.engine.forward(
             x, self.gates, self.h_0, self.c_0, self.weights, self.order, self.call
@@ -132,18 +132,18 @@ class Passes:
         return output, h_n, c_n
 
     def backward(self) -> tuple[torch.Tensor, ...]:
-        """The gradients of the pre-activations and of c_0; after `forward`."""
+        """Return the gradients of the pre-activations and of c_0; after `forward`."""
         assert self.cells is not None
         d_gates, _, dc = self.engine.backward(self.grads, self.gates, self.cells, self.weights, self.order, self.call)
         return d_gates, dc
 
     def results(self) -> dict[str, torch.Tensor]:
-        """Of both passes, by name."""
+        """Return the results of both passes, by name."""
         names = ("output", "h_n", "c_n", "d_gates", "d_c_0")
         return dict(zip(names, (*self.forward(), *self.backward()), strict=True))
 
     def expected(self) -> dict[str, torch.Tensor]:
-        """The same by the reference, in float64."""
+        """Return the same by the reference, in float64."""
         a, h_0, c_0 = (x.detach().double() for x in (self.inputs[0], self.h_0, self.c_0))
         a.requires_grad_()
         c_0.requires_grad_()
@@ -187,7 +187,7 @@ def measure(case: Case, wait: str | None, device: torch.device) -> Iterator[Row]
 
 
 def error_of(case: Case, device: torch.device) -> float:
-    """The largest error of a launch over CHECKED steps. Raises RuntimeError where it is more than rounding."""
+    """Return the largest error of a launch over CHECKED steps. Raises RuntimeError where it is more than rounding."""
     short = Passes(replace(case, T=min(case.T, CHECKED)), device)
     found = short.results()
     with torch.enable_grad():
@@ -199,7 +199,7 @@ def error_of(case: Case, device: torch.device) -> float:
 
 
 def us_of_steps(launch: Callable[[], Any], device: torch.device, T: int) -> list[float]:
-    """Microseconds of a step in each of LAUNCHES launches of T steps."""
+    """Return the microseconds of a step in each of LAUNCHES launches of T steps."""
     found = []
     for _ in range(WARM_UP + LAUNCHES):
         if device.type == "cuda":
@@ -219,18 +219,17 @@ def run(asked: Sequence[tuple[Case, str | None]], device: torch.device, path: Pa
 
 
 def compile_all(asked: Sequence[tuple[Case, str | None]], device: str, processes: int) -> None:
-    """Launch each once, in many processes, so that what is timed is compiled."""
-    parts = [(asked[part::processes], device) for part in range(min(processes, len(asked)))]
-    with multiprocessing.get_context("spawn").Pool(len(parts)) as pool:
-        pool.starmap(launch_once, parts, chunksize=1)
+    """Launch each once, over a few steps in many processes, so that what is timed is compiled."""
+    short = [(replace(case, T=3), wait, device) for case, wait in asked]
+    with multiprocessing.get_context("spawn").Pool(min(processes, len(asked))) as pool:
+        pool.starmap(launch_once, short, chunksize=1)
 
 
-def launch_once(asked: Sequence[tuple[Case, str | None]], device: str) -> None:
-    """Both passes of each, over a few steps. What fails will fail again where it is measured."""
+def launch_once(case: Case, wait: str | None, device: str) -> None:
+    """Launch both passes. What fails will fail again where it is measured."""
     from lstm_triton_kernels import sequence_persistent
     from lstm_triton_kernels.plan import Preference
 
-    for case, wait in asked:
-        with suppress(Exception), torch.no_grad(), sequence_persistent.prefer(Preference(wait=wait)):
-            bench.set_precision(case.dtype)
-            Passes(replace(case, T=3), torch.device(device)).results()
+    with suppress(Exception), torch.no_grad(), sequence_persistent.prefer(Preference(wait=wait)):
+        bench.set_precision(case.dtype)
+        Passes(case, torch.device(device)).results()

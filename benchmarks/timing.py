@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -25,7 +26,7 @@ HOST_CALLS = 7
 class Timed:
     """Something to time: `before` runs before every call, outside the clock (fresh inputs, gradients to None)."""
 
-    before: Callable[[], None]
+    before: Callable[[], object]
     call: Callable[[], object]
 
 
@@ -36,66 +37,56 @@ def synchronize(device: torch.device) -> None:
 
 
 def in_turns(timed: Sequence[Timed], device: torch.device, seconds: float) -> list[list[float]]:
-    """Milliseconds of every call in every round, [call][round].
+    """Return the milliseconds of every call in every round, [call][round].
 
     A round calls each once, every round starting with another; as many rounds as fit `seconds`, at least LEAST_ROUNDS
     and at most MOST_ROUNDS, after a warm-up.
     """
-    clock = _device_round if device.type == "cuda" else _host_round
     round_seconds = 0.0
     for _ in range(WARM_UP):
         start = time.perf_counter()
-        _finish(clock(timed, 0), device)
+        one_round(timed, device)
         round_seconds = time.perf_counter() - start
         if round_seconds > seconds:
             break
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / round_seconds)))
-    counted = [clock(timed, n) for n in range(rounds)]
-    synchronize(device)
-    return [list(column) for column in zip(*(_finish(one, device) for one in counted), strict=True)]
+    clocks = [_round(timed, device, n) for n in range(rounds)]
+    return [list(column) for column in zip(*(_milliseconds(one, device) for one in clocks), strict=True)]
 
 
 def one_round(timed: Sequence[Timed], device: torch.device) -> list[float]:
-    """Milliseconds of each, called once, when the device is done."""
-    clock = _device_round if device.type == "cuda" else _host_round
-    return _finish(clock(timed, 0), device)
+    """Return the milliseconds of each, called once, when the device is done."""
+    return _milliseconds(_round(timed, device, 0), device)
 
 
-def _device_round(timed: Sequence[Timed], first: int) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
-    events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
-    for n in _order(len(timed), first):
+def _round(timed: Sequence[Timed], device: torch.device, first: int) -> list[tuple[Any, Any]]:
+    """Call each once, beginning with number `first`; return the clocks before and after, in the order of `timed`."""
+    clocks: dict[int, tuple[Any, Any]] = {}
+    on_gpu = device.type == "cuda"
+    for n in ((first + place) % len(timed) for place in range(len(timed))):
         timed[n].before()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        timed[n].call()
-        end.record()
-        events[n] = (start, end)
-    return [events[n] for n in range(len(timed))]
+        if on_gpu:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            timed[n].call()
+            end.record()
+            clocks[n] = start, end
+        else:
+            before = time.perf_counter()
+            timed[n].call()
+            clocks[n] = before, time.perf_counter()
+    return [clocks[n] for n in range(len(timed))]
 
 
-def _host_round(timed: Sequence[Timed], first: int) -> list[float]:
-    milliseconds: dict[int, float] = {}
-    for n in _order(len(timed), first):
-        timed[n].before()
-        start = time.perf_counter()
-        timed[n].call()
-        milliseconds[n] = 1e3 * (time.perf_counter() - start)
-    return [milliseconds[n] for n in range(len(timed))]
-
-
-def _order(count: int, first: int) -> list[int]:
-    return [(first + n) % count for n in range(count)]
-
-
-def _finish(one: Sequence, device: torch.device) -> list[float]:
+def _milliseconds(clocks: Sequence[tuple[Any, Any]], device: torch.device) -> list[float]:
     if device.type != "cuda":
-        return list(one)
+        return [1e3 * (end - start) for start, end in clocks]
     synchronize(device)
-    return [start.elapsed_time(end) for start, end in one]
+    return [start.elapsed_time(end) for start, end in clocks]
 
 
 def host_us(timed: Timed, device: torch.device, milliseconds: Sequence[float]) -> float:
-    """Microseconds until the call returns to Python, median; the device is idle when it begins.
+    """Return the microseconds until the call returns to Python, median; the device is idle when it begins.
 
     On a CPU that is what `milliseconds` says already.
     """
@@ -113,7 +104,7 @@ def host_us(timed: Timed, device: torch.device, milliseconds: Sequence[float]) -
 
 
 def peak_mib(timed: Timed, device: torch.device) -> float:
-    """Most memory that one call has allocated at a time, above what was there before it, in MiB."""
+    """Return the most memory that one call has allocated at a time, above what was there before it, in MiB."""
     timed.before()
     if device.type == "cuda":
         synchronize(device)
@@ -132,45 +123,21 @@ def peak_mib(timed: Timed, device: torch.device) -> float:
     return most / 2**20
 
 
-@dataclass(frozen=True)
-class Times:
-    """What the turns say of a call and its baseline: every figure of speed of a row is one of these.
+def columns(own: Sequence[float], theirs: Sequence[float] | None = None) -> dict[str, float | None]:
+    """Return a row's times from its milliseconds and, where it took turns with a baseline, from those of that.
 
-    - ms: 20th, 50th and 80th percentile of its calls, milliseconds
-    - baseline_ms: the median of the baseline's calls in the same turns; of the baseline itself its own
-    - spread: 20th and 80th percentile of the quotients baseline / own, turn by turn
+    The ratio is the quotient of the two medians; its percentiles are of the quotients turn by turn.
     """
-
-    ms: tuple[float, float, float]
-    baseline_ms: float | None = None
-    spread: tuple[float, float] | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        """The baseline's time over its own, the quotient of the two medians; above 1 is faster."""
-        return None if self.baseline_ms is None else self.baseline_ms / self.ms[1]
-
-
-def times(own: Sequence[float], theirs: Sequence[float] | None = None) -> Times:
-    """The figures of a call from its milliseconds and, where it took turns with a baseline, from those of that."""
-    if theirs is None:
-        return Times(quantiles(own))
-    p20, _, p80 = quantiles([b / a for a, b in zip(own, theirs, strict=True)])
-    return Times(quantiles(own), statistics.median(theirs), (p20, p80))
+    p20, median, p80 = quantiles(own)
+    found: dict[str, float | None] = dict(ms_p20=p20, ms_median=median, ms_p80=p80)
+    if theirs is not None:
+        low, _, high = quantiles([b / a for a, b in zip(own, theirs, strict=True)])
+        baseline = statistics.median(theirs)
+        found |= dict(baseline_ms=baseline, baseline_ratio=baseline / median, ratio_p20=low, ratio_p80=high)
+    return found
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile."""
-    found = torch.tensor(values, dtype=torch.float64)
-    p20, median, p80 = torch.quantile(found, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return p20, median, p80
-
-
-def kernel_names(call: Callable[[], object], device: torch.device) -> list[str]:
-    """The names of the kernels that a call launches on a GPU, each once, sorted; none on a CPU."""
-    if device.type != "cuda":
-        return []
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        call()
-        synchronize(device)
-    return sorted({event.key for event in recorded.key_averages() if event.device_type.name == "CUDA"})
+    """Return the 20th, 50th and 80th percentile."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return cuts[0], statistics.median(values), cuts[3]

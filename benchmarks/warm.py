@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import bench, run
+from benchmarks import bench, run, timing
 from benchmarks.problem import make_problem
 from benchmarks.providers import PROVIDERS, LstmTriton
 from benchmarks.suites import Case
@@ -23,40 +23,28 @@ STEPS = 16
 
 
 def compile_all(cases: Sequence[Case], device: str, processes: int, seconds: float) -> tuple[int, int]:
-    """Compute this library's rows of the cases once, over STEPS steps: how many were, and how many there are.
+    """Compute this library's rows of the cases once, over STEPS steps; return how many were, and how many there are.
 
-    The most telling first, as a run takes them, until so many seconds are over.
+    By their priority, until so many seconds are over.
     """
-    todo = tasks(cases, device)
+    own = [one for one in PROVIDERS.values() if isinstance(one, LstmTriton) and one.how.compiler is None]
+    own = [one for one in own if one.how.strategy != "cudnn" and one.how.backend != "torch"]
+    todo = run.tasks(cases, own, torch.device(device).type)
     until = time.monotonic() + seconds  # the same clock in all processes of a machine
-    parts = [(todo[part::processes], device, until) for part in range(processes)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        done = pool.starmap(compute_once, parts, chunksize=1)
+        done = pool.starmap(compute_once, [(task, device, until) for task in todo], chunksize=1)
     return sum(done), len(todo)
 
 
-def tasks(cases: Sequence[Case], device: str) -> list[run.Task]:
-    """The rows of this library's own kernels."""
-    own = [p for p in PROVIDERS.values() if isinstance(p, LstmTriton) and p.how.strategy != "cudnn"]
-    own = [p for p in own if p.how.backend != "torch" and p.how.compiler is None]
-    return run.tasks(cases, own, torch.device(device).type)
-
-
-def compute_once(todo: Sequence[run.Task], device: str, until: float) -> int:
-    """Compute the rows until the time of `time.monotonic()`; how many were. What fails will fail again in the run."""
-    done = 0
-    for task in todo:
-        if time.monotonic() >= until:
-            break
+def compute_once(task: run.Task, device: str, until: float) -> bool:
+    """Compute a row unless it is too late; return whether it was. What fails will fail again in the run."""
+    if time.monotonic() >= until:
+        return False
+    try:
         case = replace(task.case, T=min(task.case.T, STEPS))
-        try:
-            bench.set_precision(case.dtype)
-            problem = make_problem(case, torch.device(device))
-            timed = bench.timed_call(task.provider.build(problem), problem)
-            timed.before()
-            timed.call()
-            bench.timing.synchronize(torch.device(device))
-            done += 1
-        except Exception:
-            continue
-    return done
+        bench.set_precision(case.dtype)
+        problem = make_problem(case, torch.device(device))
+        timing.one_round([bench.timed_call(task.provider.build(problem), problem)], torch.device(device))
+    except Exception:
+        return False
+    return True

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from benchmarks.bench import Bench, Measurement
+from benchmarks.bench import Bench, Measurement, failed
 from benchmarks.providers import Provider
 from benchmarks.suites import Case
 
@@ -25,10 +25,7 @@ class Measures(Protocol):
     """What a run asks for its rows."""
 
     def measure(self, provider: Provider, case: Case, timeout: float) -> Measurement:
-        """The row of the provider for the case, within so many seconds."""
-
-    def close(self) -> None:
-        """Give back what it holds."""
+        """Return the row of the provider for the case, within so many seconds."""
 
 
 class Worker:
@@ -45,21 +42,25 @@ class Worker:
         self._connection: Connection | None = None
 
     def measure(self, provider: Provider, case: Case, timeout: float) -> Measurement:
-        """The row; words if the process ended, lost its device or was not done after `timeout` seconds."""
+        """Return the row; words if the process ended, lost its device or was not done after `timeout` seconds."""
         if self._process is None:
-            self._start()
-        assert self._process is not None and self._connection is not None
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=serve, args=(theirs, *self._arguments), daemon=True)
+            self._process.start()
+            theirs.close()
+        assert self._connection is not None
         try:
             self._connection.send((provider, case))
             if not self._connection.poll(timeout):
                 self.close()
-                return Measurement(failure=f"failed: not done after {timeout:.0f} s, stopped", stopped=True)
+                return failed(f"failed: not done after {timeout:.0f} s, stopped", stopped=True)
             measurement = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(timeout=5)
             code = self._process.exitcode
             self.close()
-            return Measurement(failure=f"failed: the process that computed it ended (exit code {code})")
+            return failed(f"failed: the process that computed it ended (exit code {code})")
         if measurement.lost_device:
             self.close()
         return measurement
@@ -73,13 +74,6 @@ class Worker:
             self._connection.close()
         self._process = self._connection = None
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, *self._arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-
 
 def serve(connection: Connection, device: str, baselines: Sequence[Provider], seconds: float, log: str) -> None:
     """Answer every (provider, case) with its Measurement until the other end closes."""
@@ -87,16 +81,10 @@ def serve(connection: Connection, device: str, baselines: Sequence[Provider], se
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     bench = Bench(torch.device(device), baselines, seconds)
-    while True:
-        try:
-            provider, case = connection.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            answer = bench.measure(provider, case)
-        except KeyboardInterrupt:
-            return
-        except BaseException:  # the parent reports the end of this process
-            traceback.print_exc()
-            return
-        connection.send(answer)
+    try:
+        while True:
+            connection.send(bench.measure(*connection.recv()))
+    except (EOFError, KeyboardInterrupt):
+        return
+    except BaseException:  # the parent reports the end of this process
+        traceback.print_exc()

@@ -1,6 +1,6 @@
 """The file of simulated steps of all suites' shapes, `simulated-triton-<release>-kernels-<commit>.md`.
 
-A Markdown table with a line a pass; no measured time is ever in it. It grows line by line, the most telling shape
+A Markdown table with a line a pass; no measured time is ever in it. It grows line by line, the shape of the highest priority
 first, and what it has is not simulated again.
 """
 
@@ -15,14 +15,14 @@ from pathlib import Path
 import triton
 
 from benchmarks import RESULTS, suites
-from benchmarks.markdown import table
 from benchmarks.simulator.kernels import H100 as GPU
 from benchmarks.simulator.kernels import SOURCES, Case
 from benchmarks.simulator.machine import Machine
 from benchmarks.simulator.passes import Pass, has_plan, passes, simulate_pass
+from benchmarks.text import table
 
 FIRST = ((16, 768), (64, 512), (16, 1024), (128, 256), (1, 256), (64, 64), (64, 128))
-"""(B, H) of the standard variant that tell most; the others come in the order of the suites' ranks."""
+"""(B, H) of the standard variant of the highest priority; the others come in the order of the suites' ranks."""
 
 HEADS = (
     "variant", "B", "H", "D", "pass", "plan", "cycles", "us", "barriers", "wavefronts", "needed", "registers",
@@ -39,7 +39,7 @@ class OtherTable(Exception):
 
 
 def shapes(dtype: str) -> list[Case]:
-    """Return the distinct shapes of all suites in a type that have a persistent plan, the most telling first."""
+    """Return the distinct shapes of all suites in a type that have a persistent plan, by priority."""
     found = [Case(B, H, dtype=dtype) for B, H in FIRST]
     found += [
         Case(one.B, one.H, variant=one.variant, dtype=dtype, D=one.D)

@@ -31,8 +31,12 @@ def directory(tmp_path_factory):
         patch.setattr(train_text, "MAX_GRADIENT_NORM", CLIPPED_AT)
         Path("text.txt").write_text(TEXT, encoding="utf-8")
         Path("launched.py").write_text(LAUNCHED, encoding="utf-8")
+        switches = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)  # which the example sets
+        before = [switch.fp32_precision for switch in switches]
         alone("saved", 1)
         yield
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 @pytest.fixture(scope="module")

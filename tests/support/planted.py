@@ -13,8 +13,6 @@ from benchmarks.providers import ModuleModel, TorchLSTM
 class Planted(TorchLSTM):
     """`torch.nn.LSTM` with a fault."""
 
-    first_seconds = 1.0
-
     def __init__(self, name: str, fault) -> None:
         super().__init__("aten")
         self.name, self.fault = name, fault
