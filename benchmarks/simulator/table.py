@@ -1,7 +1,7 @@
 """The file of simulated steps of all suites' shapes, `simulated-triton-<release>-kernels-<commit>.md`.
 
-A Markdown table with a line a pass; no measured time is ever in it. It grows line by line, by priority of the shapes, and
-what it has is not simulated again.
+A Markdown table with a line a pass; no measured time is ever in it. It grows line by line, by priority of the shapes,
+and what it has is not simulated again.
 """
 
 from __future__ import annotations
