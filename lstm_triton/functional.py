@@ -212,8 +212,8 @@ def lstm(
       direction starts at that step. They may be on any device; on a GPU they are checked there, for which the host
       waits once (not while a CUDA graph is captured)
     - resets: bool, (T, B), with `batch_first` (B, T), unbatched (T,): where it is true, h and c are set to zero before
-      that step, in each layer and direction. It marks the first step of an episode, and may be on any device. The second
-      direction reaches that step from the next one, so that a mark does not separate it from the episode before
+      that step, in each layer and direction. It marks the first step of an episode, and may be on any device. (The
+      second direction comes from the next step, so that a mark does not separate it from the episode before)
     - return_cell_states: whether to return the cell states of all steps
     - output: (T, B, D·P), laid out as the input is; h_n, c_n: of the shapes of h_0, c_0
     - cell_states: c_t of every step in the last layer, (T, B, D·H), laid out as the output is
