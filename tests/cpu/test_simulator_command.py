@@ -60,7 +60,7 @@ def test_the_text_calls_its_numbers_simulated():
     for name in ("forward", "backward"):
         one = as_json[name]
         assert f"plan {one['plan']}" in output
-        assert f"simulated {one['cycles']:.0f} cycles, {one['us']:.2f} us" in output
+        assert f"simulated {one['cycles']:.0f} cycles, {one['cycles'] / H100.clock_ghz / 1e3:.2f} us" in output
         assert f"{one['wavefronts']:.0f} wavefronts of shared memory, {one['needed']} without" in output
     assert all(f"    {phase} " in output for phase in PHASES)
 
