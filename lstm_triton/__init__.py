@@ -1,8 +1,8 @@
 """An LSTM for PyTorch whose recurrence runs in Triton kernels: standard, coupled and peephole variants.
 
 `LSTM` and `LSTMCell` are used like `torch.nn.LSTM` and `torch.nn.LSTMCell`; `functional` has the same on explicit
-tensors; `convert` swaps the modules of a whole model; `backend` chooses the implementation; `check_launches` asks
-whether a launch timed out.
+tensors; `convert` swaps the modules of a whole model; `backend` chooses the implementation; `LSTM.explain` says what
+computes a call, and why; `check_launches` asks whether a launch timed out.
 """
 
 from lstm_triton_kernels.spec import VARIANTS, LSTMSpec
