@@ -319,7 +319,7 @@ def known(option: str, names: Sequence[str], there_are: Sequence[str]) -> tuple[
     """Return the names, each once. Raises BadParameter that lists what exists for one that is unknown."""
     for name in names:
         if name not in there_are:
-            raise typer.BadParameter(f"{option}: unknown {name!r}: there are {', '.join(there_are)}")
+            raise typer.BadParameter(f"{option}: unknown {name!r}: choose from {', '.join(there_are)}")
     return tuple(dict.fromkeys(names))
 
 

@@ -85,8 +85,10 @@ start, stop = begins[:, 0].nonzero().flatten().tolist()[1:3]
 lstm(x, zero_state, resets=begins)[0][start:stop, 0].sum().backward()
 inside = x.grad[start:stop, 0].abs().sum(-1)
 x.grad[start:stop, 0] = 0
-print(f"   of the output of steps {start} to {stop - 1} of environment 0: in the observations of these steps at least")
-print(f"   {inside.min():.1e}, in all others at most {x.grad.abs().max():.1e}\n")
+print(
+    f"   gradient of the outputs of steps {start} to {stop - 1} of environment 0 by the observations: at these steps at"
+)
+print(f"   least {inside.min():.1e}, at all others at most {x.grad.abs().max():.1e}\n")
 assert inside.min() > 0 and x.grad.abs().max() == 0
 
 print("3. The loop over torch.nn.LSTMCell computes the same")
@@ -125,7 +127,7 @@ def trained(use_resets, windows=300):
     return sum(correct) / len(correct)
 
 
-print(f"4. Training by policy gradient; guessing names {1 / CUES:.0%} of the cues")
+print(f"4. Training by policy gradient; by chance accuracy is {1 / CUES:.3f}")
 begin = time.perf_counter()
 accuracy = trained(use_resets=True)
 print(f"   with resets accuracy {accuracy:.3f}, after {time.perf_counter() - begin:.0f} s of training")

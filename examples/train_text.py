@@ -43,6 +43,18 @@ except ImportError as error:
 
 BASELINE = "torch.nn.LSTM"
 SPECS = {spec.name: spec for spec in VARIANTS}
+MAIN_VARIANTS = ["standard", "coupled", "diagonal", "full"]
+NUMBERS = {
+    "embedding": "size of the character embedding",
+    "hidden": "hidden units",
+    "layers": "LSTM layers",
+    "batch": "streams of text, of all processes together",
+    "window": "characters of each stream in a step",
+    "learning_rate": "of AdamW",
+    "steps": "training steps, those before --resume included",
+    "sample_length": "characters to write at the end",
+    "temperature": "of what is written: lower is safer",
+}
 MAX_GRADIENT_NORM = 1.0
 WARM_UP_STEPS = 5  # the first steps of a process compile, tune and allocate; they are no part of its speed
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -234,18 +246,23 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     curves = dict(embedding=64, hidden=192, layers=1, batch=32, window=64, learning_rate=4e-3)
     numbers = curves | dict(steps=1000, sample_length=400, temperature=0.7)
     parser.add_argument("--text", type=Path, help="UTF-8 text to learn (default: Python's language reference)")
-    parser.add_argument("--variant", action="append", choices=SPECS, help="repeat for several (default: four)")
+    parser.add_argument("--variant", action="append", choices=SPECS, help=f"repeat (default: {MAIN_VARIANTS})")
     for name, value in numbers.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"(default: {value})")
+        words = f"{NUMBERS[name]} (default: {value})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=words)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the sample (default: 0)")
     parser.add_argument("--device", choices=devices, default=devices[0], help="(default: %(default)s)")
-    parser.add_argument("--dtype", type=dtype_name, default="float32", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", default="float32", help=f"one of {', '.join(DTYPES)} (default: float32)")
     parser.add_argument("--checkpoint", type=Path, help="directory to save to after every tenth of the run")
     parser.add_argument("--resume", action="store_true", help="continue the run that is saved in --checkpoint")
-    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how torchrun's processes share")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="with torchrun: how processes share")
     parser.add_argument("--plot", type=Path, help="file to draw the curves into; its suffix is the format")
     args = parser.parse_args(arguments)
-    args.variant = list(dict.fromkeys(args.variant or ["standard", "coupled", "diagonal", "full"]))
+    try:
+        args.dtype = dtype_name(args.dtype)
+    except ValueError as error:
+        fail(str(error))
+    args.variant = list(dict.fromkeys(args.variant or MAIN_VARIANTS))
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     latest, formats = (args.checkpoint or Path()) / "latest.json", Figure().canvas.get_supported_filetypes()
@@ -261,6 +278,7 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
         (args.batch % WORLD_SIZE, f"--batch {args.batch} cannot be shared by {WORLD_SIZE} processes"),
         (len(args.text) < args.batch * max(1.2 * args.window + 2, 20), "--text is too short for --batch and --window"),
         (args.plot and args.plot.suffix[1:].lower() not in formats, f"--plot must end in one of {', '.join(formats)}"),
+        (args.resume and args.checkpoint is None, "--resume needs --checkpoint DIRECTORY"),
         (args.resume != saved, f"{args.checkpoint} holds {'a run: add' if saved else 'no run: omit'} --resume"),
         (args.settings != args.record["settings"], f"{args.checkpoint} has other settings: {args.record['settings']}"),
         (args.record["step"] >= args.steps, f"{args.checkpoint} has {args.record['step']} steps: give more --steps"),

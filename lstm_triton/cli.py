@@ -16,7 +16,8 @@ from lstm_triton_kernels.spec import VARIANTS, LSTMSpec
 
 import lstm_triton
 from lstm_triton import explain, routing
-from lstm_triton.dtypes import DTYPES, dtype_name
+from lstm_triton.dtypes import DTYPES, SHORT, dtype_name
+from lstm_triton.plan_words import plural
 
 LARGEST_SIZE = 2**31 - 1
 """Of every size: no tensor of a layer beyond it fits a GPU."""
@@ -36,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Exits with 2 for an unknown option or value, as `argparse` does, and returns 1 where something is missing.
     """
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        getattr(options, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command is None:
         parser.print_help()
         return 0
@@ -54,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lstm-triton", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"lstm-triton {lstm_triton.__version__}")
     commands = parser.add_subparsers(dest="command", title="commands")
-    about = "print versions and devices; with --hidden, what computes a layer on a GPU, and why"
+    about = "print versions and devices; with --hidden, what strategy='auto' takes for a layer on a GPU, and why"
     command = commands.add_parser("info", help=about, description=about, epilog=EXAMPLES, formatter_class=raw)
     names = ", ".join(spec.name for spec in VARIANTS)
     of_layer = command.add_argument_group("the layer (all of these need --hidden)")
@@ -64,13 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     of_layer.add_argument("--steps", type=positive, metavar="N", help="time steps (default: 512)")
     of_layer.add_argument("--layers", type=positive, metavar="N", help="layers of the stack (default: 1)")
     of_layer.add_argument("--bidirectional", action="store_true", default=None, help="both directions")
-    dtypes = f"one of {', '.join(DTYPES)}, or short: bf16, fp16 (default: float32)"
+    dtypes = f"one of {', '.join(DTYPES)}, or short {', '.join(SHORT)} (default: float32)"
     of_layer.add_argument("--dtype", type=checked(dtype_name), metavar="NAME", help=dtypes)
     of_layer.add_argument("--variant", type=checked(variant_name), metavar="NAME", help=f"one of {names}")
     of_layer.add_argument("--proj", type=positive, metavar="N", help="size of a projection (default: none)")
     of_layer.add_argument("--inference", action="store_true", default=None, help="no backward pass follows")
-    ragged = "rows have lengths (a PackedSequence, lengths=) or resets"
-    of_layer.add_argument("--ragged", action="store_true", default=None, help=ragged)
+    of_layer.add_argument("--packed", action="store_true", default=None, help="the input is a PackedSequence")
+    lengths = "the call has lengths= or resets=, which cuDNN has not"
+    of_layer.add_argument("--lengths", action="store_true", default=None, help=lengths)
     gpus = f"repeat for several: {', '.join(explain.GPUS)}; or all (default: the GPU that is here, else an H100)"
     of_layer.add_argument("--gpu", action="append", type=checked(gpu_name), metavar="NAME", help=gpus)
     compiling = "compile the plans for the GPU, which need not be here: registers, spills, shared memory"
@@ -103,7 +107,7 @@ def variant_name(text: str) -> str:
     """Return the name of a variant. Raises ValueError if there is none of that name."""
     names = [spec.name for spec in VARIANTS]
     if text.lower() not in names:
-        raise ValueError(f"unknown variant {text!r}: there are {', '.join(names)}")
+        raise ValueError(f"unknown variant {text!r}: choose from {', '.join(names)}")
     return text.lower()
 
 
@@ -116,7 +120,7 @@ def info(options: argparse.Namespace) -> str:
     """Return what `lstm-triton info` prints."""
     if options.hidden is None:
         of_layer = ("batch", "input", "steps", "layers", "bidirectional", "dtype", "variant", "proj", "inference",
-                    "ragged", "gpu", "compile")  # fmt: skip
+                    "packed", "lengths", "gpu", "compile")  # fmt: skip
         alone = [f"--{name}" for name in of_layer if getattr(options, name) is not None]
         if alone:
             options.parser.error(f"{', '.join(alone)}: add --hidden N, the size of the layer to explain")
@@ -128,10 +132,13 @@ def info(options: argparse.Namespace) -> str:
     layer = Layer(
         LSTMSpec.parse(options.variant or "standard"), options.steps or 512, options.batch or 16, options.hidden,
         2 if options.bidirectional else 1, dtype, precision, I=options.input or options.hidden, P=options.proj or 0,
-        training=not options.inference, ragged=bool(options.ragged), L=options.layers or 1,
+        training=not options.inference, ragged=bool(options.packed or options.lengths), L=options.layers or 1,
     )  # fmt: skip
     chosen, note = explain.targets(options.gpu or ())
-    found = explain.explain(layer, chosen, compiling=bool(options.compile), note=note)
+    asked = ("lengths",) if options.lengths else ()
+    found = explain.explain(
+        layer, chosen, asked=asked, packed=bool(options.packed), compiling=bool(options.compile), note=note
+    )
     if options.json:
         return json.dumps({"versions": versions(), **found.to_dict()}, indent=2)
     return str(found)
@@ -149,14 +156,14 @@ def versions() -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
-        "CUDA": torch.version.cuda or "torch was built without",
+        "CUDA": torch.version.cuda or "none: a build of PyTorch for CPUs",
         "cuDNN": str(cudnn) if cudnn else "none",
     }
 
 
 def devices() -> dict[str, dict[str, str]]:
     """Return each device that the library can run on: what it is, its backend for float32, and why."""
-    found = {torch.device("cpu"): f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    found = {torch.device("cpu"): f"{platform.machine()}, {plural(torch.get_num_threads(), 'thread')}"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"compute capability {properties.major}.{properties.minor}"

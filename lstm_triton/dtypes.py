@@ -25,7 +25,5 @@ def dtype_name(text: str) -> str:
     name = text.strip().lower().removeprefix("torch.")
     name = SHORT.get(name, name)
     if name not in DTYPES:
-        raise ValueError(
-            f"unknown dtype {text!r}: there are {', '.join(DTYPES)}, and the short forms {', '.join(SHORT)}"
-        )
+        raise ValueError(f"unknown dtype {text!r}: choose from {', '.join(DTYPES)}, or short {', '.join(SHORT)}")
     return name

@@ -32,7 +32,8 @@ ASSUMED_GPU = "h100"
 ENGINES = {
     "persistent": "one launch a pass computes all time steps, the recurrent weights stay on the chip",
     "stepwise": "every time step has its own launches, which read the recurrent weights again",
-    "operator": "the operator of torch.nn.LSTM, on a GPU by cuDNN",
+    "cudnn": "PyTorch's own LSTM operator, by cuDNN",
+    "operator": "PyTorch's own LSTM operator",
     "eager": "every time step in PyTorch's own operators, no kernel of this library runs",
     "reference": "the reference equations in PyTorch's own operators, no kernel of this library runs",
     "none": "what was asked for cannot run",
@@ -81,11 +82,13 @@ class Report:
     """What computes the layer on one device.
 
     - device: the name of the GPU, or "cpu"; gpu: its limits, None on a CPU
-    - choice: the engine (a key of ENGINES) and the reason in words
+    - choice: what computes the call and the reason in words: on a GPU a strategy, elsewhere and in rare cases another
+      key of ENGINES
     - step_us: microseconds of a time step by pass ("forward", "backward", "both") and by key of COLUMNS, None where
       there is no such engine; a step of all directions of one layer; estimates
     - call_us: microseconds of the whole layer with the time that the host needs, "persistent" and "cudnn"; estimates
-    - cudnn: the algorithm that PyTorch asks cuDNN for, by pass; empty where cuDNN cannot compute the layer
+    - cudnn: the algorithm that PyTorch asks cuDNN for, by pass; empty where cuDNN cannot compute the call: no_cudnn
+      says why
     - plans: the persistent plans by pass
     """
 
@@ -95,6 +98,7 @@ class Report:
     step_us: Mapping[str, Mapping[str, float | None]]
     call_us: Mapping[str, float | None]
     cudnn: Mapping[str, str]
+    no_cudnn: str | None
     plans: Mapping[str, PassPlan]
 
 
@@ -186,9 +190,9 @@ def _report(
     gpu = target.gpu
     choice = _choice(layer, target, strategy, asked, packed)
     if gpu is None:
-        return Report(str(target.device), None, choice, {}, {}, {}, {})
-    cuda = torch.device("cuda")
-    cudnn = {} if routing.why_not_operator(cuda, layer, asked) else _algorithms(layer)
+        return Report(str(target.device), None, choice, {}, {}, {}, None, {})
+    no_cudnn = routing.why_not_operator(torch.device("cuda"), layer, asked)
+    cudnn = {} if no_cudnn else _algorithms(layer)
     call_us = {
         "persistent": _finite(estimates.call_us("persistent", layer, gpu)),
         "cudnn": estimates.call_us("operator", layer, gpu) if cudnn else None,
@@ -196,18 +200,20 @@ def _report(
     plans = {
         name: _pass_plan(layer, backward, gpu, choice, compiling) for name, backward in estimates.passes(layer).items()
     }
-    return Report(gpu.name, gpu, choice, _step_us(layer, gpu, bool(cudnn)), call_us, cudnn, plans)
+    return Report(gpu.name, gpu, choice, _step_us(layer, gpu, bool(cudnn)), call_us, cudnn, no_cudnn, plans)
 
 
 def _choice(layer: Layer, target: Target, strategy: str, asked: tuple[str, ...], packed: bool) -> Choice:
     """Return the engine and why. A GPU of the table is taken to have cuDNN and to run the kernels."""
     try:
         if target.device is not None:
-            return routing.route(layer, target.device, strategy, asked, packed)
-        no_operator = routing.why_not_operator(torch.device("cuda"), layer, asked)
-        return routing.decide(Facts(layer, target.gpu, strategy, no_operator=no_operator))
+            found = routing.route(layer, target.device, strategy, asked, packed)
+        else:
+            no_operator = routing.why_not_operator(torch.device("cuda"), layer, asked)
+            found = routing.decide(Facts(layer, target.gpu, strategy, no_operator=no_operator))
     except (RuntimeError, ValueError) as error:
         return Choice("none", str(error))
+    return found._replace(name="cudnn") if found.name == "operator" and target.gpu is not None else found
 
 
 def _algorithms(layer: Layer) -> dict[str, str]:
@@ -293,6 +299,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "step_us": report.step_us,
         "call_us": report.call_us,
         "cudnn_algorithm": report.cudnn,
+        "no_cudnn": report.no_cudnn,
         "plans": plans,
     }
 
@@ -305,7 +312,7 @@ def layer_words(layer: Layer) -> str:
     text += f", {plural(layer.L, 'layer')}" if layer.L > 1 else ""
     text += ", both directions" if layer.D == 2 else ""
     text += f"; {plural(layer.T, 'time step')} of {plural(layer.B, 'batch row')}"
-    text += " with lengths or resets" if layer.ragged else ""
+    text += " that end at different steps" if layer.ragged else ""
     return f"{text}; {name}; {'training' if layer.training else 'inference'}"
 
 
@@ -332,11 +339,11 @@ def pass_rows(layer: Layer, name: str, found: PassPlan, report: Report) -> list[
     if found.plan is None:
         return [("plan", "none"), ("why", found.why_none or "")]
     assert report.gpu is not None
-    rows = [("plan", found.plan.describe()), ("runs", f"no: {found.obstacle}" if found.obstacle else "yes")]
+    rows = [("plan", found.plan.describe()), ("used", f"no: {found.obstacle}" if found.obstacle else "yes")]
     rows += plan_words.rows(layer, name == "backward", found.plan, report.gpu)
     if found.others:
         others = "; ".join(f"{plan.describe()} ({time(plan.estimate_us)})" for plan in found.others)
-        rows.append(("tried next", f"{others}; the first plan that spills at most {MOST_SPILLED} registers is used"))
+        rows.append(("fallbacks", f"in this order, where a plan spills more than {MOST_SPILLED} registers: {others}"))
     for row in found.compiled:
         text = (
             f"{row.plan}: {row.registers} registers, {row.spilled} spilled, {size(row.shared_bytes)} of shared memory"
@@ -369,9 +376,11 @@ def estimates_text(layer: Layer, report: Report) -> str:
     for name, *cells in table:
         lines.append("  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(cells, others, strict=True))]))
     asked = ", ".join(f"{algorithm} {name}" for name, algorithm in report.cudnn.items())
-    notes = [f"cuDNN's algorithm: {asked}." if asked else "cuDNN cannot compute this layer."]
-    notes.append(
-        "The times are estimates of the recurrence of one layer, fitted to an H100; nothing was measured here."
-    )
-    notes.append("The least possible is a lower bound from the data sheet, input products included.")
+    notes = [
+        f"cuDNN's algorithm: {asked}." if asked else f"cuDNN cannot compute this call: {report.no_cudnn}.",
+        "Estimates of the recurrence alone, fitted to an H100 and scaled by data sheets; nothing was measured here.",
+        "Least possible: a lower bound from the data sheet, which includes the product with the inputs.",
+        "A call: the longer of the times of host and device; by cuDNN's standard algorithm their sum. The time of the",
+        "host is that of a machine with an H100.",
+    ]
     return "\n".join([*lines, *notes])

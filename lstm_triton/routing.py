@@ -58,7 +58,7 @@ MOST_CUDNN_STEPS = 65_535
 FASTER = 0.9
 """`auto` takes the kernels in place of cuDNN where their estimate is below this part of cuDNN's: both are estimates."""
 
-SINGLE_STEP = "a single step reads the weights once, whatever computes it"
+SINGLE_STEP = "a single time step reads the weights once, so that keeping them on the chip gains nothing"
 
 COMPILED_FOR = (256, 16)
 """The time steps and rows for which `auto` decides between cuDNN and the kernels inside of torch.compile."""
@@ -193,7 +193,7 @@ def persistent_or_cudnn(layer: Layer, gpu: GPU) -> Choice:
     """Return the route by the persistent kernels where they are faster than cuDNN by a margin; else by the operator."""
     obstacle = why_not_persistent(layer, gpu) or (SINGLE_STEP if layer.T == 1 else None)
     if obstacle is not None:
-        return Choice("operator", f"it has this variant, and the persistent kernels are out: {obstacle}")
+        return Choice("operator", f"cuDNN has this variant, and the persistent kernels do not suit it: {obstacle}")
     ours, other = call_us("persistent", layer, gpu), call_us("operator", layer, gpu)
     algorithm = "persistent" if cudnn_is_persistent(layer, layer.training) else "standard"
     compared = f"{ours / 1e3:.2f} ms a call, {other / 1e3:.2f} ms by cuDNN's {algorithm} algorithm; both are estimates"

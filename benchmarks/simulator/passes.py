@@ -126,7 +126,7 @@ def described(case: Case, machine: Machine) -> Iterator[str]:
     named = ", ".join(f"{time.counts[name]} {name}" for name in ("BAR", "MUFU", "HMMA", "FFMA"))
     yield f"  {sum(time.counts.values())} instructions a warp, {time.stalls} cycles by their stall counts: {named}"
     yield f"  {time.wavefronts:.0f} wavefronts of shared memory, {time.needed} without bank conflicts"
-    yield f"  {time.early:.1f} polls came too early"
+    yield f"  {time.early:.1f} polls a step that are repeated"
 
 
 def ranked(case: Case, machine: Machine) -> Iterator[str]:

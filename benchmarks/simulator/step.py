@@ -11,15 +11,15 @@ from pathlib import Path
 from benchmarks.simulator.sass import Block, Instruction, basic_blocks, loops_inside, time_loop
 
 PHASES = {
-    "rest": "other stores, after publishing",
-    "ahead": "addresses, gate inputs of the next step",
-    "poll": "data: h from L2 and whether it was there; counter: waiting for the count",
-    "again": "polls after one that came too early",
-    "load": "h to the operands of the products, through shared memory; counter: from L2 first",
+    "rest": "stores of the output and of what the backward pass reads",
+    "ahead": "addresses, and loads for the next step",
+    "poll": "waiting for what the other thread blocks store",
+    "again": "polls that are repeated",
+    "load": "from there to the operands of the products",
     "products": "products",
     "sums": "sums over the warps",
     "activations": "activations and equations",
-    "store": "publishing",
+    "store": "stores that the other thread blocks wait for",
 }
 
 # The kernels' functions by what they do; an instruction gets its phase by those that it was inlined from. A function

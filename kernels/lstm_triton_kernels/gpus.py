@@ -66,7 +66,7 @@ def gpu_key(text: str) -> str:
     """
     key = re.sub(r"[\s_-]", "", text.lower())
     if key not in GPUS:
-        raise ValueError(f"unknown GPU {text!r}: there are {', '.join(GPUS)}")
+        raise ValueError(f"unknown GPU {text!r}: choose from {', '.join(GPUS)}")
     return key
 
 

@@ -88,7 +88,8 @@ def test_the_choice_is_that_of_the_router():
                 no_operator = routing.why_not_operator(torch.device("cuda"), asked, ())
                 choice = routing.decide(routing.Facts(asked, target.gpu, no_operator=no_operator))
                 report = report_of(asked, target)
-                assert report.choice == choice
+                expected = choice._replace(name="cudnn") if choice.name == "operator" else choice
+                assert report.choice == expected
                 runs = {found.obstacle is None for found in report.plans.values()}
                 assert runs == {choice.name == "persistent"}
 
@@ -96,7 +97,7 @@ def test_the_choice_is_that_of_the_router():
 @pytest.mark.parametrize("strategy", routing.STRATEGIES)
 def test_a_strategy_that_is_asked_for(strategy):
     found = report_of(layer(variant="coupled"), strategy=strategy).choice
-    assert found.name == {"auto": "persistent", "cudnn": "operator"}.get(strategy, strategy)
+    assert found.name == {"auto": "persistent"}.get(strategy, strategy)
     refused = report_of(layer(1024, B=2048, variant="full"), Target(GPUS["l4"]), strategy="persistent").choice
     assert refused.name == "none" and "no tiles of the recurrent weights" in refused.reason
 
@@ -104,13 +105,13 @@ def test_a_strategy_that_is_asked_for(strategy):
 @pytest.mark.parametrize(
     "fields, gpu, reason, instead",
     [
-        (dict(H=4096, B=4096), "h100", "no tiles of the recurrent weights, 128.0 MiB, fit", "operator"),
-        (dict(H=2000, dtype="float32", variant="coupled"), "l4", "no tiles of the recurrent weights", "operator"),
+        (dict(H=4096, B=4096), "h100", "no tiles of the recurrent weights, 128.0 MiB, fit", "cudnn"),
+        (dict(H=2000, dtype="float32", variant="coupled"), "l4", "no tiles of the recurrent weights", "cudnn"),
         (dict(H=2000, dtype="float32", variant="diagonal"), "l4", "no tiles of the recurrent weights", "stepwise"),
-        (dict(H=64, dtype="float64"), "rtx4090", "float64 has no persistent kernel", "operator"),
+        (dict(H=64, dtype="float64"), "rtx4090", "float64 has no persistent kernel", "cudnn"),
         (dict(H=64, dtype="float64", variant="diagonal"), "a100", "float64 has no persistent kernel", "stepwise"),
         (dict(H=64, variant="coupled+full+current"), "h100", "a full peephole on c_t needs a product", "stepwise"),
-        (dict(H=64, P=8), "b200", "a projection needs a product between two steps", "operator"),
+        (dict(H=64, P=8), "b200", "a projection needs a product between two steps", "cudnn"),
         (dict(H=4096, P=8, variant="coupled+diagonal"), "h100", "a projection needs a product", "stepwise"),
     ],
 )
@@ -129,8 +130,8 @@ def test_why_there_is_no_plan_and_what_is_chosen_instead(fields, gpu, reason, in
 
 def test_a_plan_that_is_not_chosen_says_how_to_take_it():
     report = report_of(layer(64, T=1))
-    assert report.choice.name == "operator" and "a single step reads the weights once" in report.choice.reason
-    assert report.plans["forward"].obstacle == "operator is chosen; strategy='persistent' takes this plan"
+    assert report.choice.name == "cudnn" and "a single time step reads the weights once" in report.choice.reason
+    assert report.plans["forward"].obstacle == "cudnn is chosen; strategy='persistent' takes this plan"
 
 
 def test_a_plan_of_one_pass_does_not_run_where_the_other_has_none(monkeypatch):
@@ -186,7 +187,8 @@ def test_the_table_of_estimates():
     assert table[4].startswith("both, 512 steps") and plan_words.time(both["cudnn"] * 512) in table[4]
     assert plan_words.time(report.call_us["persistent"]) in table[5]
     assert "cuDNN's algorithm: persistent forward, persistent backward." in table
-    assert "cuDNN cannot compute this layer." in str(explain.explain(layer(variant="full"), [H100]))
+    peephole = str(explain.explain(layer(variant="full"), [H100]))
+    assert "cuDNN cannot compute this call: it has no peepholes, as 'full' has." in peephole
 
 
 # Devices.
@@ -199,7 +201,7 @@ def test_names_are_taken_in_any_spelling_and_once():
     assert {"h200", "a10", "l40s", "rtx3090", "rtx5090"} <= GPUS.keys()
     assert explain.targets(["L4", "h100", "l4"]) == ([Target(GPUS["l4"]), H100], None)
     assert [target.gpu for target in explain.targets(["ALL", "h100"])[0]] == list(GPUS.values())
-    with pytest.raises(ValueError, match="unknown GPU 'v100': there are a100, a10, "):
+    with pytest.raises(ValueError, match="unknown GPU 'v100': choose from a100, a10, "):
         explain.targets(["h100", "v100"])
 
 
@@ -216,7 +218,7 @@ def test_the_device_that_is_here(cuda_device, monkeypatch):
     report = report_of(layer(), target)
     assert (report.device, report.choice.name) == ("A100 of a test", "persistent")
     assert "on 100 multiprocessors" in plan_words.grid(report.plans["forward"].plan, cuda_device)
-    assert report_of(layer(4096), target).choice.name == "operator"
+    assert report_of(layer(4096), target).choice.name == "cudnn"
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     assert report_of(layer(4096), target).choice.name == "stepwise"
 
@@ -224,7 +226,7 @@ def test_the_device_that_is_here(cuda_device, monkeypatch):
 def test_the_backend_that_was_asked_for_decides_on_the_device_that_is_here(cuda_device, monkeypatch):
     (target,), _ = explain.targets([])
     with routing.backend("torch"):
-        assert report_of(layer(), target).choice == ("operator", "asked for")
+        assert report_of(layer(), target).choice == ("cudnn", "asked for")
         assert report_of(layer(), H100).choice.name == "persistent"
         peephole = report_of(layer(variant="diagonal"), target)
         assert peephole.choice == ("eager", "asked for") and peephole.plans["forward"].obstacle == "asked for"
@@ -238,7 +240,7 @@ def test_a_device_that_is_too_old(cuda_device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     (target,), _ = explain.targets([])
     choice = report_of(layer(), target).choice
-    assert choice.name == "operator" and "compute capability 7.5" in choice.reason
+    assert choice.name == "cudnn" and "compute capability 7.5" in choice.reason
 
 
 # LSTM.explain
@@ -253,7 +255,9 @@ def test_a_module_explains_a_call_on_a_gpu_that_is_not_here():
         inference = asked._replace(training=False)
         assert lstm.explain(x, gpu="l4") == explain.explain(inference, [Target(GPUS["l4"])])
     ragged = lstm.explain(x, lengths=[100, 3, 1, 2, 7], gpu="h100")
-    assert ragged.layer.ragged and "cuDNN cannot compute" in str(ragged)
+    assert ragged.layer.ragged and "cuDNN cannot compute this call: torch.nn.LSTM's operator takes no lengths." in str(
+        ragged
+    )
     assert not lstm.explain(x, lengths=[100] * 5, gpu="h100").layer.ragged
     lstm.strategy = "stepwise"
     assert lstm.explain(x, gpu="h100").reports[0].choice == ("stepwise", "asked for")
@@ -431,13 +435,20 @@ def test_every_option_reaches_the_layer(program, monkeypatch):
     genuine = explain.explain
     monkeypatch.setattr(explain, "explain", lambda *a, **o: seen.append((*a, o)) or genuine(*a, **o))
     options = ["--batch=3", "--input=5", "--steps=7", "--layers=4", "--bidirectional", "--dtype=tf32"]
-    options += ["--variant=Full", "--proj=2", "--inference", "--ragged", "--gpu=l4", "--gpu=RTX 3090"]
+    options += ["--variant=Full", "--proj=2", "--inference", "--packed", "--gpu=l4", "--gpu=RTX 3090"]
     assert program("info", "--hidden=9", *options)[0] == 0
     assert program("info", "--hidden=9", "--gpu=l4")[0] == 0
     sizes = dict(I=5, D=2, P=2, L=4, training=False, ragged=True)
     expected = layer(9, 3, 7, "tf32", "full", **sizes)
     assert seen[0][:2] == (expected, [Target(GPUS["l4"]), Target(GPUS["rtx3090"])])
     assert seen[1][:2] == (layer(9, dtype="float32"), [Target(GPUS["l4"])])
+    assert (seen[0][2]["packed"], seen[1][2]["packed"]) == (True, False)
+
+
+def test_lengths_keep_cudnn_out_and_packed_rows_do_not(program):
+    for option, engine in (("--packed", "cudnn"), ("--lengths", "stepwise")):
+        output = program("info", "--hidden=64", "--dtype=float64", "--gpu=h100", "--json", option)[1]
+        assert json.loads(output)["devices"][0]["engine"] == engine
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -490,16 +501,17 @@ def test_version_and_help(program):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--hidden=8", "--dtype=float8"], "unknown dtype 'float8': there are bfloat16, float16, "),
-        (["--hidden=8", "--variant=peephole"], "unknown variant 'peephole': there are standard, diagonal, "),
-        (["--hidden=8", "--gpu=v100"], "unknown GPU 'v100': there are a100, "),
+        (["--hidden=8", "--dtype=float8"], "unknown dtype 'float8': choose from bfloat16, float16, "),
+        (["--hidden=8", "--variant=peephole"], "unknown variant 'peephole': choose from standard, diagonal, "),
+        (["--hidden=8", "--gpu=v100"], "unknown GPU 'v100': choose from a100, "),
         (["--hidden=8", "--proj=8"], "--proj must be smaller than --hidden 8, got 8"),
         (["--batch=8", "--gpu=h100"], "--batch, --gpu: add --hidden N"),
-        (["--inference", "--ragged", "--compile"], "--inference, --ragged, --compile: add --hidden N"),
+        (["--inference", "--lengths", "--compile"], "--inference, --lengths, --compile: add --hidden N"),
         (["--hidden=0"], "argument --hidden: '0' is not an integer from 1 to 2**31 - 1"),
         (["--hidden=many"], "argument --hidden: "),
         (["--hidden=8", "--batch=-1"], "--batch"),
         ([f"--hidden={10**400}"], "argument --hidden: "),
+        (["--hidden=8", "--units=2"], "usage: lstm-triton info"),
         (["--hidden=8", "--units=2"], "unrecognized arguments: --units=2"),
     ],
 )

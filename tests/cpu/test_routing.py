@@ -117,7 +117,7 @@ OBSTACLES = [
     (dict(H=2048, dtype=torch.float32, precision="tf32"), r".*the recurrent weights, 64\.0 MiB"),
 ]
 SLOW = [
-    (dict(T=1), "a single step reads the weights once, whatever computes it"),
+    (dict(T=1), "a single time step reads the weights once, so that keeping them on the chip gains nothing"),
     (dict(B=4096), r"\d+\.\d us a step by estimate \(forward\); step by step it takes \d+\.\d us"),
 ]
 
@@ -273,7 +273,7 @@ def test_the_kernels_must_be_faster_than_cudnn_by_a_margin(monkeypatch):
     for fields, reason in (*OBSTACLES, SLOW[0]):
         chosen = routing.persistent_or_cudnn(of(fields), H100)
         assert chosen.name == "operator"
-        assert re.match(f"it has this variant, and the persistent kernels are out: {reason}", chosen.reason)
+        assert re.match(f"cuDNN has this variant, and the persistent kernels do not suit it: {reason}", chosen.reason)
 
 
 H200_ROWS, H100_ROWS = "older/h200-2026-11-26-gpu.csv", "h100-80gb-hbm3-2026-11-26-suites.csv"

@@ -93,9 +93,9 @@ def test_a_layer_without_a_plan_has_the_reason(monkeypatch):
     "arguments, said",
     [
         (("--hidden", 64), "needs --hidden and --batch, or --suites"),
-        ((*SMALL[1:], "--dtype", "fp8"), "unknown dtype 'fp8': there are bfloat16, float16, "),
-        ((*SMALL[1:], "--variant", "odd"), "--variant: unknown 'odd': there are standard"),
-        ((*SMALL[1:], "--wait", "long"), "--wait: unknown 'long': there are counter, data"),
+        ((*SMALL[1:], "--dtype", "fp8"), "unknown dtype 'fp8': choose from bfloat16, float16, "),
+        ((*SMALL[1:], "--variant", "odd"), "--variant: unknown 'odd': choose from standard"),
+        ((*SMALL[1:], "--wait", "long"), "--wait: unknown 'long': choose from counter, data"),
         ((*SMALL[1:], "--gpu", "a100"), "--gpu: no model of 'a100': there are h100"),
         ((*SMALL[1:], "--skew", -1), "--skew"),
         ((*SMALL[1:], "--json", "--code"), "one of --json, --code, not several"),

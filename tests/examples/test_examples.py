@@ -43,7 +43,7 @@ LINES = {
     "kernel_on_a_laptop": ("a_i  kernel", "a_o  kernel", "g    kernel", "c'   kernel", "h'   kernel", "stepwise, two"),
     "rl_resets": (
         "largest difference of the output with resets from that of the episode alone",
-        "in all others at most 0.0e+00",
+        "at all others at most 0.0e+00",
         "LSTM with resets",
         "with resets accuracy",
         "without resets accuracy",
@@ -150,7 +150,7 @@ FAULTS = {
         change = lambda r, lstm, x, *_, **__: (r[0] + 1e-6 * (x - x.detach()).sum(), r[1])
         after(lstm_triton.LSTM, 'forward', change)
         """,
-        "in all others at most",
+        "at all others at most",
     ),
     "a loop that computes something else": (
         "rl_resets",

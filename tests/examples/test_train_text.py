@@ -191,7 +191,7 @@ def test_what_all_processes_refuse_is_said_once():
     assert (code, output, errors.count("error: --batch 5 cannot be shared by 2 processes\n")) == (1, "", 1)
 
 
-ERRORS = """--resume | no run: omit --resume
+ERRORS = """--resume | --resume needs --checkpoint DIRECTORY
 --resume --checkpoint=nothing | nothing holds no run
 --checkpoint=saved | saved holds a run: add --resume
 --checkpoint=saved --resume --hidden=9 | saved has other settings: {'variant': ['coupled', 'diagonal'], 'embedding': 5
@@ -202,7 +202,7 @@ ERRORS = """--resume | no run: omit --resume
 --window=90 | --text is too short
 --learning-rate=1e300 | a loss is not finite
 --plot=curves.bmp | --plot must end in one of
---dtype=float8 | float8
+--dtype=float8 | unknown dtype 'float8': choose from
 --device=abacus | abacus
 --steps=0 | steps must be positive
 --temperature=nan | temperature must be positive
