@@ -246,7 +246,9 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     curves = dict(embedding=64, hidden=192, layers=1, batch=32, window=64, learning_rate=4e-3)
     numbers = curves | dict(steps=1000, sample_length=400, temperature=0.7)
     parser.add_argument("--text", type=Path, help="UTF-8 text to learn (default: Python's language reference)")
-    parser.add_argument("--variant", action="append", choices=SPECS, help=f"repeat (default: {MAIN_VARIANTS})")
+    parser.add_argument(
+        "--variant", action="append", choices=SPECS, help=f"repeat (default: {', '.join(MAIN_VARIANTS)})"
+    )
     for name, value in numbers.items():
         words = f"{NUMBERS[name]} (default: {value})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=words)

@@ -191,6 +191,8 @@ def _report(
     choice = _choice(layer, target, strategy, asked, packed)
     if gpu is None:
         return Report(str(target.device), None, choice, {}, {}, {}, None, {})
+    if routing.why_not_dtype(layer.dtype) is not None:  # of such a type there is neither a plan nor an estimate
+        return Report(gpu.name, gpu, choice, {}, {}, {}, None, {})
     no_cudnn = routing.why_not_operator(torch.device("cuda"), layer, asked)
     cudnn = {} if no_cudnn else _algorithms(layer)
     call_us = {
@@ -210,10 +212,12 @@ def _choice(layer: Layer, target: Target, strategy: str, asked: tuple[str, ...],
             found = routing.route(layer, target.device, strategy, asked, packed)
         else:
             no_operator = routing.why_not_operator(torch.device("cuda"), layer, asked)
-            found = routing.decide(Facts(layer, target.gpu, strategy, no_operator=no_operator))
+            no_kernels = routing.why_not_dtype(layer.dtype)
+            found = routing.decide(Facts(layer, target.gpu, strategy, "auto", no_kernels, no_operator))
     except (RuntimeError, ValueError) as error:
         return Choice("none", str(error))
-    return found._replace(name="cudnn") if found.name == "operator" and target.gpu is not None else found
+    by_cudnn = found.name == "operator" and target.gpu is not None and routing.why_not_dtype(layer.dtype) is None
+    return found._replace(name="cudnn") if by_cudnn else found
 
 
 def _algorithms(layer: Layer) -> dict[str, str]:
@@ -339,11 +343,14 @@ def pass_rows(layer: Layer, name: str, found: PassPlan, report: Report) -> list[
     if found.plan is None:
         return [("plan", "none"), ("why", found.why_none or "")]
     assert report.gpu is not None
-    rows = [("plan", found.plan.describe()), ("used", f"no: {found.obstacle}" if found.obstacle else "yes")]
+    rows = [
+        ("plan", found.plan.describe()),
+        ("used", f"no: {found.obstacle}" if found.obstacle else f"yes, if it spills at most {MOST_SPILLED} registers"),
+    ]
     rows += plan_words.rows(layer, name == "backward", found.plan, report.gpu)
     if found.others:
         others = "; ".join(f"{plan.describe()} ({time(plan.estimate_us)})" for plan in found.others)
-        rows.append(("fallbacks", f"in this order, where a plan spills more than {MOST_SPILLED} registers: {others}"))
+        rows.append(("fallbacks", f"in this order, where a plan spills more: {others}"))
     for row in found.compiled:
         text = (
             f"{row.plan}: {row.registers} registers, {row.spilled} spilled, {size(row.shared_bytes)} of shared memory"

@@ -267,8 +267,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return what keeps the kernels from running on such tensors; None if nothing does."""
     if not TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
-    if dtype not in SUPPORTED_DTYPES:
-        return f"the kernels compute in {', '.join(map(str, SUPPORTED_DTYPES))}, got {dtype}"
+    if (obstacle := why_not_dtype(dtype)) is not None:
+        return obstacle
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < MINIMUM_CAPABILITY:
@@ -279,6 +279,13 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
         return None if INTERPRETED else NEEDS_CUDA
     return f"the kernels run on CUDA devices, not on {device.type}"
+
+
+def why_not_dtype(dtype: torch.dtype) -> str | None:
+    """Return what keeps the kernels from computing in a type; None if nothing does."""
+    if dtype in SUPPORTED_DTYPES:
+        return None
+    return f"the kernels compute in {', '.join(map(str, SUPPORTED_DTYPES))}, got {dtype}"
 
 
 def why_not_operator(device: torch.device, layer: Layer, asked: tuple[str, ...]) -> str | None:

@@ -278,6 +278,13 @@ def test_a_module_explains_a_call_where_it_is():
         lstm.explain(torch.randn(7, 2, 30), gpu="tpu")
 
 
+def test_a_type_without_kernels_has_no_plan_and_no_estimate():
+    lstm, x = lstm_triton.LSTM(3, 4, dtype=torch.complex64), torch.randn(5, 2, 3, dtype=torch.complex64)
+    (report,) = lstm.explain(x, gpu="h100").reports
+    assert report.choice == ("operator", routing.why_not_dtype(torch.complex64))
+    assert not (report.step_us or report.plans) and "complex64" in str(lstm.explain(x, gpu="h100"))
+
+
 def test_explaining_is_routing(monkeypatch):
     """What `explain` says is what the call itself asks the router."""
     seen = []
