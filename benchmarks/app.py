@@ -22,8 +22,8 @@ from lstm_triton_kernels.spec import VARIANTS
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import RESULTS, ROOT, micro, rows, run, steps, suites, warm
-from benchmarks.console import console, constants_table, line_of, means_table
+from benchmarks import ROOT, micro, regressions, results_folder, rows, run, steps, suites, warm
+from benchmarks.console import console, constants_table, line_of, means_table, providers_table, suites_table
 from benchmarks.environment import environment, machine
 from benchmarks.providers import BASELINES, PROVIDERS, Provider
 from benchmarks.worker import Worker
@@ -67,14 +67,27 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-Results = Annotated[Path, typer.Option(help="Folder of the results files.", show_default="benchmarks/results")]
+def parse_own_shape(text: str) -> suites.Case:
+    """Return the case of a shape of one's own. Raises BadParameter with the reason for another text."""
+    try:
+        return suites.parse_shape(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--shape: {error}") from error
+
+
+FOLDER = "benchmarks in lstm_triton in $XDG_DATA_HOME, else in ~/.local/share"
+Results = Annotated[Path | None, typer.Option(help="Folder of the results files.", show_default=FOLDER)]
+Read = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, help="Folder of the results files.", show_default=FOLDER),
+]
 DEVICE = typer.Option(parser=parse_device, metavar="NAME", help="auto, cpu, cuda or cuda:N; auto is the GPU if any.")
 Device = Annotated[torch.device, DEVICE]
 Suites = Annotated[
     list[str] | None,
     typer.Option(
         help=f"Repeat for several: {', '.join(suites.SUITES)}; gpu is {', '.join(suites.GPU_SUITES)}.",
-        show_default="gpu, or cpu without a GPU",
+        show_default="gpu, or cpu without a GPU; none with --shape",
     ),
 ]
 Dtype = Annotated[str, typer.Option(parser=parse_dtype, metavar="NAME", help="As bf16 or bfloat16.")]
@@ -84,36 +97,66 @@ Processes = Annotated[int | None, typer.Option(min=1, help="Processes that compi
 @app.command(name="run")
 def run_command(
     suite: Suites = None,
+    shape: Annotated[
+        list[suites.Case] | None,
+        typer.Option(
+            parser=parse_own_shape,
+            metavar="SIZES",
+            help="A shape of your own, as T=512,B=32,H=320; repeat for several. T, B and H are needed; also I, L, D, "
+            "variant=coupled, lengths (rows of different lengths), resets=0.03 (rows begin anew), name=WORDS.",
+        ),
+    ] = None,
     provider: Annotated[
         list[str] | None,
         typer.Option(help=f"Repeat for several: {', '.join(PROVIDERS)}; or a name for all its strategies."),
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(parser=parse_dtype, metavar="NAME", help=f"Repeat for several: {', '.join(suites.STORAGE)}."),
+        typer.Option(
+            parser=parse_dtype,
+            metavar="NAME",
+            help=f"Repeat for several: {', '.join(suites.STORAGE)}.",
+            show_default="those of the suites; of a shape of your own bfloat16, on a CPU float32",
+        ),
     ] = None,
     mode: Annotated[list[str] | None, typer.Option(help=f"Repeat for both: {', '.join(suites.MODES)}.")] = None,
     budget: Annotated[float | None, typer.Option(min=1.0, help="Seconds in all; by priority of the rows.")] = None,
     row_seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for the timing of a row.")] = 0.5,
+    floors: Annotated[
+        bool, typer.Option(help="End with status 1 if this library is slower than the floors of this GPU.")
+    ] = True,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="List suites and providers, with --suite the cases; measure nothing.")
+    ] = False,
     device: Device = "auto",  # type: ignore[assignment]
-    results: Results = RESULTS,
+    results: Results = None,
 ) -> None:
-    """Time providers over suites; every row goes to a new file in the results folder when it is done.
+    """Time providers over suites or shapes; every row goes to a new file in the results folder when it is done.
 
-    Example: python -m benchmarks run --suite core --dtype bf16 --budget 120
+    Example: python -m benchmarks run --shape T=512,B=32,I=80,H=320 --dtype bf16
     """
     out, until = console(), time.monotonic() + (budget or math.inf)
-    asked = tuple(suite or default_suites(device))
-    cases = suites.cases(suites_of(asked), tuple(dtype or ()), known("--mode", mode or suites.MODES, suites.MODES))
+    asked = tuple(suite or (() if shape else default_suites(device)))
+    dtypes, modes = tuple(dtype or ()), known("--mode", mode or suites.MODES, suites.MODES)
+    own_dtypes = dtypes or ("bfloat16" if device.type == "cuda" else "float32",)
+    own = suites.own_cases(shape or (), own_dtypes, modes)
+    cases = [*own, *suites.cases(suites_of(asked), dtypes, modes)]
+    if only_list:
+        if suite or shape:
+            out.print(*map(str, cases), sep="\n", markup=False, soft_wrap=True)
+        else:
+            out.print(suites_table(suites.cases(suites.SUITES, dtypes, modes)))
+        out.print(providers_table(PROVIDERS.values()))
+        return
     chosen = choose_providers(provider or [])
     todo = run.tasks(cases, chosen, device.type)
     if not todo:
         keys = ", ".join(provider.key for provider in chosen)
         raise typer.BadParameter(f"nothing to measure: none of {keys} computes these cases on {device}")
-    results = folder(results)
-    here = environment(device)
-    limits = constants_of(out, results, device, here["gpu"])
-    path = rows.new_file(results, machine(device), here["date"], "_".join(dict.fromkeys(asked)))
+    target, here = folder(results), environment(device)
+    limits = constants_of(out, target, device, here["gpu"])
+    what = "_".join(dict.fromkeys([*(case.suite for case in own), *asked]))
+    path = rows.new_file(target, machine(device), here["date"], what)
     done: list[rows.Row] = []
     interrupted = False
     with closing(Worker(str(device), BASELINES, row_seconds, path.with_suffix(".log"))) as worker:
@@ -136,17 +179,22 @@ def run_command(
     if len(done) < len(todo):
         left = f"{len(todo) - len(done)} of {len(todo)} rows"
         out.print(f"no time for {left}, those of the lowest priority: a larger --budget takes them")
+    slower = regressions.slower_rows(done, regressions.load(here["gpu"])) if floors else []
+    if slower:
+        out.print(f"slower than before, by more than the factor {regressions.SLOWER} (--no-floors does not compare):")
+        out.print(*map(str, slower), sep="\n", markup=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @app.command(name="micro")
-def micro_command(device: Device = "auto", results: Results = RESULTS) -> None:  # type: ignore[assignment]
+def micro_command(device: Device = "auto", results: Results = None) -> None:  # type: ignore[assignment]
     """Measure the constants of the limit on this machine: bandwidths, matmul rates, waits.
 
     Example: python -m benchmarks micro
     """
-    out, results, here = console(), folder(results), environment(device)
+    out, target, here = console(), folder(results), environment(device)
     found = micro.measure(device)
-    path = rows.new_file(results, machine(device), here["date"], "micro", "json")
+    path = rows.new_file(target, machine(device), here["date"], "micro", "json")
     rows.save_constants(path, found, here)
     out.print(constants_table(found))
     out.print(str(path), soft_wrap=True)
@@ -167,7 +215,7 @@ def steps_command(
     ] = None,
     processes: Processes = None,
     device: Device = "auto",  # type: ignore[assignment]
-    results: Results = RESULTS,
+    results: Results = None,
 ) -> None:
     """Time a step of the persistent kernels by itself: one launch a pass, compared with the reference first.
 
@@ -207,35 +255,42 @@ def warm_command(
 
 @app.command(name="report")
 def report_command(
-    results: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="Folder of the results files.", show_default="its own")
-    ] = RESULTS,
+    results: Read = None,
     readme: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="File whose marked block is rewritten.")
     ] = None,
 ) -> None:
     """Write tables and plots of all results files; where asked, rewrite the marked block of a README from them.
 
-    Example: python -m benchmarks report --readme README.md
+    Example: python -m benchmarks report --results benchmarks/results --readme README.md
     """
     try:
         from benchmarks import report
     except ImportError as error:
         raise typer.BadParameter(f"a report needs pandas and matplotlib: {error}") from error
     try:
-        written, damaged = report.write(results, readme)
+        print_written(*report.write(folder_of_results(results), readme))
     except report.WrongMarkers as error:
         raise typer.BadParameter(f"--readme: {readme}: {error}") from error
-    out = console()
-    for words in damaged:
-        out.print(f"left out, damaged: {words}", style="red", markup=False, soft_wrap=True)
-    for path in written:
-        out.print(str(path), soft_wrap=True)
+
+
+@app.command(name="floors")
+def floors_command(
+    results: Read = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the files, one a GPU.", show_default="benchmarks/floors")
+    ] = regressions.FLOORS,
+) -> None:
+    """Write the floors of each GPU, with which `run` compares: the newest times of this library in results files.
+
+    Example: python -m benchmarks floors --results benchmarks/results
+    """
+    print_written(*regressions.write(folder_of_results(results), folder(out, "--out")))
 
 
 @app.command(name="gpu")
 def gpu_command(
-    budget: Annotated[float, typer.Option(min=60.0, help="Seconds in all.")] = 540.0, results: Results = RESULTS
+    budget: Annotated[float, typer.Option(min=60.0, help="Seconds in all.")] = 540.0, results: Results = None
 ) -> None:
     """Measure everything on a GPU: a step by itself, parity tests, constants, suites; ends with the means.
 
@@ -335,10 +390,35 @@ def suites_of(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def choose_providers(names: Sequence[str]) -> list[Provider]:
-    """Return the providers of these names, of none all. Raises BadParameter for an unknown one, listing all."""
+    """Return the providers of these names, of none all that are installed.
+
+    Raises BadParameter for an unknown one, listing all, and for one that is not installed, saying how.
+    """
     every = {provider.name for provider in PROVIDERS.values()}
     known("--provider", [name for name in names if name not in every], list(PROVIDERS))
-    return [one for key, one in PROVIDERS.items() if not names or key in names or one.name in names]
+    if not names:
+        return [one for one in PROVIDERS.values() if one.missing() is None]
+    chosen = [one for key, one in PROVIDERS.items() if key in names or one.name in names]
+    for missing in filter(None, (one.missing() for one in chosen)):
+        raise typer.BadParameter(f"--provider: {missing}")
+    return chosen
+
+
+def folder_of_results(results: Path | None) -> Path:
+    """Return the folder of results to read. Raises BadParameter where it is not there."""
+    path = results or results_folder()
+    if not path.is_dir():
+        raise typer.BadParameter(f"--results: nothing was measured yet: {path} does not exist")
+    return path
+
+
+def print_written(written: Sequence[Path], damaged: Sequence[str]) -> None:
+    """Print what was written, and what was left out of it because it is damaged."""
+    out = console()
+    for words in damaged:
+        out.print(f"left out, damaged: {words}", style="red", markup=False, soft_wrap=True)
+    for path in written:
+        out.print(str(path), soft_wrap=True)
 
 
 def constants_of(out: Console, results: Path, device: torch.device, name: str) -> Constants | None:
@@ -356,9 +436,12 @@ def constants_of(out: Console, results: Path, device: torch.device, name: str) -
     return rows.all_constants(results)[0].get(name)
 
 
-def folder(path: Path, option: str = "--results") -> Path:
-    """Return the folder's whole name, made if need be. Raises BadParameter if nothing can be written there."""
-    path = path.resolve()
+def folder(path: Path | None, option: str = "--results") -> Path:
+    """Return the folder's whole name, made if need be; of None that of results.
+
+    Raises BadParameter if nothing can be written there.
+    """
+    path = (path or results_folder()).resolve()
     probe = path / ".writable"
     try:
         path.mkdir(parents=True, exist_ok=True)

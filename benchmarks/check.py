@@ -59,10 +59,11 @@ def double(problem: Problem) -> Problem:
 
 
 class Reference(Model):
-    """The library's reference on a problem in float64; rows end at their lengths if there are any."""
+    """The library's reference on a problem in float64, with its lengths and resets if there are any."""
 
     def __init__(self, problem: Problem) -> None:
-        self.case, self.lengths, self.weights = problem.case, problem.lengths, leaves(problem)
+        self.case, self.lengths, self.resets = problem.case, problem.lengths, problem.resets
+        self.weights = leaves(problem)
         self.layers = layers_of(self.case, self.weights)
 
     def run(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -71,7 +72,7 @@ class Reference(Model):
         if case.cell:
             return reference.cell(x, zeros[0], zeros[0], self.layers[0][0], case.spec)
         lengths = self.lengths.to(x.device) if self.lengths is not None else None
-        *found, _ = reference.lstm(x, zeros, zeros, self.layers, case.spec, lengths)
+        *found, _ = reference.lstm(x, zeros, zeros, self.layers, case.spec, lengths, self.resets)
         return tuple(found)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -91,7 +92,9 @@ class Oracle:
         if case.T > STEPS:
             x = whole.inputs[0].detach()[:, :ROWS]
             lengths = whole.lengths[:ROWS] if whole.lengths is not None else None
-            rows = replace(whole, case=replace(case, B=x.shape[1], mode=FORWARD), inputs=[x], lengths=lengths)
+            resets = whole.resets[:, :ROWS] if whole.resets is not None else None
+            alike = replace(case, B=x.shape[1], mode=FORWARD)
+            rows = replace(whole, case=alike, inputs=[x], lengths=lengths, resets=resets)
             with torch.inference_mode():
                 rows = double(rows)
                 self.output = Reference(rows).run(rows.inputs[0])[0]

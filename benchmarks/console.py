@@ -11,10 +11,12 @@ from dataclasses import asdict
 from lstm_triton_kernels.limit import Constants
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from benchmarks.rows import Row, name_of, outcome_of, ratio_of, shape_of
+from benchmarks.providers import Provider
+from benchmarks.rows import Row, outcome_of, provider_of, ratio_of, shape_of
+from benchmarks.suites import WORDS, Case
 from benchmarks.text import number, ratio
 
 PLAIN_WIDTH = 140
@@ -29,7 +31,7 @@ def console() -> Console:
 
 def line_of(row: Row) -> str:
     """Return a row in one line."""
-    start = f"{name_of(row):<24} {row['suite']:<8} {row['mode']:<16} {row['dtype']:<8} {shape_of(row)}:"
+    start = f"{provider_of(row):<24} {row['suite']:<8} {row['mode']:<16} {row['dtype']:<8} {shape_of(row)}:"
     if row["ms_median"] is None:
         return f"{start} {row['error']}"
     beside = f", {row['baseline']} {row['baseline_ms']:.4g} ms, ratio {ratio(row)}" if ratio_of(row) else ""
@@ -41,7 +43,7 @@ def means_table(rows: Iterable[Row]) -> Table:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row["provider"] != row["baseline"]:
-            groups.setdefault((*(row[name] for name in GROUP), name_of(row)), []).append(row)
+            groups.setdefault((*(row[name] for name in GROUP), provider_of(row)), []).append(row)
     title = "time of the baseline / time: geometric means, above 1 is faster"
     result = Table(title=title, caption=None if groups else "no rows", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for head in (*GROUP, "provider", "mean", "least", "rows", "without a ratio"):
@@ -53,6 +55,23 @@ def means_table(rows: Iterable[Row]) -> Table:
         words = ", ".join(f"{count} {kind}" for kind, count in sorted(without.items()))
         cells = (*key, number(mean), number(min(found, default=None)), str(len(found)), words)
         result.add_row(*map(Text, cells))
+    return result
+
+
+def suites_table(cases: Iterable[Case]) -> Table:
+    """Return the table of all suites: how many of the cases each has, and what it measures."""
+    counts = Counter(case.suite for case in cases)
+    result = Table("suite", Column("cases", justify="right"), "what", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for suite, words in WORDS.items():
+        result.add_row(suite, str(counts[suite]), Text(words))
+    return result
+
+
+def providers_table(providers: Iterable[Provider]) -> Table:
+    """Return the table of the providers: what each leaves out, and how to install one that is missing."""
+    result = Table("provider", "leaves out", "missing", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for one in providers:
+        result.add_row(*map(Text, (one.key, one.leaves_out or "nothing", one.missing() or "")))
     return result
 
 

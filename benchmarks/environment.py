@@ -49,7 +49,8 @@ def commit() -> str:
     """Return the checkout's commit, with `+` where the measured code differs from it; else the variable COMMIT."""
     git = ["git", "-C", str(ROOT)]
     found = output_of([*git, "rev-parse", "--short=10", "HEAD"])
-    measured = ["lstm_triton", "kernels", "benchmarks", ":!benchmarks/results", ":!benchmarks/*.md"]
+    measured = ["lstm_triton", "kernels", "benchmarks"]
+    measured += [":!benchmarks/results", ":!benchmarks/floors", ":!benchmarks/*.md"]
     changed = found and output_of([*git, "status", "--porcelain", "--", *measured])
     return found + "+" * bool(changed) if found else os.environ.get("COMMIT", "")
 

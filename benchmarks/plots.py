@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.rows import BASELINE, slug
-from benchmarks.summary import OURS
+from benchmarks.rows import BASELINE, OURS, slug
 
 LABELS = {"H": "hidden units H", "B": "batch rows B"}
 COLOURS = {OURS: "#1f77b4", BASELINE: "#222222", "limit": "#999999"}
@@ -22,10 +22,11 @@ COLOURS = {OURS: "#1f77b4", BASELINE: "#222222", "limit": "#999999"}
 def draw_all(frame: pd.DataFrame, folder: Path) -> list[tuple[str, Path]]:
     """Write every plot that the rows have points for; return titles and paths, GPUs first.
 
-    `<machine>-speed-over-shapes.png`, `-time-vs-hidden.png`, `-time-vs-batch.png`, `-limit.png`; of the rows of the
+    `<machine>-speed-over-shapes.svg`, `-time-vs-hidden.svg`, `-time-vs-batch.svg`, `-limit.svg`; of the rows of the
     library against the baseline. A time of the baseline is that of its turns with the library, as in the tables.
+    The same rows make the same files, byte for byte.
     """
-    ours = frame[(frame["name"] == OURS) & (frame.baseline == BASELINE)]
+    ours = frame[(frame.who == OURS) & (frame.baseline == BASELINE)]
     plots: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
         "speed-over-shapes": (f"speed against {BASELINE}", speed_over_shapes),
         "time-vs-hidden": ("time of a step against H", lambda rows: time_against(rows, "H")),
@@ -37,8 +38,9 @@ def draw_all(frame: pd.DataFrame, folder: Path) -> list[tuple[str, Path]]:
         for stem, (title, draw) in plots.items():
             figure = draw(ours[ours.gpu == gpu])
             if figure is not None:
-                path = folder / f"{slug(gpu)}-{stem}.png"
-                figure.savefig(path, dpi=110)
+                path = folder / f"{slug(gpu)}-{stem}.svg"
+                with rc_context({"svg.hashsalt": "lstm_triton"}):
+                    figure.savefig(path, metadata={"Date": None})
                 drawn.append((f"{gpu}: {title}", path))
     return drawn
 
@@ -129,15 +131,25 @@ def has_limit(rows: pd.DataFrame) -> bool:
 
 
 def time_against(rows: pd.DataFrame, size: str) -> Figure | None:
-    """Draw the median time of a step over H or B; None where no two rows differ in it alone."""
+    """Draw the median time of a step over H or B, with its spread; None where no two rows differ in it alone.
+
+    The spread is from the 20th to the 80th percentile; the baseline's is that of the ratio turn by turn, since a row
+    has no other.
+    """
     limit = has_limit(rows)
     held, rows = largest_group(rows[rows.ratio.notna()], size)
     if rows[size].nunique() < 2:
         return None
-    figure, found = panels(rows, f"median time of one step\n{held}", 4.2, 2.1)
+    title = f"median time of one step, 20th to 80th percentile (of {BASELINE}: of the ratio)\n{held}"
+    figure, found = panels(rows, title, 4.2, 2.1)
     for axes, here in found:
         here = here.sort_values(size)
         lines = {BASELINE: here.us_per_step * here.ratio, OURS: here.us_per_step}
+        spreads = {BASELINE: (here.ratio_p20, here.ratio_p80)}
+        spreads[OURS] = (here.ms_p20 / here.ms_median, here.ms_p80 / here.ms_median)
+        for name, (low, high) in spreads.items():
+            edges = here.us_per_step * low, here.us_per_step * high
+            axes.fill_between(here[size], *edges, color=COLOURS[name], alpha=0.2, linewidth=0)
         for name, times in (lines | ({"limit": here.limit_us_per_step} if limit else {})).items():
             style = dict(linestyle="--") if name == "limit" else dict(marker="o", markersize=4)
             axes.plot(here[size], times, color=COLOURS[name], label=name, **style)

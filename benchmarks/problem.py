@@ -24,6 +24,7 @@ class Problem:
     - weights: by state-dict name (a cell's: without layer), shapes as `torch.nn.LSTM`'s and LSTMSpec's
     - inputs: sets of x, (T, B, I), for a cell (B, I); they require gradients in training
     - lengths: (B,) int64 on the CPU, for a ragged case, longest T; else None
+    - resets: (T, B) bool, where a row begins anew, for a case with resets; else None
     - grad_output: like the output, (T, B, D·H), for a cell (B, H)
     """
 
@@ -32,6 +33,7 @@ class Problem:
     weights: dict[str, Tensor]
     inputs: list[Tensor]
     lengths: Tensor | None
+    resets: Tensor | None
     grad_output: Tensor
 
 
@@ -47,10 +49,13 @@ def make_problem(case: Case, device: torch.device, cache_bytes: int = 0, seed: i
         name: uniform(*shape, bound=case.H**-0.5) for name, shape in weight_shapes(case).items()
     }  # as torch.nn.LSTM draws them
     steps = () if case.cell else (case.T,)
-    lengths = None
+    lengths = resets = None
     if case.ragged:
         lengths = torch.randint(1, case.T + 1, (case.B,), generator=torch.Generator().manual_seed(seed))
         lengths[0] = case.T
+    if case.resets:
+        chance = torch.rand(case.T, case.B, generator=torch.Generator().manual_seed(seed))
+        resets = (chance < case.resets).to(device)
     grad_output = uniform(*steps, case.B, case.D * case.H, bound=1.0)
     x = uniform(*steps, case.B, case.I, bound=1.0)
     x_bytes = x.numel() * x.element_size()
@@ -58,7 +63,7 @@ def make_problem(case: Case, device: torch.device, cache_bytes: int = 0, seed: i
     inputs = [x] + [x[..., torch.randperm(case.I, generator=generator, device=device)] for _ in range(sets - 1)]
     for tensor in inputs:
         tensor.requires_grad_(case.mode == TRAINING)
-    return Problem(case, device, weights, inputs, lengths, grad_output)
+    return Problem(case, device, weights, inputs, lengths, resets, grad_output)
 
 
 def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -25,8 +26,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import lstm_triton
 from benchmarks.problem import Problem
 from benchmarks.rows import BASELINE
-from benchmarks.suites import STORAGE, TRAINING, VARIANTS, Case
+from benchmarks.suites import OWN, STORAGE, TRAINING, VARIANTS, Case
 from lstm_triton import estimates, reference, routing
+from lstm_triton.dtypes import DTYPES
 
 Results = tuple[Tensor, ...]
 """(output, h_n, c_n) as `torch.nn.LSTM` returns them, of a cell (h, c)."""
@@ -60,6 +62,7 @@ class StepModel(Model):
 
     def __init__(self, problem: Problem, step: Callable[..., Results]) -> None:
         self.case, self.step, self.weights = problem.case, step, leaves(problem)
+        self.goes_on = (~problem.resets)[..., None] if problem.resets is not None else None
         self.flat = tuple(self.weights.values())
 
     def run(self, x: Tensor) -> Results:
@@ -67,7 +70,9 @@ class StepModel(Model):
         if self.case.cell:
             return self.step(x, h, c, *self.flat)
         hidden = []
-        for x_t in x:
+        for t, x_t in enumerate(x):
+            if self.goes_on is not None:
+                h, c = h * self.goes_on[t], c * self.goes_on[t]
             h, c = self.step(x_t, h, c, *self.flat)
             hidden.append(h)
         return torch.stack(hidden), h[None], c[None]
@@ -89,14 +94,15 @@ class ModuleModel(Model):
         self.module.load_state_dict(problem.weights)
         self.module.train(problem.case.mode == TRAINING)
         self.lengths, self.cell = problem.lengths, problem.case.cell
+        self.asked = {} if problem.resets is None else {"resets": problem.resets}
 
     def run(self, x: Tensor) -> Results:
         if self.cell:
             return self.module(x)
         if self.lengths is None:
-            output, (h_n, c_n) = self.module(x)
+            output, (h_n, c_n) = self.module(x, **self.asked)
             return output, h_n, c_n
-        packed, (h_n, c_n) = self.module(pack_padded_sequence(x, self.lengths, enforce_sorted=False))
+        packed, (h_n, c_n) = self.module(pack_padded_sequence(x, self.lengths, enforce_sorted=False), **self.asked)
         return pad_packed_sequence(packed)[0], h_n, c_n
 
     def parameters(self) -> dict[str, Tensor]:
@@ -109,12 +115,14 @@ class Provider(ABC):
     - name, strategy: as in the columns of a results file
     - leaves_out: what it does not do that `torch.nn.LSTM` does; "" if nothing
     - detour: added to the rank of a case: how much later than the library and the baseline it is taken
+    - package: what it needs beside PyTorch, as it is imported and as pip installs it; "" if nothing
     """
 
     name: str
     strategy: str
     leaves_out: str = ""
     detour: int = 0
+    package: str = ""
 
     @property
     def key(self) -> str:
@@ -124,6 +132,12 @@ class Provider(ABC):
     def rank(self, case: Case) -> int:
         """Return the priority of its row of the case, 0 the highest."""
         return case.rank + self.detour
+
+    def missing(self) -> str | None:
+        """Return how to install what it needs; None if that is there."""
+        if not self.package or find_spec(self.package) is not None:
+            return None
+        return f"{self.package} is not installed: pip install {self.package}"
 
     def plan(self, case: Case, device_type: str) -> str:
         """Return what computes the case, where that is not the same for all cases; as in the column `plan`."""
@@ -142,7 +156,7 @@ class TorchLSTM(Provider):
     """`torch.nn.LSTM` and `LSTMCell`, the baseline: cuDNN on a GPU, ATen's own or oneDNN on a CPU."""
 
     name = BASELINE
-    leaves_out = "coupled gates and peepholes: beside those it computes the standard cell of the same sizes"
+    leaves_out = "coupled gates, peepholes, resets: beside those it computes the standard cell of the same sizes"
 
     def __init__(self, strategy: str) -> None:
         self.strategy = strategy
@@ -150,6 +164,8 @@ class TorchLSTM(Provider):
     def refuses(self, case: Case, device_type: str) -> str | None:
         if self.strategy != ("cudnn" if device_type == "cuda" else "aten"):
             return f"computes on another kind of device than {device_type}"
+        if case.resets:
+            return "takes no resets"
         return None if case.variant == "standard" else "has the standard variant alone"
 
     def build(self, problem: Problem) -> Model:
@@ -189,7 +205,7 @@ class LstmTritonModel(ModuleModel):
     def run(self, x: Tensor) -> Results:
         if not self.how.lengths:
             return super().run(x)
-        output, (h_n, c_n) = self.module(x, lengths=self.lengths)
+        output, (h_n, c_n) = self.module(x, lengths=self.lengths, **self.asked)
         return output, h_n, c_n
 
 
@@ -231,7 +247,7 @@ class LstmTriton(Provider):
         if case.cell:
             return "is no strategy of one step (LSTMCell)"
         if how.strategy == "cudnn":
-            return routing.why_not_cudnn(device, case.spec)
+            return "takes no resets" if case.resets else routing.why_not_cudnn(device, case.spec)
         obstacle = routing.why_not_triton(device, STORAGE[case.dtype])
         return obstacle or routing.why_not_persistent(case.layer, gpus.gpu_of(device))
 
@@ -240,7 +256,7 @@ class LstmTriton(Provider):
         if device_type != "cuda" or case.cell or routing.why_not_triton(device, STORAGE[case.dtype]) is not None:
             return ""
         if self.how.strategy == "auto" and self.how.backend == "auto":
-            asked = ("lengths",) if self.how.lengths else ()
+            asked = ("lengths",) * self.how.lengths + ("resets",) * (case.resets > 0)
             engine = routing.decide(routing.facts_of(case.layer, device, "auto", asked)).name
             if engine != "persistent":
                 return "cudnn" if engine == "operator" else engine
@@ -280,7 +296,7 @@ class CompiledReference(Provider):
     def refuses(self, case: Case, device_type: str) -> str | None:
         if case.L > 1 or case.D > 1 or case.ragged:
             return "computes one layer in one direction, without lengths"
-        return None if case.suite in ("anchor", "variants", "cell", "odd") else "is measured in smaller suites"
+        return None if case.suite in ("anchor", "variants", "cell", "odd", OWN) else "is measured in smaller suites"
 
     def build(self, problem: Problem) -> Model:
         unlimited_compilation()
@@ -336,19 +352,123 @@ class ByHand(Provider):
         return StepModel(problem, by_hand(problem.case.spec))
 
 
+def one_plain_layer(case: Case, device_type: str) -> str | None:
+    """Return why a provider of one standard layer in one direction on a GPU has no row of the case; else None."""
+    if device_type != "cuda":
+        return "computes on CUDA devices"
+    if case.variant != "standard":
+        return "has the standard variant alone"
+    if case.L > 1 or case.D > 1:
+        return "computes one layer in one direction"
+    return "takes no lengths" if case.ragged else "has no cell of one step" if case.cell else None
+
+
+class FlashRNNModel(Model):
+    """FlashRNN with one head as wide as the layer; the input's product, which it leaves to the caller, is made here."""
+
+    def __init__(self, problem: Problem, backend: str) -> None:
+        case, weights = problem.case, problem.weights
+        self.hidden, self.backend = case.H, backend
+        self.dtype = str(STORAGE[case.dtype]).removeprefix("torch.")
+        self.w = weights["weight_ih_l0"].clone().requires_grad_()
+        self.r = weights["weight_hh_l0"].view(4, 1, case.H, case.H).clone().requires_grad_()
+        self.b = (weights["bias_ih_l0"] + weights["bias_hh_l0"]).view(4, 1, case.H).requires_grad_()
+
+    def run(self, x: Tensor) -> Results:
+        from flashrnn import flashrnn
+
+        gates = F.linear(x, self.w).unflatten(-1, (4, 1, self.hidden)).transpose(0, 1)
+        states, last = flashrnn(gates, self.r, self.b, function="lstm", backend=self.backend, dtype=self.dtype)
+        return states[0, :, :, 0].transpose(0, 1), last[0, :, 0, 0][None], last[1, :, 0, 0][None]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"weight_ih_l0": self.w, "weight_hh_l0": self.r, "bias": self.b}
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        w, r, b = (None if leaf.grad is None else leaf.grad.flatten(0, -2) for leaf in (self.w, self.r, self.b))
+        bias = None if b is None else b.flatten()
+        return {"weight_ih_l0": w, "weight_hh_l0": r, "bias_ih_l0": bias, "bias_hh_l0": bias}
+
+
+class FlashRNN(Provider):
+    """FlashRNN (Pöppel et al. 2024), as one head as wide as the layer."""
+
+    name = package = "flashrnn"
+    leaves_out = (
+        "the input's matmul (added as one product), layers, directions, lengths, resets, variants; keeps c in the "
+        "storage type; `cuda_fused` needs nvcc and compiles in its first call, `triton_fused` has H <= 64"
+    )
+    detour = 2
+
+    def __init__(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def refuses(self, case: Case, device_type: str) -> str | None:
+        if self.strategy == "triton_fused" and case.H > 64:
+            return "has H <= 64"
+        return "takes no resets" if case.resets else one_plain_layer(case, device_type)
+
+    def build(self, problem: Problem) -> Model:
+        return FlashRNNModel(problem, self.strategy)
+
+
+class TorchRLModel(Model):
+    """torchrl's function on explicit tensors, batch first; at a reset it takes the state given for that step, zero."""
+
+    def __init__(self, problem: Problem) -> None:
+        case, self.weights = problem.case, leaves(problem)
+        self.state = torch.zeros(case.B, case.T, case.H, device=problem.device, dtype=STORAGE[case.dtype])
+        none = torch.zeros(case.T, case.B, device=problem.device, dtype=torch.bool)
+        self.begins = (none if problem.resets is None else problem.resets).t().contiguous()
+        self.options = dict(compute_dtype=STORAGE[case.dtype], input_precision=DTYPES[case.dtype][1])
+
+    def run(self, x: Tensor) -> Results:
+        from torchrl.modules.tensordict_module._rnn_triton import lstm_triton
+
+        x = x.transpose(0, 1).contiguous()
+        steps, _, h, c = lstm_triton(x, self.state, self.state, *self.weights.values(), self.begins, **self.options)
+        return steps.transpose(0, 1), h[None], c[None]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.weights
+
+
+class TorchRL(Provider):
+    """torchrl's Triton LSTM, which its `LSTMModule(recurrent_backend="triton")` calls."""
+
+    name = package = "torchrl"
+    strategy = "triton"
+    leaves_out = (
+        "layers and directions in one call, lengths, variants, float16; copies x to batch first; takes a state and a "
+        "reset for each step"
+    )
+    detour = 2
+
+    def refuses(self, case: Case, device_type: str) -> str | None:
+        return "has no float16" if case.dtype == "float16" else one_plain_layer(case, device_type)
+
+    def build(self, problem: Problem) -> Model:
+        return TorchRLModel(problem)
+
+
 BASELINES = (TorchLSTM("cudnn"), TorchLSTM("aten"), ByHand())
 """Whose times the others' are compared with, the first choice first."""
 
 PROVIDERS: dict[str, Provider] = {
-    one.key: one for one in (*BASELINES[:2], *map(LstmTriton, LstmTriton.HOW), CompiledReference(), BASELINES[2])
-}
+    one.key: one
+    for one in (
+        *BASELINES[:2], *map(LstmTriton, LstmTriton.HOW), CompiledReference(), BASELINES[2],
+        FlashRNN("cuda_fused"), FlashRNN("triton_fused"), TorchRL(),
+    )
+}  # fmt: skip
 """Every provider by `name:strategy`."""
 
 
 def baseline_of(case: Case, device_type: str, among: Sequence[Provider] = BASELINES) -> tuple[Provider, Case]:
     """Return the baseline that a row of the case takes turns with, and the case that it computes then.
 
-    The first that computes the case; where none does, the first that computes the standard cell of the same sizes.
+    The first that computes the case; where none does, the first that computes the standard cell of the same sizes,
+    without resets.
     """
-    cases = (case, replace(case, variant="standard"))
+    cases = (case, replace(case, variant="standard", resets=0.0))
     return next((other, one) for one in cases for other in among if other.refuses(one, device_type) is None)

@@ -16,9 +16,9 @@ from benchmarks import plots, rows, summary
 from benchmarks.console import constants_lines
 from benchmarks.environment import write_whole
 from benchmarks.providers import PROVIDERS
-from benchmarks.rows import BASELINE
+from benchmarks.rows import BASELINE, OURS
 from benchmarks.suites import FORWARD, TRAINING, WORDS
-from benchmarks.summary import OURS, count_text, geometric_mean
+from benchmarks.summary import count_text, geometric_mean
 from benchmarks.text import escaped, number, table
 
 HOW = f"""\
@@ -26,15 +26,15 @@ HOW = f"""\
 median time of a call, *baseline ms* that of the baseline in the same turns, and *ratio* the second over the first,
 **above 1 is faster than the baseline**, with the 20th and 80th percentile of the quotients turn by turn in brackets.
 Where these and the ratio do not all lie on one side of 1, the ratio is *noise*. Of files without a time of the
-baseline it is the median of the quotients. The baseline is `{BASELINE}`; beside a variant that it lacks it computes
-the standard cell of the same sizes, except in the suites `overhead` and `overhead-cell`, where it is the variant's
-step in plain PyTorch, `by-hand`. A baseline's own row is timed alone and has no ratio. *us/step* is the time of one
-time step of one layer and direction, *cpu us* the time until a call returns to Python, *MiB* the most memory that it
-allocates, *error* the largest distance from a float64 reference relative to its norm. *limit* is the least us/step
-that the machine's constants allow, and *times* is us/step over it; *times* below 1 shows that the constants were
-measured while the machine was slower. *regime* is the algorithm that PyTorch asks cuDNN for at the shape, or the CPU.
-A mean is geometric, and of the rows that its provider computes, which are not always the same; *n of m* rows: n have
-a ratio."""
+baseline it is the median of the quotients. The baseline is `{BASELINE}`; beside a variant or resets, which it lacks,
+it computes the standard cell of the same sizes, except in the suites `overhead` and `overhead-cell`, where it is the
+variant's step in plain PyTorch, `by-hand`. A baseline's own row is timed alone and has no ratio. *shape* begins with
+the workload that has it. *us/step* is the time of one time step of one layer and direction, *cpu us* the time until a
+call returns to Python, *MiB* the most memory that it allocates, *error* the largest distance from a float64 reference
+relative to its norm. *limit* is the least us/step that the machine's constants allow, and *times* is us/step over it;
+*times* below 1 shows that the constants were measured while the machine was slower. *regime* is the algorithm that
+PyTorch asks cuDNN for at the shape, or the CPU. A mean is geometric, and of the rows that its provider computes, which
+are not always the same; *n of m* rows: n have a ratio."""
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
@@ -70,7 +70,7 @@ def markdown(
         parts.append("No row has been measured yet.")
     if damaged:
         parts += ["## Damaged files, left out", "\n".join(f"- {escaped(words)}" for words in damaged)]
-    present = frame["name"].unique()
+    present = frame.who.unique()
     leaves_out = {f"{one.name} {one.strategy}": one.leaves_out or "nothing" for one in PROVIDERS.values()}
     lines = [(name, words) for name, words in leaves_out.items() if name in present]
     parts += ["## What each provider leaves out", table(("provider", "leaves out"), lines)] if lines else []
@@ -98,7 +98,7 @@ def machine(frame: pd.DataFrame) -> list[str]:
     parts.append("*slower*: rows that are slower than the baseline, noise not counted. *slowest*: the least ratio.")
     parts += ["### Rows without a ratio", f"{words}." if words else "None."]
     if len(missing):
-        why = missing[["suite", "mode", "name", "dtype", "shape", "outcome"]].copy()
+        why = missing[["suite", "mode", "who", "dtype", "shape", "outcome"]].copy()
         timed = missing.ms_median.notna()
         why["why"] = missing.error.where(~timed, f"no time of {BASELINE} beside it").map(
             lambda text: escaped(str(text))
@@ -113,7 +113,7 @@ def machine(frame: pd.DataFrame) -> list[str]:
 def all_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the columns of the table of all rows, in words."""
     own = frame.provider == frame.baseline
-    found = frame[["name", "mode", "dtype", "shape"]].rename(columns={"name": "provider"})
+    found = frame[["who", "mode", "dtype", "shape"]].rename(columns={"who": "provider"})
     found["ms"] = frame.ms_median.map(number)
     found["baseline"] = frame.baseline.mask(own, "")
     found["baseline ms"] = frame.baseline_ms.mask(own).map(number)
@@ -134,7 +134,7 @@ def markdown_of(frame: pd.DataFrame) -> str:
 def block(frame: pd.DataFrame, results: Path) -> str:
     """Return the block of a README: of every GPU what a user gets who chooses nothing; links go to `results`."""
     report = f"[report.md]({quote(str(results / 'report.md'))})"
-    ours = frame[(frame["name"] == OURS) & (frame.baseline == BASELINE) & ~frame.on_cpu]
+    ours = frame[(frame.who == OURS) & (frame.baseline == BASELINE) & ~frame.on_cpu]
     if not len(ours):
         return f"No GPU has been measured: no speed against cuDNN is claimed. What was measured: {report}."
     parts = []
@@ -146,7 +146,7 @@ def block(frame: pd.DataFrame, results: Path) -> str:
             lines.append((suite, WORDS.get(suite, ""), count_text(own.ratio), *by_mode, slowest, own.slower.sum()))
         words = [f"{name} {' and '.join(rows_of_gpu[column].unique())}" for name, column in VERSIONS.items()]
         files = ", ".join(f"[{name}]({quote(str(results / name))})" for name in rows_of_gpu.file.unique())
-        picture = f"{rows.slug(gpu)}-speed-over-shapes.png"
+        picture = f"{rows.slug(gpu)}-speed-over-shapes.svg"
         parts += [
             f"**{gpu}**: time of `{BASELINE}` / time of this library with its defaults; above 1 is faster. "
             "Geometric means of the rows of each suite; in brackets the 20th and 80th percentile over the calls:",

@@ -19,21 +19,28 @@ from typing import Any
 
 from lstm_triton_kernels.limit import Constants
 
+from benchmarks.suites import name_of_shape
+
 BASELINE = "torch.nn.LSTM"
+OURS = "lstm_triton auto"
+"""What a user of the library gets who chooses nothing."""
 
 COLUMNS = (
     "provider", "strategy", "suite", "regime", "mode", "dtype", "T", "B", "I", "H", "L", "D", "variant", "ms_median",
     "ms_p20", "ms_p80", "us_per_step", "cpu_us_per_call", "peak_mib", "error", "baseline_ratio", "limit_us_per_step",
     "limit_ratio", "gpu", "driver", "torch", "triton", "cudnn", "commit", "date", "plan", "baseline", "baseline_ms",
-    "ratio_p20", "ratio_p80",
+    "ratio_p20", "ratio_p80", "name",
 )  # fmt: skip
 SIZES = ("T", "B", "I", "H", "L", "D")
 NUMBERS = (
     "ms_median", "ms_p20", "ms_p80", "us_per_step", "cpu_us_per_call", "peak_mib", "baseline_ratio",
     "limit_us_per_step", "limit_ratio", "baseline_ms", "ratio_p20", "ratio_p80",
 )  # fmt: skip
-ADDED = {"plan": "", "baseline": BASELINE, "baseline_ms": "", "ratio_p20": "", "ratio_p80": ""}
-"""What older files lack, from the first or from the second of these columns on."""
+ADDED = {"plan": "", "baseline": BASELINE, "baseline_ms": "", "ratio_p20": "", "ratio_p80": "", "name": ""}
+"""What older files lack, and what it is then; the name is that of the case of the same shape."""
+
+HEADERS = [list(COLUMNS[: COLUMNS.index(first)]) for first in ("plan", "baseline", "name")] + [list(COLUMNS)]
+"""The columns of results files, the oldest first."""
 
 Row = dict[str, Any]
 """A value for every column; None where there is no number."""
@@ -77,7 +84,7 @@ def read(path: Path) -> list[Row]:
         if not text.endswith("\n"):
             raise ValueError("the last line is not whole")
         reader = csv.DictReader(io.StringIO(text), strict=True)
-        if reader.fieldnames not in [list(COLUMNS[:count]) for count in (len(COLUMNS), -len(ADDED), 1 - len(ADDED))]:
+        if reader.fieldnames not in HEADERS:
             raise ValueError("line 1 has other columns than a results file")
         return [_typed(line, reader.line_num) for line in reader]
     except (OSError, ValueError, csv.Error) as error:
@@ -96,6 +103,8 @@ def _typed(line: dict[str, Any], number: int) -> Row:
             row["error"] = float(row["error"]) if row["error"] else None
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from error
+    if "name" not in line:
+        row["name"] = name_of_shape(row["suite"], [row[name] for name in SIZES], row["variant"])
     if min(row[name] for name in SIZES) < 1 or not all(0 <= (row[name] or 0) < math.inf for name in NUMBERS):
         raise ValueError(f"line {number} has a number that cannot be measured")
     return row
@@ -118,15 +127,16 @@ def read_all(folder: Path) -> tuple[list[Row], list[DamagedResults]]:
     return found, damaged
 
 
-def name_of(row: Row) -> str:
+def provider_of(row: Row) -> str:
     """Return provider and strategy in words."""
     return f"{row['provider']} {row['strategy']}".strip()
 
 
 def shape_of(row: Row) -> str:
-    """Return the cell and its sizes in words."""
+    """Return the workload, the cell and its sizes in words."""
     more = "".join(f" {size}={row[size]}" for size in "LD" if row[size] > 1)
-    return f"{row['variant']} T={row['T']} B={row['B']} I={row['I']} H={row['H']}{more}"
+    name = f"{row['name']}: " if row["name"] else ""
+    return f"{name}{row['variant']} T={row['T']} B={row['B']} I={row['I']} H={row['H']}{more}"
 
 
 def ratio_of(row: Row) -> float | None:

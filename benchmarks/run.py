@@ -40,7 +40,7 @@ def row(task: Task, found: Measurement, where: dict[str, str], known: Constants 
     provider, case = task
     result: rows.Row = dict.fromkeys(rows.COLUMNS) | where | found.columns
     result |= {name: getattr(provider, value) for name, value in (("provider", "name"), ("strategy", "strategy"))}
-    result |= {name: getattr(case, name) for name in ("suite", "mode", "dtype", *rows.SIZES, "variant")}
+    result |= {name: getattr(case, name) for name in ("suite", "name", "mode", "dtype", *rows.SIZES, "variant")}
     result |= {"regime": regime(case, device_type), "baseline": baseline_of(case, device_type)[0].name}
     if known is not None:
         result["limit_us_per_step"] = limit_us_per_step(case, found.mean_rows, known)

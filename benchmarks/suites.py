@@ -5,9 +5,10 @@ Sizes: T time steps, B batch rows, I input features, H hidden units, L layers, D
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -29,6 +30,13 @@ REGIMES = (PERSISTENT, STANDARD, CPU)
 VARIANTS = ("standard", "coupled", "diagonal", "full")
 """The cells that are measured, as `LSTMSpec.parse` names them."""
 
+OWN = "own"
+"""The suite of shapes that are given on the command line."""
+
+SERVER, STREAMING_VAD = "DeepBench server", "Silero VAD"
+INFERENCE = (SERVER, STREAMING_VAD)
+"""Names of workloads that are measured forward only."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -36,6 +44,8 @@ class Case:
 
     - variant: name of an LSTMSpec; dtype: a key of STORAGE; mode: one of MODES
     - ragged: rows have lengths uniform in 1..T; cell: one step by the cell's class (T = 1)
+    - resets: probability that a row begins anew, with zero states, at a step
+    - name: of the workload that has this shape
     - rank: its priority, 0 the highest; a run with a budget takes low ranks first
     """
 
@@ -51,11 +61,15 @@ class Case:
     variant: str = "standard"
     ragged: bool = False
     cell: bool = False
+    resets: float = 0.0
+    name: str = ""
     rank: int = 0
 
     def __str__(self) -> str:
         shape = f"T={self.T} B={self.B} I={self.I} H={self.H} L={self.L} D={self.D}"
-        return f"{self.suite} {self.mode} {self.dtype} {self.variant} {shape}"
+        more = "lengths" * self.ragged, "cell" * self.cell, f"resets={self.resets:g}" if self.resets else ""
+        name = f"({self.name})" if self.name else ""
+        return " ".join(filter(None, (self.suite, self.mode, self.dtype, self.variant, shape, *more, name)))
 
     @property
     def spec(self) -> LSTMSpec:
@@ -67,7 +81,8 @@ class Case:
         """Return the first layer of the case."""
         dtype, precision = DTYPES[self.dtype]
         sizes = (self.T, self.B, self.H, self.D)
-        options: dict[str, Any] = dict(training=self.mode == TRAINING, ragged=self.ragged, L=self.L)
+        ragged = self.ragged or self.resets > 0
+        options: dict[str, Any] = dict(training=self.mode == TRAINING, ragged=ragged, L=self.L)
         return Layer(self.spec, *sizes, dtype, precision, self.I, **options)
 
     @property
@@ -77,10 +92,11 @@ class Case:
 
 
 def regime(case: Case, device_type: str) -> str:
-    """Return the algorithm that PyTorch asks cuDNN for at the case's shape (of the standard variant)."""
+    """Return the algorithm that PyTorch asks cuDNN for at the case's shape: the standard variant, without resets."""
     if device_type == "cpu":
         return CPU
-    return PERSISTENT if estimates.asks_for_persistent(case.layer, case.layer.training) else STANDARD
+    layer = replace(case, resets=0.0).layer
+    return PERSISTENT if estimates.asks_for_persistent(layer, layer.training) else STANDARD
 
 
 def _cases(suite: str) -> Iterator[Case]:
@@ -97,28 +113,17 @@ def _cases(suite: str) -> Iterator[Case]:
         for rank, dtype in ((0, "bfloat16"), (2, "float16"), (3, "tf32")):
             for (B, H), variant in product(((16, 768), (64, 512), (64, 1024)), VARIANTS[1:]):
                 yield new(512, B, H, H, dtype, variant=variant, rank=rank + (H != 768))
-    elif suite == "deepbench":  # the LSTM training cases of baidu-research/DeepBench, rnn_problems.h
+    elif suite == "deepbench":  # the LSTM cases of baidu-research/DeepBench, rnn_problems.h
+        half = partial(new, dtype="float16")
         sizes = [(25, H, B) for H in (512, 1024, 2048, 4096) for B in (16, 32, 64, 128)]
         sizes += [(50, 1536, B) for B in (8, 16, 32)] + [(150, 256, B) for B in (16, 32, 64)]
         for T, H, B in sizes:
             first = (H, B) in ((512, 64), (1024, 16), (256, 16), (1536, 16))
-            yield new(T, B, H, H, "float16", rank=1 if first else 2 if H <= 1536 else 3)
+            yield half(T, B, H, H, name="DeepBench training", rank=1 if first else 2 if H <= 1536 else 3)
+        for (T, H), B in product(((25, 512), (25, 1024), (25, 2048), (50, 1536), (150, 256)), (1, 2, 4)):
+            yield half(T, B, H, H, name=SERVER, rank=2)
     elif suite == "workloads":
-        half, single = (partial(new, dtype=dtype, rank=1) for dtype in ("float16", "tf32"))
-        yield half(T=557, B=32, I=240, H=1024, L=2)  # RNN-T, MLPerf: the encoder's first layers
-        yield half(T=279, B=32, I=2048, H=1024, L=3)  # and those after its reduction in time
-        yield half(T=50, B=128, I=1024, H=1024, L=4)  # GNMT, MLPerf
-        yield half(T=1000, B=64, I=1024, H=1024)  # a basecaller's layer (Bonito)
-        yield single(T=500, B=16, I=512, H=256, L=4, D=2)  # DeepSpeech, AlgoPerf
-        yield single(T=70, B=80, I=400, H=1150)  # AWD-LSTM
-        yield single(T=80, B=32, I=257, H=256)  # IMPALA
-        yield single(T=80, B=32, I=519, H=519)  # and its shallow model
-        yield single(T=120, B=64, I=520, H=512)  # R2D2
-        yield single(T=365, B=256, I=32, H=256)  # hydrology (CAMELS)
-        yield single(T=100, B=2000, I=192, H=192, D=2)  # source separation
-        yield single(T=500, B=32, I=60, H=128, L=4, D=2)  # diarization (pyannote)
-        yield single(T=200, B=1, I=640, H=256, D=2)  # prosody of synthetic speech
-        yield single(T=8192, B=16, I=1, H=32)  # amplifier models
+        yield from _workloads()
     elif suite == "cell":
         for rank, dtype in ((1, "bfloat16"), (2, "tf32"), (3, "float16")):
             for B, H in ((16, 512), (1, 512), (128, 1024), (1, 2048)):
@@ -151,6 +156,42 @@ def _cases(suite: str) -> Iterator[Case]:
         yield new(64, 16, 256, 256, "float32", rank=2)
 
 
+def _workloads() -> Iterator[Case]:
+    """Yield the layers of published models, forward alone: their first type, with a lower priority their second."""
+    half, single = ("float16",), ("tf32",)
+    both = ("tf32", "bfloat16")
+
+    def new(name: str, dtypes: tuple[str, ...], T: int, B: int, I: int, H: int, **options: Any) -> Iterator[Case]:
+        for rank, dtype in enumerate(dtypes, 1):
+            yield Case("workloads", T, B, I, H, dtype, name=name, rank=rank, **options)
+
+    yield from new("RNN-T", half, 557, 32, 240, 1024, L=2)  # MLPerf: the encoder's layers before its reduction in time
+    yield from new("RNN-T", half, 279, 32, 2048, 1024, L=3)  # and after it
+    yield from new("GNMT", half, 50, 128, 1024, 1024, L=4)  # MLPerf
+    yield from new("GNMT", half, 50, 128, 1024, 1024, D=2)  # and the encoder's first layer
+    yield from new("DeepSpeech", both, 500, 16, 512, 256, L=4, D=2, ragged=True)  # AlgoPerf, packed
+    yield from new("AWD-LSTM WT2", single, 70, 80, 400, 1150)  # its layers differ: 1150, 1150 and 400 units
+    yield from new("AWD-LSTM WT2", single, 70, 80, 1150, 400)
+    yield from new("AWD-LSTM enwik8", both, 200, 128, 400, 1840)
+    yield from new("ELMo", single, 20, 128, 512, 4096, D=2)  # a layer without its projection to 512
+    yield from new("IMPALA deep", single, 80, 32, 257, 256)
+    yield from new("IMPALA shallow", single, 80, 32, 519, 519, L=2)
+    yield from new("R2D2", single, 120, 64, 520, 512, resets=0.03)  # 40 steps of burn-in and 80 of training
+    yield from new("torchrl", single, 128, 128, 256, 256, resets=0.03)
+    yield from new("OpenAI Five", half, 16, 120, 4096, 4096)
+    yield from new("basecalling", half, 1666, 64, 1024, 1024)  # Bonito and Dorado: one of five alternating layers
+    yield from new("hydrology", single, 365, 256, 32, 128)  # neuralhydrology on CAMELS
+    yield from new("hydrology", single, 365, 256, 32, 256)
+    yield from new("TF-GridNet", both, 100, 2000, 192, 192, D=2)  # source separation
+    yield from new("BSRNN", both, 100, 256, 128, 256, D=2)  # source separation
+    yield from new("diarization", single, 500, 32, 60, 128, L=4, D=2)  # pyannote
+    yield from new("TTS prosody", single, 200, 1, 640, 256, D=2)  # StyleTTS 2 and Kokoro
+    yield from new("Demucs", single, 300, 8, 2048, 2048, L=2, D=2)
+    yield from new("amp modelling", single, 8192, 16, 1, 24)  # neural-amp-modeler
+    yield from new("amp modelling", single, 8192, 16, 1, 32)
+    yield from new(STREAMING_VAD, single, 1, 1, 128, 128)  # a step of 32 ms
+
+
 WORDS = {
     "anchor": "one layer of 768 units, 16 rows, 1,024 steps",
     "odd": "500 units, 12 rows: sizes that no tile divides",
@@ -178,6 +219,60 @@ def cases(suites: tuple[str, ...], dtypes: tuple[str, ...] = (), modes: tuple[st
     """Return all cases of the named suites in the given types (none: all) and modes, the highest priority first."""
     found = [
         replace(case, mode=mode) for name in suites for mode in MODES for case in _cases(name)
-        if mode in modes and (not dtypes or case.dtype in dtypes)
+        if mode in modes and (not dtypes or case.dtype in dtypes) and (mode == FORWARD or case.name not in INFERENCE)
     ]  # fmt: skip
     return sorted(found, key=lambda case: case.rank)
+
+
+SHAPE_KEYS = ("T", "B", "H", "I", "L", "D", "lengths", "resets", "variant", "name")
+
+
+def parse_shape(text: str) -> Case:
+    """Return the case of a shape of one's own, `T=512,B=32,H=320,...`; its type and mode are set by `own_cases`.
+
+    T, B and H are needed; I is H, L and D are 1, variant is standard if not given. `lengths` (or `lengths=1`), resets
+    (a probability) and name are as in Case. Raises ValueError with the reason for another text.
+    """
+    given: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if key not in SHAPE_KEYS:
+            raise ValueError(f"unknown {key!r} in {text!r}: there are {', '.join(SHAPE_KEYS)}")
+        if key in given or (not value and (equals or key != "lengths")):
+            raise ValueError(f"{key} {'is there twice' if key in given else 'needs a value'} in {text!r}")
+        given[key] = value
+    if lacking := [size for size in "TBH" if size not in given]:
+        raise ValueError(f"{text!r} has no {' and no '.join(lacking)}: T, B and H are needed, as T=512,B=32,H=320")
+    for size in SHAPE_KEYS[:6]:
+        value = given.setdefault(size, given["H"] if size == "I" else "1")
+        if not re.fullmatch(r"[1-9][0-9]*", value) or (size == "D" and int(value) > 2):
+            raise ValueError(f"{size}={value} in {text!r}: {'1 or 2' if size == 'D' else 'a whole number from 1'}")
+    lengths, resets = given.get("lengths", "0") or "1", given.get("resets", "0")
+    if lengths not in ("0", "1"):
+        raise ValueError(f"lengths={lengths} in {text!r}: 0 or 1")
+    if not re.fullmatch(r"0|0?\.[0-9]+", resets):
+        raise ValueError(f"resets={resets} in {text!r}: a probability below 1, as 0.03")
+    T, B, H, I, L, D = (int(given[size]) for size in SHAPE_KEYS[:6])
+    variant = LSTMSpec.parse(given.get("variant", "standard")).name
+    case = Case(OWN, T, B, I, H, "", L=L, D=D, variant=variant, ragged=lengths == "1", resets=float(resets))
+    # The name tells the rows of a results file apart whose sizes are equal.
+    words = given.get("name", ""), "lengths" * case.ragged, f"resets={resets}" if case.resets else ""
+    return replace(case, name=" ".join(filter(None, words)))
+
+
+def own_cases(shapes: Iterable[Case], dtypes: tuple[str, ...], modes: tuple[str, ...]) -> list[Case]:
+    """Return the cases of shapes of one's own in all these types and modes."""
+    chosen = dict.fromkeys(product(shapes, dtypes, modes))
+    return [replace(shape, dtype=dtype, mode=mode) for shape, dtype, mode in chosen]
+
+
+@cache
+def _names() -> dict[tuple[object, ...], str]:
+    """Return the workloads' names by suite and shape, of the cases whose rows all have T steps."""
+    plain = [case for case in cases(SUITES) if case.name and not case.ragged and not case.resets]
+    return {(one.suite, one.T, one.B, one.I, one.H, one.L, one.D, one.variant): one.name for one in plain}
+
+
+def name_of_shape(suite: str, sizes: Iterable[int], variant: str) -> str:
+    """Return the name of the workload of a shape, T B I H L D; "" if none has it. For rows that lack the column."""
+    return _names().get((suite, *sizes, variant), "")

@@ -12,27 +12,27 @@ import pandas as pd
 
 from benchmarks import rows
 from benchmarks.console import GROUP
+from benchmarks.rows import OURS
 from benchmarks.suites import CPU, MODES, REGIMES, STORAGE, SUITES
 from benchmarks.text import number, ratio
 
-OURS = "lstm_triton auto"
-"""What a user of the library gets who chooses nothing."""
-
-MEASURED = ["gpu", "suite", "variant", "dtype", "mode", *rows.SIZES, "provider", "strategy"]
+MEASURED = ["gpu", "suite", "name", "variant", "dtype", "mode", *rows.SIZES, "provider", "strategy"]
 """Rows that agree in these measured the same thing; the newest counts."""
 
-ORDER = {"suite": SUITES, "regime": REGIMES, "mode": MODES, "dtype": tuple(STORAGE)}
-SORTED = ["on_cpu", "gpu", "suite", "regime", "mode", "dtype", "variant", "L", "D", "T", "B", "I", "H", "name"]
+ORDER: dict[str, tuple[str, ...]] = {
+    "suite": SUITES, "regime": REGIMES, "mode": MODES, "dtype": tuple(STORAGE), "variant": ("standard",), "who": (OURS,)
+}  # fmt: skip
+SORTED = ["on_cpu", "gpu", "suite", "regime", "mode", "dtype", "variant", "L", "D", "T", "B", "I", "H", "name", "who"]
 
 
 def frame_of(found: list[rows.Row]) -> pd.DataFrame:
     """Return the newest rows, GPUs first, with what is derived from each.
 
-    name and shape; ratio (missing where nothing was timed beside the baseline) and ratio_text; noise and slower (than
-    the baseline, and not noise); outcome: see `rows.outcome_of`.
+    who (provider and strategy) and shape; ratio (missing where nothing was timed beside the baseline) and ratio_text;
+    noise and slower (than the baseline, and not noise); outcome: see `rows.outcome_of`.
     """
     frame = pd.DataFrame(found, columns=[*rows.COLUMNS, "file"]).astype(dict.fromkeys(rows.NUMBERS, float))
-    derived = {"name": rows.name_of, "shape": rows.shape_of, "outcome": rows.outcome_of, "ratio_text": ratio}
+    derived = {"who": rows.provider_of, "shape": rows.shape_of, "outcome": rows.outcome_of, "ratio_text": ratio}
     for column, of in derived.items():
         frame[column] = [of(row) for row in found]
     frame["ratio"] = pd.Series([rows.ratio_of(row) for row in found], dtype=float)
@@ -45,7 +45,7 @@ def frame_of(found: list[rows.Row]) -> pd.DataFrame:
 
 def _places(column: pd.Series) -> pd.Series:
     """Return what a column is sorted by: the place in its list, what is in none behind; the library before others."""
-    known = ORDER.get(str(column.name), ("standard",) if column.name == "variant" else (OURS,))
+    known = ORDER.get(str(column.name), ())
     if column.dtype.kind in "bif":
         return column
     return column.map(lambda value: f"{known.index(value) if value in known else len(known):03}{value}")
@@ -75,7 +75,7 @@ def count_text(ratios: pd.Series) -> str:
 def means(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a line per provider and group of rows that differ in type and sizes alone."""
     lines = []
-    for key, group in compared(frame).groupby([*GROUP, "name"], sort=False):
+    for key, group in compared(frame).groupby([*GROUP, "who"], sort=False):
         line = dict(zip([*GROUP, "provider"], key, strict=True))
         line |= {"mean": number(geometric_mean(group.ratio)), "rows": count_text(group.ratio)}
         if group.ratio.count():

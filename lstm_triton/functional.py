@@ -205,8 +205,9 @@ def lstm(
     - strategy: what computes the recurrence. "persistent": all time steps in one kernel launch, with the recurrent
       weights kept on the chip; "stepwise": kernels launched for each time step; "cudnn": PyTorch's own LSTM operator
       on cuDNN, for variants without peepholes on a CUDA device; "auto" chooses by estimated time
-    - recompute: whether the backward pass computes the gates again from h_t and c_t, so that they need not be kept.
-      PyTorch's own operator, where it is what computes, ignores this
+    - recompute: whether the backward pass computes the gates again from h_t and c_t, so that they need not be kept: of
+      each layer x, the output and c_t are kept. While its backward pass runs the gates are there again; for O(√T) see
+      "Long sequences" in docs/how-it-works.md. PyTorch's own operator, where it is what computes, ignores this
     - lengths: (B,) integers from 1 to T, the number of steps of each row, instead of packing. Beyond a row's length its
       input is not read, its output and cell states are zero, and its h_n and c_n are those of its last step; the second
       direction starts at that step. They may be on any device; on a GPU they are checked there, for which the host

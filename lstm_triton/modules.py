@@ -20,9 +20,11 @@ from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_triton import checks, functional, routing
+from lstm_triton.captured import Captured
 from lstm_triton.explain import Explanation, explanation
 from lstm_triton.functional import Lengths, States, TensorOrPacked
 from lstm_triton.routing import Strategy
+from lstm_triton.session import Session
 
 if TYPE_CHECKING:
     Signature = TypeVar("Signature", bound=Callable[..., Any])
@@ -336,18 +338,7 @@ class LSTM(VariantModule, nn.RNNBase):
             input,
             hx,
             self._current_weights(),
-            num_layers=self.num_layers,
-            bias=self.bias,
-            dropout=self.dropout,
-            training=self.training,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-            proj_size=self.proj_size,
-            coupled=self.coupled,
-            peephole=self.peephole,
-            output_peephole=self.output_peephole,
-            strategy=self.strategy,
-            recompute=self.recompute,
+            **self._options(),
             lengths=lengths,
             resets=resets,
             return_cell_states=return_cell_states,
@@ -383,6 +374,77 @@ class LSTM(VariantModule, nn.RNNBase):
             self.proj_size, self.strategy, lengths, resets, return_cell_states,
         )  # fmt: skip
         return explanation(*taken.question, gpu=gpu)
+
+    def session(self, batch_size: int, *, graphs: bool = True) -> Session:
+        """Return a session for streaming: `session(x)` computes the next time steps of `batch_size` rows.
+
+        The session holds the states, zero at first, and each call goes on where the last one ended: together the calls
+        compute what one call with all steps would, in float16 and bfloat16 up to the rounding of c between calls. It
+        computes as the module in eval mode, in the module's type whatever autocast says, without gradients and without
+        the module's hooks, always with the parameters that the module has at the call.
+
+        - `session(x, resets=None)`: x (T, B, I), with batch_first (B, T, I), of any T >= 1; returns their output
+        - `session.reset(rows=None)`: zero states for all rows, those of a bool mask (B,), or integer indices
+        - `session.state`, `session.load_state((h, c))`: the states h (L, B, P) and c (L, B, H), always copied
+        - graphs: whether to replay calls from CUDA graphs on a CUDA device. The first chunk of each number of steps, up
+          to 512, with or without resets, is computed, captured and replayed, which takes a while and waits for the GPU;
+          the graphs of the 16 that were last used are kept. They are captured anew where parameters are other tensors
+          or move (`.to`), not for new values (`load_state_dict`, an optimizer's step). Parameters that are computed, as
+          by a parametrization, are used without graphs, and so is a call inside a capture of the user's
+
+        Raises ValueError for a bidirectional module, TypeError or ValueError for another batch_size than an int of at
+        least 1, TypeError if graphs is no bool.
+        """
+        return Session(self, batch_size, graphs=graphs)
+
+    def captured(self) -> Captured:
+        """Return what is called like this module, and replays each kind of call from CUDA graphs.
+
+        The graphs are of the whole stack, forward and backward: for training and inference on few shapes, where the
+        time of the host is what counts.
+
+        The first call of each kind on a CUDA device is captured by `torch.cuda.make_graphed_callables`, which computes
+        it four times and waits for the GPU. Of one kind are calls with the same shapes and types of input, states and
+        resets, requirements of gradients, options, training flag and autocast type; the graphs of the 8 kinds that were
+        last used are kept, each with the memory of its activations. Parameters are read where they are, with the values
+        that they have at the call; if they move or are other tensors, all is captured anew.
+
+        Other calls are computed by the module, as usual: on other devices; with a PackedSequence or lengths; inside a
+        capture, torch.compile, torch.func or torch.jit.trace; with hooks of the module or of saved tensors
+        (checkpointing without reentry); with computed or sharded parameters; and a call of one kind before the backward
+        pass of the call before. A capture that fails warns, and calls of its kind are computed as usual.
+
+        What differs from the module by graphs:
+
+        - there is no double backward: create_graph=True raises a RuntimeError
+        - a second backward pass (retain_graph=True) must come before the next call, else it raises a RuntimeError, as
+          any backward pass does after a weight was changed in place
+        - dropout draws other random numbers than the module would from the same seed
+        - a persistent launch that timed out is reported at the next call or backward pass, as usual, but the launch may
+          be named wrongly: all replays of a graph share one word, which later launches use, too
+        - while a graph is captured no other thread may use CUDA, unless PyTorch's make_graphed_callables has
+          capture_error_mode
+
+        A copy or pickle of the result has no graphs yet, and is of the copied module.
+        """
+        return Captured(self)
+
+    def _options(self) -> dict[str, Any]:
+        """Return the arguments of `functional.lstm` that are options of this module."""
+        return dict(
+            num_layers=self.num_layers,
+            bias=self.bias,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            proj_size=self.proj_size,
+            coupled=self.coupled,
+            peephole=self.peephole,
+            output_peephole=self.output_peephole,
+            strategy=self.strategy,
+            recompute=self.recompute,
+        )
 
     def _current_weights(self) -> list[Tensor]:
         """Return the weights of this call in the order of `functional.lstm`: PyTorch's private list `_flat_weights`.

@@ -12,7 +12,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import app, rows, suites
+from benchmarks import app, results_folder, rows, suites
 from benchmarks.providers import PROVIDERS
 
 RECORDED = Path(__file__).parent.parent / "data" / "cpu-recorded.csv"
@@ -62,14 +62,22 @@ def test_what_is_unknown_is_answered_with_what_exists(tmp_path, option, wrong, k
         (("run", "--device", "cpu", "--suite", "cpu", "--provider", "lstm_triton:torch"), "nothing to measure"),
         (("run", "--device", "cpu", "--budget", "0"), "--budget"),
         (("run", "--device", "cpu", "--results", "file/folder"), "cannot write to"),
+        (("run", "--device", "cpu", "--shape", "T=5,B=3"), "--shape: 'T=5,B=3' has no H"),
+        (("run", "--device", "cpu", "--shape", "16x768"), "unknown '16x768'"),
+        (("run", "--device", "cpu", "--provider", "flashrnn"), "pip install flashrnn"),
+        (("run", "--device", "cpu", "--list", "--suite", "cores"), "--suite: unknown 'cores'"),
+        (("report",), "nothing was measured yet"),
+        (("floors",), "nothing was measured yet"),
         (("steps", "--device", "cpu"), "times persistent kernels: needs a GPU"),
         (("report", "--results", "missing"), "'missing' does not exist"),
         (("report", "--readme", "missing.md"), "'missing.md' does not exist"),
-        (("report", "--readme", "file"), "the line <!-- benchmarks: begin --> is missing"),
+        (("report", "--results", ".", "--readme", "file"), "the line <!-- benchmarks: begin --> is missing"),
     ],
 )
 def test_bad_input_is_named(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr("benchmarks.providers.find_spec", lambda package: None)
     Path("file").write_text("")
     code, output = call(*arguments)
     assert code == 2 and words in output and [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -88,10 +96,53 @@ def test_a_shape_is_rows_times_units(text):
         app.parse_shape(text)
 
 
-@pytest.mark.parametrize("command", ["run", "micro", "steps", "warm", "report", "gpu", "simulate"])
+@pytest.mark.parametrize("command", ["run", "micro", "steps", "warm", "report", "floors", "gpu", "simulate"])
 def test_the_help_of_every_command_has_an_example(command):
     code, output = call(command, "--help")
     assert code == 0 and f"Example: python -m benchmarks {command}" in output
+
+
+def test_results_go_outside_of_the_checkout_if_no_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    for data, folder in (
+        (str(tmp_path / "data"), tmp_path / "data"), ("relative", tmp_path / "home" / ".local" / "share"),
+        ("", tmp_path / "home" / ".local" / "share"),
+    ):  # fmt: skip
+        monkeypatch.setenv("XDG_DATA_HOME", data)
+        assert (
+            results_folder() == app.folder(None) == folder / "lstm_triton" / "benchmarks" and app.folder(None).is_dir()
+        )
+    assert app.folder(tmp_path / "named") == tmp_path / "named"
+    for command in ("run", "micro", "steps", "report", "floors", "gpu"):
+        assert "benchmarks in lstm_triton in $XDG_DATA_HOME, else in ~/.local/share" in call(command, "--help")[1]
+
+
+def test_a_list_says_what_there_is_and_measures_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr("benchmarks.providers.find_spec", lambda package: None)
+    code, output = call("run", "--list", "--device", "cpu")
+    assert code == 0 and all(key in output for key in PROVIDERS) and "torchrl is not installed: pip install" in output
+    for suite, words in suites.WORDS.items():
+        assert f"{suite} {len(suites.cases((suite,)))} {words}" in output
+    code, output = call("run", "--list", "--suite", "workloads", "--mode", "forward", "--shape", "T=5,B=3,H=7")
+    listed = suites.cases(("workloads",), modes=("forward",))
+    assert code == 0 and all(str(case) in output for case in listed) and "T=5 B=3 I=7 H=7" in output
+    assert "forward+backward" not in output and not list(tmp_path.iterdir())
+
+
+def test_shapes_of_ones_own_are_measured_without_a_suite(tmp_path):
+    shapes = ["T=5,B=3,I=4,H=7,lengths", "T=6,B=3,H=7,resets=0.3,variant=coupled,name=mine"]
+    options = [*ONE_SUITE[3:], "--dtype", "fp32", "--provider", "lstm_triton:auto", "--results", tmp_path]
+    code, output = call("run", "--shape", shapes[0], "--shape", shapes[1], *options)
+    (path,) = tmp_path.glob("*-own.csv")
+    found = rows.read(path)
+    assert code == 0 and all(row["ms_median"] for row in found), output
+    assert {(row["dtype"], row["T"], row["variant"], row["name"]) for row in found} == {
+        (dtype, *rest)
+        for dtype in ("bfloat16", "float32")
+        for rest in ((5, "standard", "lengths"), (6, "coupled", "mine resets=0.3"))
+    }
+    assert "mine resets=0.3: coupled T=6 B=3 I=7 H=7: " in output
 
 
 def test_a_run_without_pandas_measures_the_constants_then_appends_its_rows(tmp_path):
@@ -140,7 +191,7 @@ def test_a_report_of_a_recorded_run_names_what_is_damaged_and_leaves_it_alone(tm
     assert damaged.name in written and PROVIDERS["torch.nn.LSTM:aten"].leaves_out in written
     figure = next(row for row in rows.read(RECORDED) if rows.ratio_of(row))
     assert f"{figure['baseline_ratio']:.3g}" in written
-    pictures = list(tmp_path.glob("*.png"))
+    pictures = list(tmp_path.glob("*.svg"))
     assert pictures and all(picture.name in written for picture in pictures)
 
     assert call("report", "--results", tmp_path, "--readme", readme)[0] == 0

@@ -24,10 +24,12 @@ from benchmarks.providers import (
     PROVIDERS,
     ByHand,
     CompiledReference,
+    FlashRNN,
     How,
     LstmTriton,
     ModuleModel,
     TorchLSTM,
+    TorchRL,
     baseline_of,
 )
 from benchmarks.suites import FORWARD, TRAINING, Case
@@ -174,6 +176,49 @@ def test_ragged_rows_end_where_packed_ones_do(measured):
     for provider in (BASELINE, AUTO, LstmTriton("lengths")):
         found = measured.measure(provider, case)
         assert found.failure is None and found.columns["error"] < 1e-5 and found.mean_rows == pytest.approx(mean_rows)
+
+
+@pytest.mark.parametrize("mode", suites.MODES)
+def test_rows_that_begin_anew_are_right_beside_the_standard_cell_without_resets(measured, mode):
+    case = replace(LONG, suite="own", B=40, resets=0.1, mode=mode)
+    problem = make_problem(case, CPU)
+    assert problem.resets.shape == (case.T, case.B) and 0.05 < problem.resets.float().mean() < 0.15
+    assert make_problem(CASE, CPU).resets is None and case.layer.ragged
+    assert BASELINE.refuses(case, "cpu") == "takes no resets"
+    assert baseline_of(case, "cpu") == (BASELINES[1], replace(case, resets=0.0))
+    for provider in (AUTO, CompiledReference(backend="eager")):
+        row = row_of(provider, case, measured.measure(provider, case))
+        assert row["error"] < 1e-5 and rows.ratio_of(row) and row["baseline"] == "torch.nn.LSTM"
+    both = replace(case, ragged=True, variant="coupled")
+    for provider in (AUTO, LstmTriton("lengths")):
+        assert measured.measure(provider, both).columns["error"] < 1e-5
+    without = replace(problem, resets=None)
+    assert (
+        max(
+            check.Oracle(problem)
+            .errors(AUTO.build(make_problem(replace(case, T=check.STEPS, resets=0.0), CPU)), AUTO.build(without))
+            .values()
+        )
+        > 0.01
+    )
+
+
+def test_every_suite_is_measured_at_small_sizes(monkeypatch):
+    """Each case with its layers, directions, cell, lengths, resets and name, and few steps, rows and units."""
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(timing, "peak_mib", lambda *_: 0.0)  # which takes longer than all the rest
+    monkeypatch.setattr(bench, "free", lambda device: None)
+    least = dict(T=3, B=2, I=3, H=4)
+    small = {
+        replace(case, **{size: min(most, getattr(case, size)) for size, most in least.items()}, rank=0)
+        for case in suites.cases(suites.SUITES)
+    }
+    measured = bench.Bench(CPU, BASELINES, 1e-6)
+    assert {case.suite for case in small} == set(suites.SUITES)
+    for case in sorted(small, key=str):
+        row = row_of(AUTO, case, measured.measure(AUTO, case))
+        assert row["ms_median"], f"{case}: {row['error']}"
+        assert (row["suite"], row["name"]) == (case.suite, case.name)
 
 
 @pytest.mark.parametrize(
@@ -429,8 +474,7 @@ def h100(monkeypatch):
     monkeypatch.setattr(gpus, "gpu_of", lambda device: gpus.GPUS["h100"])
     monkeypatch.setattr(routing, "gpu_of", lambda device: gpus.GPUS["h100"])
     monkeypatch.setattr(routing, "why_not_triton", lambda device, dtype: None)
-    only_standard = "it has the standard variant alone"
-    monkeypatch.setattr(routing, "why_not_cudnn", lambda device, spec: None if spec.standard else only_standard)
+    monkeypatch.setattr(routing, "cudnn_is_on", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +484,10 @@ def h100(monkeypatch):
         ("persistent", dict(suite="core"), None),
         ("persistent", dict(cell=True, T=1), "is no strategy of one step"),
         ("cudnn", dict(cell=True, T=1), "is no strategy of one step"),
-        ("cudnn", dict(variant="full"), "it has the standard variant alone"),
+        ("cudnn", dict(variant="full"), "it has no peepholes"),
+        ("cudnn", dict(variant="coupled"), None),
+        ("cudnn", dict(resets=0.03), "takes no resets"),
+        ("persistent", dict(resets=0.03), None),
         ("persistent", dict(variant="full+current"), "a full peephole on c_t needs"),
         ("stepwise", dict(cell=True, T=1, variant="full+current"), None),
         ("auto", dict(H=4096), None),
@@ -463,10 +510,89 @@ def test_a_row_names_the_plan_that_computed_it(h100):
     assert re.fullmatch(r"forward U\d+ .* data; backward U\d+ .* data", found["persistent"])
     assert found["auto"] == found["persistent"] and found["stepwise"] == found["cudnn"] == found["torch"] == ""
     assert AUTO.plan(replace(case, H=4096), "cuda") == "cudnn"
-    assert AUTO.plan(replace(case, H=4096, variant="coupled"), "cuda") == "stepwise"
+    assert AUTO.plan(replace(case, H=4096, variant="coupled"), "cuda") == "cudnn"
+    assert AUTO.plan(replace(case, H=4096, variant="diagonal"), "cuda") == "stepwise"
     forward = AUTO.plan(replace(case, mode=FORWARD), "cuda")
     assert forward.startswith("forward") and "backward" not in forward and AUTO.plan(case, "cpu") == ""
     assert TorchLSTM("cudnn").plan(case, "cuda") == ""
+
+
+# Packages that need not be there
+
+
+def flashrnn_by_reference(Wx, R, b, function, backend, dtype):
+    """As FlashRNN's plain step: Wx (B, T, 4, heads, H), R (4, heads, H, H), b (4, heads, H) -> states, last states."""
+    assert function == "lstm" and backend == "cuda_fused" and f"torch.{dtype}" == str(Wx.dtype)
+    (B, T, *_, H), weights = Wx.shape, R[:, 0].reshape(-1, R.shape[-1])
+    h = c = Wx.new_zeros(B, H)
+    states = []
+    for t in range(T):
+        i, f, g, o = ((Wx[:, t, :, 0] + b[:, 0]).flatten(1) + h @ weights.t()).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        states.append(torch.stack([h, c]))
+    found = torch.stack(states, 2)[:, :, :, None]  # (2, B, T, heads, H)
+    return found, found[:, :, -1:]
+
+
+def torchrl_by_reference(x, hidden, cell, *weights_and_resets, compute_dtype, input_precision):
+    """As torchrl's function: x (B, T, I), the states given for each step, four weights, resets (B, T)."""
+    *weights, begins = weights_and_resets
+    assert compute_dtype == x.dtype and input_precision == "ieee" and begins.dtype == torch.bool
+    h, c, steps = hidden[:, 0], cell[:, 0], []
+    for t in range(x.shape[1]):
+        h, c = (torch.where(begins[:, t, None], a[:, t], b) for a, b in ((hidden, h), (cell, c)))
+        h, c = torch.lstm_cell(x[:, t], (h, c), *weights)
+        steps.append((h, c))
+    return *(torch.stack(own, 1) for own in zip(*steps, strict=True)), h, c
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """FlashRNN and torchrl as they are called, computed in PyTorch; rows of theirs on a CPU."""
+    functions = {
+        "flashrnn": dict(flashrnn=flashrnn_by_reference),
+        "torchrl.modules.tensordict_module._rnn_triton": dict(lstm_triton=torchrl_by_reference),
+    }
+    for name in ("torchrl", "torchrl.modules", "torchrl.modules.tensordict_module"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+    for name, of in functions.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**of))
+
+
+@pytest.mark.parametrize("mode", suites.MODES)
+def test_providers_of_other_packages_get_the_same_problem(packages, measured, mode):
+    for provider, resets in ((FlashRNN("cuda_fused"), 0.0), (TorchRL(), 0.0), (TorchRL(), 0.2)):
+        case = replace(LONG, mode=mode, resets=resets)
+        assert provider.refuses(case, "cuda") is None and provider.refuses(case, "cpu") == "computes on CUDA devices"
+        found = measured.measure(provider, case)
+        assert found.failure is None and found.columns["error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "key, change, words",
+    [
+        ("flashrnn:cuda_fused", dict(resets=0.03), "takes no resets"),
+        ("flashrnn:triton_fused", dict(H=65), "has H <= 64"),
+        ("flashrnn:cuda_fused", dict(variant="coupled"), "has the standard variant alone"),
+        ("torchrl:triton", dict(L=2), "computes one layer in one direction"),
+        ("torchrl:triton", dict(ragged=True), "takes no lengths"),
+        ("torchrl:triton", dict(dtype="float16"), "has no float16"),
+        ("torchrl:triton", dict(cell=True, T=1), "has no cell of one step"),
+    ],
+)
+def test_what_other_packages_do_not_compute_has_no_row(key, change, words):
+    assert PROVIDERS[key].refuses(replace(CASE, **change), "cuda") == words
+
+
+def test_a_package_is_imported_by_the_rows_of_its_provider_alone(monkeypatch):
+    monkeypatch.setattr("benchmarks.providers.find_spec", lambda name: name == "torchrl" or None)
+    missing = {one.key: one.missing() for one in PROVIDERS.values()}
+    install = "flashrnn is not installed: pip install flashrnn"
+    assert {key: words for key, words in missing.items() if words} == dict.fromkeys(
+        ("flashrnn:cuda_fused", "flashrnn:triton_fused"), install
+    )
+    assert not {"flashrnn", "torchrl"} & sys.modules.keys()
 
 
 # Before a run, and everything on a GPU

@@ -2,13 +2,13 @@
 
 import math
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lstm_triton_kernels.limit import Constants
-from matplotlib.image import imread
 from rich.console import Console
 
 from benchmarks import RESULTS, ROOT, plots, report, rows, summary
@@ -30,7 +30,7 @@ def row(ratio=None, error=1e-3, *, gpu=GPU, provider=OURS, ms=1.0, **changes):
         regime="cpu" if on_cpu else "cudnn-standard", T=64, B=16, I=256, H=256, L=1, D=1, variant="standard",
         error=error, limit_us_per_step=5.0, gpu=gpu, driver="" if on_cpu else "580.1", torch="2.13.0", triton="3.8.0",
         cudnn="" if on_cpu else "91002", commit="0123456789", date="2026-01-02", plan="", baseline=BASELINE,
-        file="x.csv",
+        name="", file="x.csv",
     )  # fmt: skip
     if timed:
         values |= dict(ms_median=ms, ms_p20=ms, ms_p80=ms, us_per_step=15.625, cpu_us_per_call=90.0, peak_mib=1.5)
@@ -150,7 +150,7 @@ def test_the_report_says_where_and_with_what_was_measured():
 def test_the_newest_of_rows_that_measured_the_same_counts_and_the_library_stands_first():
     found = [row(9.0, date="2026-01-03"), row(1.0), row(2.0, date="2026-01-03"), row(4.0, B=17)]
     frame = summary.frame_of([row(3.0, provider=("another", "")), *found])
-    assert list(frame.ratio) == [2.0, 3.0, 4.0] and list(frame["name"][:2]) == ["lstm_triton auto", "another"]
+    assert list(frame.ratio) == [2.0, 3.0, 4.0] and list(frame.who[:2]) == ["lstm_triton auto", "another"]
     assert list(summary.frame_of([row(1.0, gpu=CPU), row(1.0)]).gpu) == [GPU, CPU]
 
 
@@ -165,7 +165,7 @@ def test_the_block_of_a_readme_says_what_a_user_gets_on_each_gpu():
     assert f"| core | {words} | 1 | 3.00 |  | 3.00 (2.70 to 3.30) | 0 |" in second
     assert "Driver 580.1, PyTorch 2.13.0, Triton 3.8.0, cuDNN 91002, measured 2026-01-02" in first
     assert "rows of [x.csv](benchmarks/results/x.csv)" in first
-    assert "](benchmarks/results/invented-1-speed-over-shapes.png)" in first
+    assert "](benchmarks/results/invented-1-speed-over-shapes.svg)" in first
     assert len(lines_with(first + second, "|")) == 6 and len(first.splitlines()) <= 25 and CPU not in first + second
 
 
@@ -215,14 +215,18 @@ def gpu_rows():
 def test_every_plot_of_every_machine_is_drawn_and_named(tmp_path):
     drawn = plots.draw_all(summary.frame_of([row(0.8, gpu=CPU), *gpu_rows()]), tmp_path)
     assert [path.name for _, path in drawn] == [
-        *(f"invented-1-{stem}.png" for stem in ("speed-over-shapes", "time-vs-hidden", "time-vs-batch", "limit")),
-        *(f"invented-cpu-1-threads-{stem}.png" for stem in ("speed-over-shapes", "limit")),  # one size of each alone
+        *(f"invented-1-{stem}.svg" for stem in ("speed-over-shapes", "time-vs-hidden", "time-vs-batch", "limit")),
+        *(f"invented-cpu-1-threads-{stem}.svg" for stem in ("speed-over-shapes", "limit")),  # one size of each alone
     ]
     assert {path.name for path in tmp_path.iterdir()} == {path.name for _, path in drawn}
     for _, path in drawn:
-        picture = imread(path)[..., :3]
-        inked = (np.abs(picture - picture[0, 0]).max(axis=-1) > 0.1).mean()
-        assert picture.shape[0] >= 200 and picture.shape[1] > 500 and inked > 0.01
+        picture = ElementTree.parse(path).getroot()
+        width, height = (float(picture.get(side).removesuffix("pt")) for side in ("width", "height"))
+        shapes = len(picture.findall(".//{http://www.w3.org/2000/svg}use"))
+        assert width > 500 and height > 100 and shapes > 100 and path.stat().st_size < 300_000
+    before = {path: path.read_bytes() for _, path in drawn}
+    plots.draw_all(summary.frame_of([row(0.8, gpu=CPU), *gpu_rows()]), tmp_path)
+    assert {path: path.read_bytes() for _, path in drawn} == before
 
 
 def lines_of(axes):
@@ -233,12 +237,15 @@ def test_times_are_drawn_of_rows_that_share_all_other_sizes():
     """And the baseline's is that of its turns with the library, not its own row's."""
     own = row(1.0, provider=CUDNN, mode=FORWARD, dtype="bfloat16", T=512, B=16, I=512, H=512, us_per_step=77.0)
     frame = summary.frame_of([*gpu_rows(), own])
-    figure = plots.time_against(frame[frame["name"] == summary.OURS], "H")
+    figure = plots.time_against(frame[frame.who == summary.OURS], "H")
     assert "suite core, standard cell, T=512 B=16 I=H L=1 D=1" in figure.get_suptitle() and len(figure.axes) == 4
     found = lines_of(figure.axes[0])
     assert found[summary.OURS] == [[256, 2.56], [512, 5.12], [1024, 10.24]]
     assert found[BASELINE] == [[256, 5.12], [512, 10.24], [1024, 5.12]]
     assert found["limit"] == [[256, 5.0], [512, 5.0], [1024, 5.0]]
+    ours, theirs = (spread.get_datalim(figure.axes[0].transData) for spread in reversed(figure.axes[0].collections))
+    assert (ours.y0, ours.y1) == pytest.approx((2.56, 10.24))  # all calls of invented rows take the same time
+    assert (theirs.y0, theirs.y1) == pytest.approx((0.9 * 5.12, 1.1 * 10.24))
     held, group = plots.largest_group(frame, "B")
     assert set(group.B) == {1, 16, 64} and "I=512 H=512" in held
 
@@ -269,5 +276,5 @@ def test_the_committed_report_is_what_the_committed_results_make():
     assert len(frame) and known and not damaged and not damaged_constants
     text = (RESULTS / "report.md").read_text()
     pictures = re.findall(r"!\[(.*)\]\((.*)\)", text)
-    assert pictures and {path.name for path in RESULTS.glob("*.png")} == {name for _, name in pictures}
+    assert pictures and {path.name for path in RESULTS.glob("*.svg")} == {name for _, name in pictures}
     assert report.markdown(frame, known, [], pictures) == text

@@ -17,6 +17,7 @@ ROW = dict(
     cpu_us_per_call=120.0, peak_mib=12.5, error=3.1e-4, baseline_ratio=1.25, limit_us_per_step=1.5, limit_ratio=1.627,
     gpu="NVIDIA H100 80GB HBM3", driver="580.159.04", torch="2.11.0", triton="3.6.0", cudnn="91900", commit="abc",
     date="2026-11-24", plan="", baseline="torch.nn.LSTM", baseline_ms=3.125, ratio_p20=1.125, ratio_p80=1.5,
+    name="a workload",
 )  # fmt: skip
 FAILED = ROW | dict.fromkeys(rows.NUMBERS) | {"error": "failed: words"}
 
@@ -25,7 +26,7 @@ def test_the_columns_are_the_documented_ones_in_their_order():
     documented = (ROOT / "docs" / "benchmarking.md").read_text()
     assert list(ROW) == list(rows.COLUMNS) and all(f"`{name}`" in documented for name in rows.COLUMNS)
     for path in RESULTS.rglob("*.csv"):
-        assert path.read_text().splitlines()[0] == ",".join(rows.COLUMNS)
+        assert path.read_text().splitlines()[0].split(",") in rows.HEADERS
 
 
 def test_the_core_suite_is_every_combination():
@@ -55,6 +56,72 @@ def test_the_other_suites_hold_what_they_are_for():
         assert {(c.B, c.I, c.H) for c in of[name]} == {(1, 64, 64)}
     assert {(c.T, c.B, c.H, c.variant) for c in of["compile"]} == {(200, 1, 64, "standard"), (64, 16, 256, "standard")}
     assert set(suites.GPU_SUITES) | set(suites.CPU_SUITES) == set(suites.SUITES)
+    assert {c.suite for c in suites.cases(suites.SUITES) if c.name} == {"deepbench", "workloads"}
+
+
+def test_deepbench_has_its_training_and_its_server_cases():
+    found = suites.cases(("deepbench",))
+    training = {(c.T, c.H, c.B) for c in found if c.name == "DeepBench training"}
+    server = {(c.T, c.H, c.B) for c in found if c.name == "DeepBench server"}
+    assert len(training) == 22 and len(server) == 15 and len(found) == 2 * 22 + 15
+    assert {B for *_, B in server} == {1, 2, 4} and {H for _, H, _ in server} == {256, 512, 1024, 1536, 2048}
+    assert {(T, H) for T, H, _ in server} < {(T, H) for T, H, _ in training}
+    assert all(c.I == c.H and c.L == c.D == 1 and c.dtype == "float16" for c in found)
+    assert {c.mode for c in found if c.name == "DeepBench server"} == {FORWARD}
+
+
+def test_the_workloads_are_named_and_as_published():
+    of: dict = {}
+    for case in suites.cases(("workloads",)):
+        of.setdefault(case.name, []).append(case)
+    assert len(of) == 20 and "" not in of
+    assert {(c.H, c.I) for c in of["AWD-LSTM WT2"]} == {(1150, 400), (400, 1150)}
+    assert {(c.L, c.D) for c in of["GNMT"]} == {(4, 1), (1, 2)} and {c.L for c in of["RNN-T"]} == {2, 3}
+    assert [name for name in of if any(c.ragged for c in of[name])] == ["DeepSpeech"]
+    assert {name for name in of if any(c.resets for c in of[name])} == {"R2D2", "torchrl"}
+    assert {c.H for c in of["OpenAI Five"]} == {4096} and {c.D for c in of["TF-GridNet"]} == {2}
+    assert {c.mode for c in of["Silero VAD"]} == {FORWARD} and {c.H for c in of["amp modelling"]} == {24, 32}
+    assert all(c.layer.ragged == (c.ragged or c.resets > 0) for own in of.values() for c in own)
+
+
+# Shapes of one's own
+
+
+def test_a_shape_of_ones_own_is_read_with_what_it_does_not_say():
+    whole = suites.parse_shape("T=512,B=32,I=80,H=320,L=2,D=2,lengths,resets=0.03,variant=coupled,name=a model")
+    assert whole == Case(
+        "own", 512, 32, 80, 320, "", L=2, D=2, ragged=True, resets=0.03, variant="coupled",
+        name="a model lengths resets=0.03",
+    )  # fmt: skip
+    short = suites.parse_shape("H=7, T=5,B=3")
+    assert short == Case("own", 5, 3, 7, 7, "") and suites.parse_shape("T=5,B=3,H=7,lengths=0,resets=0") == short
+    found = suites.own_cases([short, short], ("tf32", "float32"), suites.MODES)
+    assert [(c.dtype, c.mode) for c in found] == list(itertools.product(("tf32", "float32"), suites.MODES))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "unknown ''"),
+        ("16x768", "unknown '16x768'"),
+        ("T=5,B=3", "has no H: T, B and H are needed"),
+        ("I=5", "has no T and no B and no H"),
+        ("T=5,B=3,H=7,T=6", "T is there twice"),
+        ("T=5,B=,H=7", "B needs a value"),
+        ("T=5,B=3,H", "H needs a value"),
+        ("T=5,B=0,H=7", "B=0 in .*: a whole number from 1"),
+        ("T=5,B=3,H=7.5", "H=7.5 in"),
+        ("T=5,B=3,H=7,D=3", "D=3 in .*: 1 or 2"),
+        ("T=5,B=3,H=7,lengths=2", "lengths=2 in .*: 0 or 1"),
+        ("T=5,B=3,H=7,lengths=", "lengths needs a value"),
+        ("T=5,B=3,H=7,resets=1", "resets=1 in .*: a probability below 1"),
+        ("T=5,B=3,H=7,resets=-0.1", "resets=-0.1 in"),
+        ("T=5,B=3,H=7,variant=fast", "variant must be one of standard, .*got 'fast'"),
+    ],
+)
+def test_a_shape_that_is_none_is_refused_with_the_reason(text, words):
+    with pytest.raises(ValueError, match=words):
+        suites.parse_shape(text)
 
 
 @given(st.sampled_from(suites.SUITES), st.sampled_from(sorted(suites.STORAGE)), st.sampled_from(suites.MODES))
@@ -78,6 +145,7 @@ ANCHOR = Case("anchor", T=1024, B=16, I=768, H=768, dtype="float16", mode=TRAINI
         (dict(L=2), "cudnn-standard"),
         (dict(D=2), "cudnn-standard"),
         (dict(ragged=True), "cudnn-standard"),
+        (dict(resets=0.03), "cudnn-persistent"),  # of the standard cell beside it, which has none
         (dict(H=1024), "cudnn-persistent"),
         (dict(H=1152), "cudnn-standard"),
         (dict(H=700), "cudnn-standard"),
@@ -116,13 +184,33 @@ def test_what_is_written_is_read_back(tmp_path_factory, ms, ratio, error, T, tex
     assert rows.read(path) == written
 
 
-@pytest.mark.parametrize("first", ["plan", "baseline"])
+@pytest.mark.parametrize("first", ["plan", "baseline", "name"])
 def test_a_file_from_before_there_was_a_column_is_read(tmp_path, first):
     path, count = tmp_path / "x.csv", rows.COLUMNS.index(first)
     rows.append(path, ROW)
     path.write_text("".join(",".join(line.split(",")[:count]) + "\n" for line in path.read_text().splitlines()))
     (old,) = rows.read(path)
-    assert old == ROW | dict(baseline_ms=None, ratio_p20=None, ratio_p80=None) and not rows.is_noise(old)
+    lacking = dict(baseline_ms=None, ratio_p20=None, ratio_p80=None) if first != "name" else {}
+    assert old == ROW | lacking | dict(name="") and not rows.is_noise(old)
+
+
+@pytest.mark.parametrize(
+    "suite, sizes, name",
+    [
+        ("workloads", dict(T=50, B=128, I=1024, H=1024, L=4), "GNMT"),
+        ("deepbench", dict(T=25, B=64, I=512, H=512, L=1), "DeepBench training"),
+        ("workloads", dict(T=120, B=64, I=520, H=512, L=1), ""),  # R2D2's rows begin anew, these did not
+        ("core", dict(T=50, B=128, I=1024, H=1024, L=4), ""),
+    ],
+)
+def test_a_row_of_before_there_were_names_has_that_of_its_shape(tmp_path, suite, sizes, name):
+    path = tmp_path / "x.csv"
+    rows.append(path, ROW | sizes | dict(suite=suite))
+    assert rows.read(path)[0]["name"] == "a workload"
+    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines()))
+    (old,) = rows.read(path)
+    words = rows.shape_of(old)
+    assert old["name"] == name and words.startswith(f"{name}: standard T=" if name else "standard T=")
 
 
 @pytest.mark.parametrize(
