@@ -301,7 +301,8 @@ def why_not_operator(device: torch.device, layer: Layer, asked: tuple[str, ...])
         return "torch.func and forward-mode differentiation do not see through torch.nn.LSTM's operator"
     if asked:
         return f"torch.nn.LSTM's operator takes no {', '.join(asked)}"
-    if device.type == "cuda" and not torch.compiler.is_compiling() and layer.T > MOST_CUDNN_STEPS:
+    known = isinstance(layer.T, int) or not transforms.exporting()  # else the question would bound T in the program
+    if device.type == "cuda" and known and layer.T > MOST_CUDNN_STEPS:
         return f"cuDNN fails on more than {MOST_CUDNN_STEPS} steps, got {layer.T}"
     return None
 

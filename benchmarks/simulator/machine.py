@@ -122,26 +122,27 @@ class ThreadBlock:
     - row_blocks: that it works through in a time step, one an iteration
     - fill: the share of a tile's rows that exist
     - together: such thread blocks, each with rows of its own, that share the multiprocessor
+    - by_warp: whether a warp has rows of its own, and waits only for the warps of other thread blocks that have them
 
     Raises NotImplementedError for an instruction that the model does not have.
     """
 
     def __init__(
         self, step: Step, warps: int, machine: Machine, readers: int, counter: bool, row_blocks: int, fill: float,
-        together: int = 1,
+        together: int = 1, by_warp: bool = False,
     ) -> None:  # fmt: skip
         if unknown := {one.name for one in step.code} & UNKNOWN:
             raise NotImplementedError(f"the model of the machine has no {', '.join(sorted(unknown))}")
         self.step, self.machine, self.row_blocks, self.fill = step, machine, row_blocks, fill
         self.port = min(machine.port, machine.l2_bytes / readers)
         self.readers, self.counter = readers, counter
-        self.size = warps
+        self.size, self.publishers = warps, 1 if by_warp else warps
         self.warps = [Warp(n, step.code, step.phases) for n in range(warps * together)]
         self.pipe_free: dict[tuple[str, int], float] = {}
         self.memory_free = 0.0
         self.port_free = 0.0
         self.waiting: dict[tuple[int, int], list[tuple[Warp, int]]] = {}  # at a barrier, by thread block and number
-        self.published: dict[tuple[int, int], int] = {}  # when, by thread block and iteration
+        self.published: dict[tuple[int, int], int] = {}  # when, by thread block (or warp) and iteration
         self.samples: dict[tuple[int, int, int], int] = {}  # when a poll first read what others publish
         self.failed_polls: Counter[int] = Counter()  # by iteration
 
@@ -284,7 +285,7 @@ class ThreadBlock:
 
     def publish(self, warp: Warp, when: int) -> None:
         """Note from when on what is stored in this iteration is visible; the last store counts."""
-        key = warp.number // self.size, warp.iteration
+        key = warp.number // self.publishers, warp.iteration
         self.published[key] = max(self.published.get(key, 0), when)
 
     def meet(self, warp: Warp, now: int) -> None:
@@ -342,7 +343,7 @@ class ThreadBlock:
     def failed(self, warp: Warp) -> bool:
         """Whether the poll before was too early for what the other thread blocks published an iteration before."""
         sample = self.samples.get(self.poll_of(warp))
-        before = warp.number // self.size, warp.iteration - self.row_blocks
+        before = warp.number // self.publishers, warp.iteration - self.row_blocks
         awaited = self.published.get(before, 0) + self.machine.skew
         return sample is not None and sample < awaited
 

@@ -25,7 +25,7 @@ PHASES = {
 # The kernels' functions by what they do; an instruction gets its phase by those that it was inlined from. A function
 # that the kernels gain is one name more here (tests/cpu/test_simulator.py finds a name that no function has any more).
 PRODUCTS = {"multiply_add", "add_products", "as_values"}
-SUMS = {"sum_parts", "sum_units", "sum_gates", "sum_of_warps", "as_own"}
+SUMS = {"sum_parts", "sum_units", "sum_gates", "sum_of_parts", "as_own"}
 POLLS = {"any_missing", "load_bits", "wait_for_count", "load_when_published", "load_when_there"}
 LOADS = {"exchange_load", "as_right", "as_operand", "round_to_tf32"}
 EQUATIONS = {

@@ -50,7 +50,8 @@ def simulate(compiled: Compiled, machine: Machine = H100, conflicts: bool = True
     blocks = plan.blocks_per_program
     fill = min(plan.rows, compiled.launch.layer.B) / plan.block_b
     readers, counter = ceil_div(plan.programs, plan.together), plan.wait == "counter"
-    thread_block = ThreadBlock(step, plan.num_warps, machine, readers, counter, blocks, fill, plan.together)
+    by_warp = not plan.exact and plan.parts == 1 < plan.num_warps
+    thread_block = ThreadBlock(step, plan.num_warps, machine, readers, counter, blocks, fill, plan.together, by_warp)
     thread_block.run(ITERATIONS)
     counted = range(SETTLED, ITERATIONS)
     spent: Counter[str] = Counter()

@@ -29,6 +29,7 @@ from lstm_triton_kernels.tiles import (
     add_products,
     barrier,
     load_weights,
+    loads_ahead,
     no_products,
     operand_layout,
     own_gates_layout,
@@ -36,7 +37,7 @@ from lstm_triton_kernels.tiles import (
     padded_units,
     part_buffer_layout,
     row_in_block,
-    sum_of_warps,
+    sum_of_parts,
 )
 from lstm_triton_kernels.time_loop import load_saved, rows_in_turn, step_of
 
@@ -44,14 +45,16 @@ from lstm_triton_kernels.time_loop import load_saved, rows_in_turn, step_of
 @gluon.jit
 def publish_gates(
     slot_ptr, first_unit, rows, d_i, d_f, d_g, d_o, H: gl.constexpr, G: gl.constexpr, P: gl.constexpr, V: gl.constexpr,
-    TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, WARPS: gl.constexpr, PRECISION: gl.constexpr,
+    TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
+    PRECISION: gl.constexpr,
 ):  # fmt: skip
     """Publish the gradients of a program's own gates, as operands of the products: four of a unit in one store."""
     HP: gl.constexpr = padded_units(H)
     if PRECISION == "tf32":
         d_i, d_f, d_g, d_o = round_to_tf32(d_i), round_to_tf32(d_f), round_to_tf32(d_g), round_to_tf32(d_o)
-    layout: gl.constexpr = own_gates_layout(UNITS, WARPS) if G == 4 else own_layout(UNITS, WARPS)
-    row = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), ROWS)[:, None]
+    plain: gl.constexpr = own_layout(ROWS, UNITS, PARTS, WARPS)
+    layout: gl.constexpr = own_gates_layout(ROWS, UNITS, PARTS, WARPS) if G == 4 else plain
+    row = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), ROWS, PARTS)[:, None]
     if G == 4:
         column = 4 * first_unit + gl.arange(0, 4 * UNITS, layout=gl.SliceLayout(0, layout))[None, :]
         gates = gl.reshape(gl.join(gl.join(d_i, d_g), gl.join(d_f, d_o)), [ROWS, 4 * UNITS])
@@ -74,7 +77,7 @@ def exchanged_backward_kernel(
     HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr, HAS_GRAD_H_N: gl.constexpr,
     HAS_GRAD_C_N: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr, ONE_BLOCK: gl.constexpr,
     PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr, TILED: gl.constexpr,
-    ROWS: gl.constexpr, UNITS: gl.constexpr, WARPS: gl.constexpr,
+    ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0, without a full peephole's part.
 
@@ -86,9 +89,9 @@ def exchanged_backward_kernel(
     SETS: gl.constexpr = 2 if FULL else 1
     D_TYPE: gl.constexpr = d_gates_ptr.dtype.element_ty
     V: gl.constexpr = lane_elements(D_TYPE)
-    P: gl.constexpr = 4 * V * CHUNKS * WARPS
-    own: gl.constexpr = own_layout(UNITS, WARPS)
-    words: gl.constexpr = operand_layout(1, 4, WARPS)
+    P: gl.constexpr = 4 * V * CHUNKS * PARTS
+    own: gl.constexpr = own_layout(ROWS, UNITS, PARTS, WARPS)
+    words: gl.constexpr = operand_layout(1, 4, PARTS, WARPS)
     each: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     direction = gl.program_id(2)
     reverse = direction == 1
@@ -99,12 +102,15 @@ def exchanged_backward_kernel(
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
         w_ch_ptr += side * Q * H * H
-    w, kept = load_weights(w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, True, CHUNKS, KEPT, UNITS, V, WARPS, PRECISION)
-    parts = gl.allocate_shared_memory(gl.float32, [WARPS, SETS, UNITS, ROWS], part_buffer_layout(ROWS))
+    w, kept = load_weights(w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, True, CHUNKS, KEPT, UNITS, V, PARTS, WARPS, PRECISION)
+    if PARTS > 1:
+        buffer = gl.allocate_shared_memory(gl.float32, [PARTS, SETS, UNITS, ROWS], part_buffer_layout(ROWS))
+    else:
+        buffer = kept  # not written
 
     gates_stride = B.to(gl.int64) * G * H
     cells_stride = B.to(gl.int64) * H
-    block_stride = slot_rows(rows, ROWS, TILED) * P
+    block_stride = slot_rows(rows, TILED) * P
     slot_stride = row_blocks.to(gl.int64) * block_stride
     d_gates_ptr += side * T * gates_stride
     gates_ptr += side * T * gates_stride
@@ -122,7 +128,7 @@ def exchanged_backward_kernel(
     dc_ptr += side * cells_stride
 
     block = gl.program_id(1)
-    in_block = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, own)), ROWS)
+    in_block = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, own)), ROWS, PARTS)
     row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
     state = row[:, None] * H + unit[None, :]
@@ -142,17 +148,19 @@ def exchanged_backward_kernel(
         slot_ptr = exchange_ptr + steps * slot_stride + b.to(gl.int64) * block_stride
         publish_gates(
             slot_ptr, first_unit, gl.minimum(rows, B - b * rows), zero, zero, zero, zero, H, G, P, V, TILED, ROWS,
-            UNITS, WARPS, PRECISION,
+            UNITS, PARTS, WARPS, PRECISION,
         )  # fmt: skip
-    places = read_places(gl.minimum(rows, B - block * rows), P, V, TILED, CHUNKS, ROWS, WARPS)
+    places = read_places(gl.minimum(rows, B - block * rows), P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
     polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
 
     # What the forward pass saved does not depend on other programs: it is loaded an iteration ahead.
-    saved_next, c_next, grads_next = load_saved(
-        gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1, row, row_mask, length, unit, B,
-        H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
-    )  # fmt: skip
+    AHEAD: gl.constexpr = loads_ahead(ROWS, UNITS, PARTS, WARPS)
+    if AHEAD:
+        saved_next, c_next, grads_next = load_saved(
+            gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1, row, row_mask, length, unit,
+            B, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+        )  # fmt: skip
 
     for iteration in range(steps * blocks):
         done, b = step_of(iteration, block, blocks)
@@ -162,20 +170,26 @@ def exchanged_backward_kernel(
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
             state = row[:, None] * H + unit[None, :]
             dc = gl.load(dc_ptr + state, mask=tile_mask, other=0.0)
-            places = read_places(gl.minimum(rows, B - b * rows), P, V, TILED, CHUNKS, ROWS, WARPS)
+            places = read_places(gl.minimum(rows, B - b * rows), P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
         t = time_of_step(n, length, reverse)
         step_mask = row_mask & (n < length)
         step_tile_mask = tile_mask & step_mask[:, None]
 
-        saved, c_read, grads = saved_next, c_next, grads_next
-        done_next, next_block = step_of(iteration + 1, block, blocks)
-        next_row, next_row_mask, next_length = rows_in_turn(
-            in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
-        )
-        saved_next, c_next, grads_next = load_saved(
-            gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
-            next_row_mask, next_length, unit, B, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
-        )  # fmt: skip
+        if AHEAD:
+            saved, c_read, grads = saved_next, c_next, grads_next
+            done_next, next_block = step_of(iteration + 1, block, blocks)
+            next_row, next_row_mask, next_length = rows_in_turn(
+                in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
+            )
+            saved_next, c_next, grads_next = load_saved(
+                gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
+                next_row_mask, next_length, unit, B, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+            )  # fmt: skip
+        else:
+            saved, c_read, grads = load_saved(
+                gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, n, row, row_mask, length, unit, B,
+                H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+            )  # fmt: skip
 
         last_mask = step_tile_mask & row_values(n == length - 1, HAS_LENGTHS)
         if HAS_GRAD_H_N:
@@ -192,17 +206,17 @@ def exchanged_backward_kernel(
         by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
 
         slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
-        acc = no_products(SETS * UNITS, ROWS, WARPS)
+        acc = no_products(SETS * UNITS, ROWS, PARTS, WARPS)
         PIECE: gl.constexpr = CHUNKS // PIECES
         STEP: gl.constexpr = 4 * V * (8 if TILED else 1)
         for piece in gl.static_range(PIECES):
             there, polls_left = load_when_there(
                 slot_ptr + slot_stride + piece * (PIECE * STEP), places, polls, clocks, ONE_BLOCK and piece == 0, PIECE,
-                TILED, ROWS, WARPS, words,
+                TILED, ROWS, PARTS, WARPS, words,
             )  # fmt: skip
             polls = gl.where(polls_left > 0, polls, 0)  # a warp that gave up once does not wait again
-            acc = add_products(acc, w, kept, there, piece * PIECE, D_TYPE, PRECISION, V, WARPS)
-        recurrent = sum_of_warps(acc, parts, SETS, UNITS, WARPS)
+            acc = add_products(acc, w, kept, there, piece * PIECE, D_TYPE, PRECISION, V, PARTS, WARPS)
+        recurrent = sum_of_parts(acc, buffer, SETS, UNITS, ROWS, PARTS, WARPS)
         dh = recurrent[0]
         if FULL:
             dc += recurrent[1]
@@ -226,8 +240,9 @@ def exchanged_backward_kernel(
             read = (reset == 0)[:, None]
             d = (gl.where(read, d_i, 0.0), gl.where(read, d_f, 0.0), gl.where(read, d_g, 0.0), gl.where(read, d_o, 0.0))
         publish_gates(
-            slot_ptr, first_unit, rows_here, d[0], d[1], d[2], d[3], H, G, P, V, TILED, ROWS, UNITS, WARPS, PRECISION
-        )
+            slot_ptr, first_unit, rows_here, d[0], d[1], d[2], d[3], H, G, P, V, TILED, ROWS, UNITS, PARTS, WARPS,
+            PRECISION,
+        )  # fmt: skip
         dc = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
         if HAS_RESETS:
             dc = gl.where(reset[:, None], 0.0, dc)
@@ -238,7 +253,8 @@ def exchanged_backward_kernel(
         gl.store(d_now + (G - 1) * H, d_o.to(D_TYPE), mask=tile_mask)
         if not ONE_BLOCK:
             gl.store(dc_ptr + state, dc, mask=tile_mask)
-            barrier()  # where several threads have one element, one stores dc and all load it
+            if ROWS * UNITS < 32 * WARPS:
+                barrier()  # where several threads have one element, one stores dc and all load it
     if ONE_BLOCK:
         gl.store(dc_ptr + state, dc, mask=tile_mask)
     if gl.min(polls, 0) <= 0:

@@ -25,13 +25,14 @@ from lstm_triton_kernels.tiles import (
     add_products,
     barrier,
     load_weights,
+    loads_ahead,
     no_products,
     operand_layout,
     own_layout,
     padded_units,
     part_buffer_layout,
     row_in_block,
-    sum_of_warps,
+    sum_of_parts,
 )
 from lstm_triton_kernels.time_loop import cell_places, load_gate_inputs, rows_in_turn, step_of, store_step
 
@@ -57,24 +58,24 @@ def exchanged_forward_kernel(
     H: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr, OUTPUT_CURRENT: gl.constexpr,
     SAVE_GATES: gl.constexpr, CELLS: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr,
     ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr,
-    TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, WARPS: gl.constexpr,
+    TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
 
     - output: (T, B, D, H) out; exchange: (D, T + 1, row_blocks, `slot_rows` · P), all ones, but zero in columns that
-      no program publishes; P = 4 V · CHUNKS · WARPS
+      no program publishes; P = 4 V · CHUNKS · PARTS
     - cells, h_n, c_n, h_0, c_0, w_hh, w_ch, lengths, resets, error, ONE_BLOCK: as in `persistent_forward_kernel`
 
-    CHUNKS of each warp, KEPT of them in shared memory; they are waited for and multiplied in PIECES. ROWS: 8 or 16 of a
-    tile, of which `rows` are used; UNITS: a multiple of 8.
+    CHUNKS of each of PARTS of the columns, KEPT of them in shared memory; they are waited for and multiplied in PIECES.
+    ROWS: of a tile, of which `rows` are used; UNITS: a multiple of 8.
     """
     G: gl.constexpr = 3 if COUPLED else 4
     Q: gl.constexpr = 2 if COUPLED else 3
     H_TYPE: gl.constexpr = output_ptr.dtype.element_ty
     V: gl.constexpr = lane_elements(H_TYPE)
-    P: gl.constexpr = 4 * V * CHUNKS * WARPS
-    own: gl.constexpr = own_layout(UNITS, WARPS)
-    words: gl.constexpr = operand_layout(1, 4, WARPS)
+    P: gl.constexpr = 4 * V * CHUNKS * PARTS
+    own: gl.constexpr = own_layout(ROWS, UNITS, PARTS, WARPS)
+    words: gl.constexpr = operand_layout(1, 4, PARTS, WARPS)
     each: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     direction = gl.program_id(2)
     reverse = direction == 1
@@ -86,13 +87,16 @@ def exchanged_forward_kernel(
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
         w_ch_ptr += side * Q * H * H
-    w, kept = load_weights(w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, False, CHUNKS, KEPT, UNITS, V, WARPS, PRECISION)
-    parts = gl.allocate_shared_memory(gl.float32, [WARPS, 4, UNITS, ROWS], part_buffer_layout(ROWS))
+    w, kept = load_weights(w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, False, CHUNKS, KEPT, UNITS, V, PARTS, WARPS, PRECISION)
+    if PARTS > 1:
+        buffer = gl.allocate_shared_memory(gl.float32, [PARTS, 4, UNITS, ROWS], part_buffer_layout(ROWS))
+    else:
+        buffer = kept  # not written
 
     gates_stride = B.to(gl.int64) * G * H
     output_stride = B.to(gl.int64) * D * H
     cells_stride = B.to(gl.int64) * H
-    block_stride = slot_rows(rows, ROWS, TILED) * P
+    block_stride = slot_rows(rows, TILED) * P
     slot_stride = row_blocks.to(gl.int64) * block_stride
     gates_ptr += side * T * gates_stride
     output_ptr += side * H
@@ -108,7 +112,7 @@ def exchanged_forward_kernel(
 
     # The initial states are published like all others.
     block = gl.program_id(1)
-    in_block = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, own)), ROWS)
+    in_block = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, own)), ROWS, PARTS)
     own_place = slot_place(in_block[:, None], unit[None, :], P, V, TILED)
     row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
     for b in range(block, row_blocks, gl.num_programs(1)):
@@ -144,12 +148,14 @@ def exchanged_forward_kernel(
         row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
     elif HAS_LENGTHS:
         steps = gl.max(length, 0)
-    places = read_places(gl.minimum(rows, B - block * rows), P, V, TILED, CHUNKS, ROWS, WARPS)
+    places = read_places(gl.minimum(rows, B - block * rows), P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
     polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
 
     # Gate inputs do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
-    a_next = load_gate_inputs(gates_ptr, 0, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
+    AHEAD: gl.constexpr = loads_ahead(ROWS, UNITS, PARTS, WARPS)
+    if AHEAD:
+        a_next = load_gate_inputs(gates_ptr, 0, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
 
     for iteration in range(steps * blocks):
         n, b = step_of(iteration, block, blocks)
@@ -158,19 +164,22 @@ def exchanged_forward_kernel(
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
             publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
             state = row[:, None] * H + unit[None, :]
-            places = read_places(gl.minimum(rows, B - b * rows), P, V, TILED, CHUNKS, ROWS, WARPS)
+            places = read_places(gl.minimum(rows, B - b * rows), P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
         t = time_of_step(n, length, reverse)
         step_mask = row_mask & (n < length)
         step_tile_mask = tile_mask & step_mask[:, None]
 
-        a = a_next
-        after, next_block = step_of(iteration + 1, block, blocks)
-        next_row, next_row_mask, next_length = rows_in_turn(
-            in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
-        )
-        a_next = load_gate_inputs(
-            gates_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, gates_stride, G, HAS_LENGTHS
-        )
+        if AHEAD:
+            a = a_next
+            after, next_block = step_of(iteration + 1, block, blocks)
+            next_row, next_row_mask, next_length = rows_in_turn(
+                in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
+            )
+            a_next = load_gate_inputs(
+                gates_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, gates_stride, G, HAS_LENGTHS
+            )
+        else:
+            a = load_gate_inputs(gates_ptr, n, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
         if CELLS != "none":
             cells_before, cells_now = cell_places(
                 cells_ptr, n, t, length, state, direction, cells_stride, CELLS, HAS_LENGTHS
@@ -186,17 +195,17 @@ def exchanged_forward_kernel(
             read_mask = read_mask & (reset == 0)
 
         slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
-        acc = no_products(4 * UNITS, ROWS, WARPS)
+        acc = no_products(4 * UNITS, ROWS, PARTS, WARPS)
         PIECE: gl.constexpr = CHUNKS // PIECES
         STEP: gl.constexpr = 4 * V * (8 if TILED else 1)
         for piece in gl.static_range(PIECES):
             there, polls_left = load_when_there(
                 slot_ptr + piece * (PIECE * STEP), places, polls, clocks, ONE_BLOCK and piece == 0, PIECE, TILED, ROWS,
-                WARPS, words,
+                PARTS, WARPS, words,
             )  # fmt: skip
             polls = gl.where(polls_left > 0, polls, 0)  # a warp that gave up once does not wait again
-            acc = add_products(acc, w, kept, there, piece * PIECE, H_TYPE, PRECISION, V, WARPS)
-        recurrent = sum_of_warps(acc, parts, 4, UNITS, WARPS)
+            acc = add_products(acc, w, kept, there, piece * PIECE, H_TYPE, PRECISION, V, PARTS, WARPS)
+        recurrent = sum_of_parts(acc, buffer, 4, UNITS, ROWS, PARTS, WARPS)
         sums = ()
         for g in gl.static_range(G):
             sums = sums + (a[g].to(gl.float32) + recurrent[g + 4 - G],)  # noqa: RUF005
@@ -218,7 +227,7 @@ def exchanged_forward_kernel(
             gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h, c, n, t, length, row, unit, state, H, gates_stride,
             step_tile_mask, G, COUPLED, SAVE_GATES, HAS_LENGTHS,
         )  # fmt: skip
-        if not ONE_BLOCK:
+        if not ONE_BLOCK and ROWS * UNITS < 32 * WARPS:
             barrier()  # where several threads have one element, one stores c and all load it
 
     if HAS_LENGTHS and ONE_BLOCK:

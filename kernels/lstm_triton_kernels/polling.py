@@ -5,7 +5,8 @@ holds rows of P elements for every row block, P a multiple of what the warps of 
 in 16 bytes, element (row, column) of a row block is at
 
 - `TILED`: tile (row // 8, column // V), in it row % 8, column % V. A tile is a line of 128 bytes; what a program
-  publishes fills tiles, and a load of a warp reads four whole tiles. A row block takes the room of ROWS rows, 8 or 16.
+  publishes fills tiles, and a load of a warp reads four whole tiles. A row block takes the room of its rows, filled up
+  to whole tiles.
 - else row · P + column, and a row block takes the room of the rows that it has.
 
 What is published, and how a reader sees that it is there, is that of `sync.py` (*data*): a buffer filled with all ones,
@@ -98,10 +99,10 @@ def missing_ptx(words, absent, bits, has_max):
 
 
 @gluon.jit
-def slot_rows(rows, ROWS: gl.constexpr, TILED: gl.constexpr):
+def slot_rows(rows, TILED: gl.constexpr):
     """Return the rows for which a row block of `rows` rows has room in a slot."""
     if TILED:
-        return ROWS
+        return (rows + 7) // 8 * 8
     else:
         return rows
 
@@ -118,20 +119,22 @@ def slot_place(row, column, P: gl.constexpr, V: gl.constexpr, TILED: gl.constexp
 @gluon.jit
 def read_places(
     rows, P: gl.constexpr, V: gl.constexpr, TILED: gl.constexpr, CHUNKS: gl.constexpr, ROWS: gl.constexpr,
-    WARPS: gl.constexpr,
+    PARTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Return where the first of a thread's columns are in a slot, for each 8 of ROWS rows, (32 · WARPS,) each.
+    """Return where the first of a thread's columns are in a slot, (32 · WARPS,), for each 8 of the rows of its warp.
 
-    A warp has CHUNKS chunks of columns. A thread whose row is not one of the `rows` that exist reads the last of them.
+    A part has CHUNKS chunks of columns, and its warps share ROWS rows, 8 in turn. A thread whose row is not one of the
+    `rows` that exist reads the last of them.
     """
+    SHARING: gl.constexpr = WARPS // PARTS
     n = gl.arange(0, WARPS * 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    column = n // 32 * (CHUNKS * 4 * V) + n % 4 * V
-    row = n % 32 // 4
-    if ROWS == 16:
-        first = slot_place(gl.minimum(row, rows - 1), column, P, V, TILED)
-        return first, slot_place(gl.minimum(row + 8, rows - 1), column, P, V, TILED)
-    else:
-        return (slot_place(gl.minimum(row, rows - 1), column, P, V, TILED),)
+    column = n // (32 * SHARING) * (CHUNKS * 4 * V) + n % 4 * V
+    row = n // 32 % SHARING * 8 + n % 32 // 4
+    places = ()
+    for tile in gl.static_range(ROWS // (8 * SHARING)):
+        place = slot_place(gl.minimum(row + tile * (8 * SHARING), rows - 1), column, P, V, TILED)
+        places = places + (place,)  # noqa: RUF005
+    return places
 
 
 @gluon.jit
@@ -143,15 +146,16 @@ def join_words(v, FIRST: gl.constexpr):
 @gluon.jit
 def load_when_there(
     slot_ptr, places, polls, clocks, PAUSES: gl.constexpr, COUNT: gl.constexpr, TILED: gl.constexpr,
-    ROWS: gl.constexpr, WARPS: gl.constexpr, words: gl.constexpr,
+    ROWS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr, words: gl.constexpr,
 ):  # fmt: skip
-    """Wait for COUNT chunks of each warp, with PAUSES after so many clocks; returns them, and the polls left.
+    """Wait for COUNT chunks of each part, with PAUSES after so many clocks; returns them, and the polls left.
 
     slot_ptr: the row block in a slot, plus the first chunk; places: of `read_places`; polls, clocks: (32 · WARPS,). A
-    chunk is a block (WARPS, 16, ROWS) of 32-bit words in the layout `words`, that of a right operand. Less than one
+    chunk is a block (PARTS, 16, ROWS) of 32-bit words in the layout `words`, that of a right operand. Less than one
     poll left: a warp gave up.
     """
-    TILES: gl.constexpr = ROWS // 8
+    SHARING: gl.constexpr = WARPS // PARTS
+    TILES: gl.constexpr = len(places)
     BITS: gl.constexpr = slot_ptr.dtype.element_ty.primitive_bitwidth
     PTX: gl.constexpr = poll_ptx(COUNT, TILES, 512 if TILED else 64, BITS, cuda_capability_geq(9), PAUSES)
     sources = []  # type: ignore[var-annotated]
@@ -163,12 +167,12 @@ def load_when_there(
     )
     chunks = ()
     for n in gl.static_range(COUNT):
-        # dimensions: warp, lane // 4, lane % 4, bits 0 and 1 of a word's number, set of eight rows
+        # dimensions: part, warp of it, lane // 4, lane % 4, bits 0 and 1 of a word's number, set of eight rows
         if TILES == 2:
             block = gl.join(join_words(v, 8 * n), join_words(v, 8 * n + 4))
-            block = gl.permute(gl.reshape(block, [WARPS, 8, 4, 2, 2, 2]), (0, 2, 4, 3, 5, 1))
+            block = gl.permute(gl.reshape(block, [PARTS, SHARING, 8, 4, 2, 2, 2]), (0, 3, 5, 4, 6, 1, 2))
         else:
-            block = gl.permute(gl.reshape(join_words(v, 4 * n), [WARPS, 8, 4, 2, 2]), (0, 2, 4, 3, 1))
-        block = gl.reshape(block, [WARPS, 16, ROWS])
+            block = gl.permute(gl.reshape(join_words(v, 4 * n), [PARTS, SHARING, 8, 4, 2, 2]), (0, 3, 5, 4, 1, 2))
+        block = gl.reshape(block, [PARTS, 16, ROWS])
         chunks = chunks + (gl.convert_layout(block, words, assert_trivial=True),)  # noqa: RUF005
     return chunks, v[4 * TILES * COUNT]

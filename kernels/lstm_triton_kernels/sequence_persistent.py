@@ -343,6 +343,7 @@ def exchanged_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
         TILED=plan.tiled,
         ROWS=plan.block_b,
         UNITS=plan.block_u,
+        PARTS=plan.parts,
         PRECISION="tf32" if launch.layer.rate == "tf32" else "ieee",
         maxnreg=thread_registers(plan.num_warps, plan.together),
     )
@@ -354,14 +355,14 @@ def exchange_buffer(launch: Launch, plan: PersistentPlan) -> Tensor:
     (D, T + 1, row_blocks, rows · P), see polling.py.
     """
     layer, columns = launch.layer, plan.columns
-    rows = plan.block_b if plan.tiled else plan.rows
+    rows = ceil_div(plan.rows, 8) * 8 if plan.tiled else plan.rows
     shape = (layer.D, layer.T + 1, plan.row_blocks, rows * columns)
     exchange = torch.empty(shape, dtype=layer.dtype, device=launch.device)
     unpublish(exchange)
     published = exchanged_columns(layer, launch.backward)
     if published < columns and plan.tiled:
         of_lane = 16 // layer.element_bytes
-        exchange.view(-1, plan.block_b // 8, columns // of_lane, 8 * of_lane)[:, :, published // of_lane :] = 0
+        exchange.view(-1, columns // of_lane, 8 * of_lane)[:, published // of_lane :] = 0
     elif published < columns:
         exchange.view(-1, columns)[:, published:] = 0
     return exchange

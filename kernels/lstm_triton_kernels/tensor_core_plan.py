@@ -21,13 +21,18 @@ from lstm_triton_kernels.sizes import Layer, ceil_div, padded_units
 
 UNITS, ROWS, WARPS, TOGETHER = (8, 16, 32), (8, 16), (1, 2, 4, 8), (1, 2)
 """Of a program; the last: programs that share a multiprocessor."""
+UNITS_OF_MANY_ROWS, SETS, WARPS_OF_MANY_ROWS = (8, 16, 32, 64), (1, 2), 8
+"""Of a program whose warps share the rows instead (tiles.py): units; sets of 8 rows of a warp; and warps, on a
+multiprocessor: of 4 the latency would not be hidden, 16 have too few registers."""
 
 REGISTERS = 65_536
 """Of a multiprocessor; a thread has MOST_REGISTERS at most."""
 MOST_REGISTERS = 255
-WORKING_REGISTERS, OUTPUT_REGISTERS, BLOCKS_REGISTERS = {False: 50, True: 66}, {False: 36, True: 30}, 40
+WORKING_REGISTERS, OUTPUT_REGISTERS, BLOCKS_REGISTERS = {False: 50, True: 66}, {False: 36, True: 30}, 8
 """Of a thread in the time loop, beside weights, operands and accumulators; for each of its outputs; and where a program
 has several row blocks. Forward, and backward (True)."""
+MANY_OUTPUTS_WORKING, MANY_OUTPUTS_REGISTERS = 60, {False: 6, True: 14}
+"""The same where a thread has so many outputs that it does not load ahead (`loads_ahead`)."""
 LOADING_REGISTERS, LOADING_ELEMENT = 60, 3
 """Of a thread while it loads weights by columns, and for each element of a chunk then: two for its address, one for
 itself."""
@@ -55,6 +60,13 @@ OUTPUT_US = 0.19
 PRODUCTS, KEPT, SUMS = 0.77, 0.68, 3.6
 """What the clocks of a step are multiplied by: those of the products, by PRODUCT_CLOCKS; and by SHARED_BYTES_PER_CLOCK
 those of reading the kept weights, and of writing the parts of the sums."""
+SHARED, SHARED_PIECE_US = {False: (0.0101, 0.55, 1.58), True: (0.0178, 0.74, 0.52)}, 0.4
+"""Where warps share the rows, which no GPU has measured, fitted to simulated plans: for each KiB as above; times the
+clocks of the products, or of reading the kept weights if those are more; clocks for each output of a multiprocessor,
+forward and backward (True); and for each further piece."""
+SHORT = {False: 1.46, True: 1.38}
+"""How many times a measured step is a simulated one, forward and backward (True), see benchmarks/simulator; and a tenth
+more, so that of two alike the plan of a kind that was measured is taken."""
 PRODUCT_CLOCKS = 8
 """Of a quarter of a multiprocessor, at least, for a product of 16 x 8 x 16 elements of 16 bits, half as many of 32."""
 SHARED_BYTES_PER_CLOCK = 128
@@ -70,6 +82,14 @@ pause."""
 ROW_MAJOR_ROWS, ROW_MAJOR_KIB = 16, 48
 """Backward, for batches of up to so many rows, and as long as a multiprocessor reads no more, an exchange buffer by
 rows was faster than tiles, by 7 to 15 %. Where a program has fewer than 8 rows, tiles would be padded."""
+
+
+def loads_ahead(rows: int, units: int, parts: int, warps: int) -> bool:
+    """Return whether a program loads what a step reads of its own an iteration ahead: if it has registers for it.
+
+    Where warps share the rows and a thread has many outputs, other warps run while one waits.
+    """
+    return parts == warps or rows * units <= 4 * 32 * warps
 
 
 @cache
@@ -120,24 +140,52 @@ def candidates(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPla
     """Every plan that fits the GPU: all programs resident, weights in registers and shared memory."""
     if why_not(gpu) is None:
         for units, rows, warps, together in itertools.product(UNITS, ROWS, WARPS, TOGETHER):
-            yield from _plans(layer, backward, gpu, units, rows, warps, together)
+            yield from plans_of(layer, backward, gpu, Tile(units, rows, warps, warps, together))
+        for units, sets, together in itertools.product(UNITS_OF_MANY_ROWS, SETS, TOGETHER):
+            warps = WARPS_OF_MANY_ROWS // together
+            yield from plans_of(layer, backward, gpu, Tile(units, 8 * sets * warps, warps, 1, together))
 
 
-def _plans(
-    layer: Layer, backward: bool, gpu: GPU, units: int, tile_rows: int, warps: int, together: int
-) -> Iterator[PersistentPlan]:
-    """The plans of these sizes, which differ in how the columns are cut."""
+class Tile(NamedTuple):
+    """A program, and how many of it share a multiprocessor.
+
+    - units, rows, warps: of a program; parts: of the columns, as many as warps, or 1 where these share the rows
+    """
+
+    units: int
+    rows: int
+    warps: int
+    parts: int
+    together: int
+
+    @property
+    def sets(self) -> int:
+        """Sets of 8 rows of a warp."""
+        return self.rows * self.parts // (8 * self.warps)
+
+    @property
+    def outputs(self) -> int:
+        """Of a thread."""
+        return ceil_div(self.units * self.rows, 32 * self.warps)
+
+
+def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[PersistentPlan]:
+    """The plans of a tile, which differ in how the columns are cut."""
+    units, tile_rows, warps, parts, together = tile
+    outputs = tile.outputs
+    shared = parts < warps
     left_rows = units * (1 + (layer.matrices > 0) if backward else 4)
     block_k = CHUNK_BYTES // layer.element_bytes
     columns = exchanged_columns(layer, backward)
     unit_programs = ceil_div(layer.H, units)
     row_room = together * gpu.multiprocessors // (unit_programs * layer.D)
-    if row_room < 1 or left_rows % 16 or (warps > 4 and (warps - 1) * block_k >= columns):
+    if row_room < 1 or left_rows % 16 or (parts > 4 and (parts - 1) * block_k >= columns):
         return  # (up to four warps, also those that have no columns share the equations)
-    rows = min(tile_rows, ceil_div(layer.B, row_room))
+    of_program = ceil_div(layer.B, row_room)
+    rows = ceil_div(of_program, ceil_div(of_program, tile_rows))
     row_blocks = ceil_div(layer.B, rows)
     row_programs = min(row_room, row_blocks)
-    if (tile_rows > ROWS[0] and rows <= ROWS[0]) or (
+    if (tile_rows > ROWS[0] and rows <= tile_rows // 2) or (
         together > 1 and unit_programs * row_programs * layer.D <= gpu.multiprocessors
     ):
         return  # fewer rows, or programs, do as well
@@ -145,27 +193,39 @@ def _plans(
     at_once = blocks > 1 or (rows == 1 and unit_programs <= FEW_READERS)
     registers = thread_registers(warps, together)
     loading = LOADING_REGISTERS + LOADING_ELEMENT * left_rows * 2 // layer.element_bytes if backward else 0
-    outputs = ceil_div(units * tile_rows, 32 * warps)
-    working = WORKING_REGISTERS[backward] + OUTPUT_REGISTERS[backward] * outputs
-    working += BLOCKS_REGISTERS if blocks > 1 else 0
-    needed = ceil_div(columns, block_k * warps)
-    of_grid = UNITS_US * log2(max(LEAST_UNIT_PROGRAMS, unit_programs)) + EIGHT_ROWS_US[backward] * together * rows / 8
-    of_grid += PROGRAMS_US * log2(unit_programs * row_programs * layer.D)
-    for cut in _cuts(needed, left_rows, tile_rows, registers - working, registers - loading):
-        kept_bytes = cut.kept * warps * left_rows * CHUNK_BYTES
-        shared_bytes = kept_bytes + warps * left_rows * tile_rows * 4
-        if not fits(together, shared_bytes, gpu):
+    needed = ceil_div(columns, block_k * parts)
+    if loads_ahead(tile_rows, units, parts, warps):
+        working = WORKING_REGISTERS[backward] + OUTPUT_REGISTERS[backward] * outputs
+    else:
+        working = MANY_OUTPUTS_WORKING + MANY_OUTPUTS_REGISTERS[backward] * outputs
+    working += BLOCKS_REGISTERS if blocks > 1 and not shared else 0
+    grid_us = UNITS_US * log2(max(LEAST_UNIT_PROGRAMS, unit_programs))
+    grid_us += PROGRAMS_US * log2(unit_programs * row_programs * layer.D)
+    grid_us += EIGHT_ROWS_US[backward] * together * rows / 8 + OUTPUT_US * (outputs - 1)
+    for cut in _cuts(needed, left_rows, tile.sets, registers - working, registers - loading):
+        kept_bytes = cut.kept * parts * left_rows * CHUNK_BYTES
+        sums_bytes = parts * left_rows * tile_rows * 4 if parts > 1 else 0
+        if not fits(together, kept_bytes + sums_bytes, gpu):
             continue
-        read_kib = together * rows * cut.chunks * warps * CHUNK_BYTES / 1024
-        products = 2 * left_rows // 16 * cut.chunks * tile_rows // 8 * max(1, warps / 4)
-        shared_clocks = (KEPT * kept_bytes + SUMS * (shared_bytes - kept_bytes)) / SHARED_BYTES_PER_CLOCK
-        clocks = together * (PRODUCTS * products * product_clocks(layer, gpu) + shared_clocks)
-        step_us = of_grid + KIB_US * read_kib + PIECE_US * (cut.chunks // cut.group - 1) + OUTPUT_US * (outputs - 1)
+        read_kib = together * rows * cut.chunks * parts * CHUNK_BYTES / 1024
+        products = 2 * left_rows // 16 * cut.chunks * tile.sets * max(1, warps / 4)
+        of_products = together * products * product_clocks(layer, gpu)
+        of_weights = together * kept_bytes * (warps // parts) / SHARED_BYTES_PER_CLOCK
+        of_sums = together * sums_bytes / SHARED_BYTES_PER_CLOCK
+        pieces = cut.chunks // cut.group
+        if shared:
+            us, of_clocks, of_outputs = SHARED[backward]
+            step_us = SHORT[backward] * (us * read_kib + SHARED_PIECE_US * (pieces - 1))
+            clocks = of_clocks * max(0.9 * of_products, of_weights) + of_outputs * together * tile_rows * units
+            clocks *= SHORT[backward]
+        else:
+            step_us = grid_us + KIB_US * read_kib + PIECE_US * (pieces - 1)
+            clocks = PRODUCTS * of_products + KEPT * of_weights + SUMS * of_sums
         yield PersistentPlan(
             block_u=units,
             block_b=tile_rows,
             block_k=block_k,
-            parts=warps,
+            parts=parts,
             chunks=cut.chunks,
             group=cut.group,
             rows=rows,
@@ -177,9 +237,9 @@ def _plans(
             wait="data",
             pause=0 if at_once else min(MOST_PAUSE, round(PAUSE + PAUSE_PER_KIB * read_kib)),
             exact=False,
-            tile_bytes=cut.chunks * warps * left_rows * CHUNK_BYTES,
+            tile_bytes=cut.chunks * parts * left_rows * CHUNK_BYTES,
             register_bytes=4 * cut.registers,
-            shared_bytes=shared_bytes,
+            shared_bytes=kept_bytes + sums_bytes,
             estimate_us=blocks * (step_us + clocks / gpu.clock_ghz / 1e3),
             kept=cut.kept,
             together=together,
@@ -200,17 +260,17 @@ class Cut(NamedTuple):
     registers: int
 
 
-def _cuts(needed: int, left_rows: int, tile_rows: int, room: int, loading_room: int) -> Iterator[Cut]:
+def _cuts(needed: int, left_rows: int, sets: int, room: int, loading_room: int) -> Iterator[Cut]:
     """The cuts that fit; in more pieces than another only if that leaves registers for more weights.
 
-    needed: chunks, of which there may be more so that all pieces are alike; room: registers for weights, operands and
-    accumulators; loading_room: for weights while they are loaded.
+    needed: chunks, of which there may be more so that all pieces are alike; sets: of 8 rows of a warp; room: registers
+    for weights, operands and accumulators; loading_room: for weights while they are loaded.
     """
-    accumulators = left_rows * tile_rows // 32 * (2 if left_rows * tile_rows <= 128 else 1)
+    accumulators = left_rows * sets // 4 * (2 if left_rows * sets <= 16 else 1)
     least_kept = needed + 1
     for pieces in range(1, min(needed, MOST_PIECES) + 1):
         group = ceil_div(needed, pieces)
-        operands = group * tile_rows // 2
+        operands = group * sets * 4
         held = min(pieces * group, min(room - accumulators - operands, loading_room) // (left_rows // 2))
         kept = pieces * group - held
         if operands <= MOST_OPERANDS and held >= 0 and kept < least_kept:

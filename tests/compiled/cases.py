@@ -50,6 +50,7 @@ def quick() -> Iterator[Case]:
         yield cut.with_fields(kept=1, group=1)
         yield cut.with_fields(tiled=n != 0, group=1)
         yield replace(cut, weak=True).with_fields(tiled=n == 0, kept=n // 2)
+    yield from shared_rows()
     for n, spec in enumerate(VARIANTS):
         yield Case(spec.name, types[n % 4], 2, (5, 17)[n % 2], 24, 1 + n % 2, stepwise=True, resets=n % 3 == 0, I=7)
     yield Case("standard", "bf16", 1, 64, 128, stepwise=True)  # by wgmma
@@ -72,6 +73,16 @@ def quick() -> Iterator[Case]:
         variant = ("standard", "coupled", "diagonal+current", "full")[n]
         yield Case(variant, dtype, 2, 5, (136, 40)[n % 2], wait=("data", None)[n % 2], capability=80, **FLAGS[n])
     yield Case("standard", "tf32", 2, 64, 40, stepwise=True, capability=80)
+
+
+def shared_rows() -> Iterator[Case]:
+    """Many rows, which the warps of a program share."""
+    for n, (units, tile_rows, warps) in enumerate(((8, 32, 4), (16, 32, 2), (64, 64, 8), (16, 64, 4), (32, 128, 8))):
+        for k, variant in enumerate(("standard", "coupled+diagonal", "full")):
+            m = n + k
+            B, flags = (tile_rows - 5, 2 * tile_rows - 3)[m % 2], FLAGS[(m + k) % 4]
+            case = Case(variant, TENSOR_CORES[m % 3], 2, B, (40, 72)[k % 2], 1 + (m == 4), weak=m == 3, **flags)
+            yield case.with_shared_rows(16 if variant == "full" else units, tile_rows, warps)
 
 
 def alone() -> Iterator[Case]:
@@ -198,7 +209,8 @@ def suite() -> Iterator[Case]:
         span = span_of(plan) // columns
         H = plan.block_u if plan.alone else max((plan.chunks - 1) * span + 16, 5 * plan.block_u)
         H = min(-(-H // 16) * 16, plan.chunks * span // 8 * 8) - 12 * (whole.H % 16 != 0)
-        rows = min(plan.rows, 2 if several else 3)
+        few = plan.block_b // 2 + 1 if plan.num_warps > plan.parts else 2
+        rows = min(plan.rows, few if several else few + 1)
         B = 2 * rows + 1 if several else rows
         row_blocks = -(-B // rows)
         variant, dtype = whole.spec.name, names[whole.rate]

@@ -13,12 +13,12 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from lstm_triton_kernels import sequence_persistent, sequence_stepwise, watch
+from lstm_triton_kernels import sequence_persistent, sequence_stepwise, tensor_core_plan, watch
 from lstm_triton_kernels.gpus import GPUS
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.plan import PersistentPlan, Preference
 from lstm_triton_kernels.planner import ranked_plans
-from lstm_triton_kernels.sizes import Layer
+from lstm_triton_kernels.sizes import Layer, ceil_div
 from torch import Tensor
 
 from benchmarks.micro import float32_matmuls
@@ -105,14 +105,18 @@ class Case:
         """PyTorch's switch for float32 products."""
         return "tf32" if self.dtype == "tf32" else "ieee"
 
-    def plan(self, backward: bool) -> PersistentPlan:
-        """Return the first of the ranked plans. Raises LookupError with the sentence why there is none."""
+    @property
+    def layer(self) -> Layer:
+        """Its sizes and types."""
         ragged = self.lengths or self.resets
         sizes = (self.T, self.B, self.H, self.D)
-        whole = Layer(self.spec, *sizes, DTYPES[self.dtype], self.precision, training=not self.infer, ragged=ragged)
+        return Layer(self.spec, *sizes, DTYPES[self.dtype], self.precision, training=not self.infer, ragged=ragged)
+
+    def plan(self, backward: bool) -> PersistentPlan:
+        """Return the first of the ranked plans. Raises LookupError with the sentence why there is none."""
         gpu = GPUS["h100"] if self.capability == 90 else GPUS["a100"]
         gpu = replace(gpu, multiprocessors=self.multiprocessors or gpu.multiprocessors)
-        found = ranked_plans(whole, backward, gpu, Preference(self.wait, self.block_u, self.block_b))
+        found = ranked_plans(self.layer, backward, gpu, Preference(self.wait, self.block_u, self.block_b))
         if isinstance(found, str):
             raise LookupError(found)
         return found[0]
@@ -132,6 +136,17 @@ class Case:
             replace(self.plan(side), rows=rows, row_blocks=blocks, row_programs=programs) for side in (False, True)
         )
         return replace(self, own_plans=Plans(*plans))
+
+    def with_shared_rows(self, units: int, tile_rows: int, warps: int) -> Case:
+        """Return the case with plans of such a tile, whose rows the warps share, and all rows in turn."""
+
+        def plan(backward: bool) -> PersistentPlan:
+            some = min(32, max(16, units), 2048 // tile_rows) if backward else units
+            tile = tensor_core_plan.Tile(some, tile_rows, warps, 1, 1)
+            one = replace(GPUS["h100"], multiprocessors=ceil_div(self.H, tile.units) * self.D)
+            return list(tensor_core_plan.plans_of(self.layer, backward, one, tile))[-1]
+
+        return replace(self, own_plans=Plans(plan(False), plan(True)))
 
     def with_fields(self, **fields: int | bool) -> Case:
         """Return the case with plans that have these fields."""

@@ -114,24 +114,26 @@ def gluon_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) ->
     weights = plan.block_u * layer.H * (layer.gates + layer.matrices) * layer.element_bytes
     chunks, pieces = math.ceil(needed / chunk), math.ceil(plan.chunks / max(1, plan.group))
     threads = 32 * plan.num_warps
-    # Of a thread, 4 bytes each: a chunk of a warp is 64 bytes of each row of weights, and of each row of the batch.
-    held, operands = (plan.chunks - plan.kept) * M * 64 // (4 * 32), plan.group * N * 64 // (4 * 32)
+    sharing = plan.num_warps // plan.parts  # warps that share the rows: all, or none
+    # Of a thread, 4 bytes each: a chunk of a warp is 64 bytes of each row of weights, and of each of its rows.
+    held, operands = (plan.chunks - plan.kept) * M * 64 // (4 * 32), plan.group * N // sharing * 64 // (4 * 32)
     registers = plan.register_bytes // 4
-    kept_bytes, part_bytes = plan.kept * plan.parts * M * 64, plan.parts * M * N * 4
+    kept_bytes, part_bytes = plan.kept * plan.parts * M * 64, (plan.parts > 1) * plan.parts * M * N * 4
     of_multiprocessor = gpu.shared_bytes + 1024  # a program can have all but what the driver takes for it
     return {
         "units": plan.block_u % 8 == 0,
         "left operand": M % 16 == 0,
-        "right operand": N in (8, 16) and 1 <= plan.rows <= N and (N == 8 or plan.rows > 8),
+        "right operand": N in (8 * sharing, 16 * sharing) and 1 <= plan.rows <= N and (N == 8 or 2 * plan.rows > N),
         "chunks of 64 bytes": plan.block_k * layer.element_bytes == 64,
         # Pieces are all alike, and no more than it takes.
         "columns": needed <= plan.columns
         and (pieces, plan.group) == (math.ceil(chunks / max(1, plan.group)), math.ceil(chunks / pieces)),
         "columns for every warp": plan.parts <= 4 or (plan.parts - 1) * plan.block_k < needed,
-        "warps": plan.parts == plan.num_warps and plan.num_warps in (1, 2, 4, 8),
+        "warps": plan.num_warps in (1, 2, 4, 8) if sharing == 1 else plan.num_warps * plan.together == 8,
+        "parts": plan.parts in (1, plan.num_warps),
         "kept": 0 <= plan.kept <= plan.chunks,
         "weights": weights <= plan.tile_bytes == plan.chunks * plan.parts * M * 64,
-        "registers hold what they must": held + operands + M * N // 32 <= registers,
+        "registers hold what they must": held + operands + M * N // sharing // 32 <= registers,
         "registers": registers < min(255, 65_536 // (threads * max(1, plan.together))),
         "shared memory": kept_bytes + part_bytes <= plan.shared_bytes <= gpu.shared_bytes,
         "shared memory of all": plan.together * (plan.shared_bytes + 1024) <= of_multiprocessor,
@@ -201,8 +203,8 @@ WRONG = {
         (dict(block_b=32), "right operand"), (dict(rows=8), "right operand"), (dict(rows=17), "right operand"),
         (dict(rows=0, row_blocks=1), "right operand"), (dict(block_k=16), "chunks of 64 bytes"),
         (dict(chunks=2), "columns"), (dict(chunks=4), "columns"),
-        (dict(parts=32, num_warps=32, chunks=1, group=1), "columns for every warp"), (dict(parts=4), "warps"),
-        (dict(num_warps=4), "warps"), (dict(num_warps=16, parts=16), "warps"), (dict(kept=4), "kept"),
+        (dict(parts=32, num_warps=32, chunks=1, group=1), "columns for every warp"), (dict(parts=4), "parts"),
+        (dict(num_warps=4), "right operand"), (dict(num_warps=16, parts=16), "warps"), (dict(parts=1), "right operand"), (dict(kept=4), "kept"),
         (dict(kept=-1), "kept"), (dict(tile_bytes=47 * KIB), "weights"), (dict(tile_bytes=49 * KIB), "weights"),
         (dict(register_bytes=4 * 60), "registers hold what they must"), (dict(register_bytes=4 * 255), "registers"),
         (dict(together=2, register_bytes=4 * 128), "registers"), (dict(shared_bytes=15 * KIB), "shared memory"),

@@ -16,7 +16,7 @@ run, and lanes that meet run together again.
 | `shared_accesses`, `global_accesses`, `asynchronous`, `warps` | what instructions do beyond one thread's registers |
 | `writer`, `opcodes_of_values`, `opcodes_of_effects`, `translate` | instructions to Python |
 | `machine` | a launch: the scheduler and the barriers |
-| `launches` | the library's own launches of its kernels |
+| `far`, `launches` | the library's own launches of its kernels, on rows of a batch larger than any memory, too |
 
 What is modelled
 - Integer and float arithmetic; float32 is rounded once an instruction (fma through float64; ex2, rcp, div.full, ...

@@ -208,6 +208,8 @@ class Gang:
                 off = off[mask]
                 if not len(off):
                     return off, mask
+        if space == "global":
+            off = self.memory.near(off, total)
         unsigned = off.view(u8)  # of which negative ones are beyond every limit
         last = int(np.maximum.reduce(unsigned)) + total
         aligned = not int(np.bitwise_or.reduce(unsigned)) & (total - 1)

@@ -16,6 +16,7 @@ import torch
 from lstm_triton_kernels import cell, gates, sequence_persistent, settle
 from torch import Tensor
 
+from tests.emulator.far import Far
 from tests.emulator.findings import Finding
 from tests.emulator.machine import Machine
 from tests.emulator.memory import GARBAGE
@@ -38,7 +39,8 @@ Change = Callable[[str, str], str]
 class Emulation:
     """How launches are emulated (see `Machine`), and what came of it.
 
-    change: to the PTX; max_polls: how often a program looks before it gives up waiting, None: as often as on a GPU.
+    change: to the PTX; max_polls: how often a program looks before it gives up waiting, None: as often as on a GPU;
+    far: the rows of a launch are the last ones of a larger batch.
     """
 
     capability: int = 90
@@ -49,12 +51,16 @@ class Emulation:
     stats: bool = False
     change: Change | None = None
     max_polls: int | None = None
+    far: Far | None = None
     findings: list[Finding] = field(default_factory=list)
     launches: Counter[str] = field(default_factory=Counter)
     statistics: list[tuple[str, dict[int, Counter[str]]]] = field(default_factory=list)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         """Compile a jitted kernel and run it; every launch has another seed."""
+        first, spreads = (0, 0, 0), None
+        if self.far is not None:
+            first, spreads, arguments = self.far.launch(kernel.__name__, grid, arguments)
         compiled = kernel.run(grid=grid, warmup=True, **arguments)
         ptx = compiled.asm["ptx"]
         if self.change is not None:
@@ -63,7 +69,8 @@ class Emulation:
         self.seed += 1
         machine = Machine(
             ptx, grid, given, compiled.metadata.shared,
-            gang=self.gang, weak=self.weak, torn=self.torn, seed=self.seed, stats=self.stats,
+            gang=self.gang, weak=self.weak, torn=self.torn, seed=self.seed, stats=self.stats, first=first,
+            spreads=spreads,
         )  # fmt: skip
         try:
             machine.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.emulator import Fault, counts
 from tests.emulator.findings import Findings
 from tests.emulator.gangs import CTA, Gang, Launch
 from tests.emulator.global_accesses import release
-from tests.emulator.memory import SECTOR, GlobalMemory
+from tests.emulator.memory import SECTOR, GlobalMemory, Spread
 from tests.emulator.shared import SharedMemory
 from tests.emulator.tensor_cores import WARP
 from tests.emulator.translate import program
@@ -28,13 +29,14 @@ class Machine:
     grid: of 1 to 3 numbers; arguments: of the PTX's parameters, tensors and numbers, in order, pointers to scratch
     memory apart; shared: bytes of shared memory a CTA; gang: "cta" or "warp", what runs in lockstep; weak: memory;
     torn: stores leave their buffer 16 bits at a time; seed: of scheduler and memory; checked: of how many CTAs shared
-    memory is checked; stats: count what those execute; limit: of segments that run.
+    memory is checked; stats: count what those execute; limit: of segments that run. Of thread blocks that are the last
+    of a larger grid, first: the index of the first one; spreads: by id the tensors of which there is a larger one.
     """
 
     def __init__(
         self, ptx: str, grid: tuple[int, ...], arguments: list[Any], shared: int, *, gang: str = "cta",
         weak: bool = False, seed: int = 0, checked: int = 3, stats: bool = False, limit: int = 50_000_000,
-        torn: bool = False,
+        torn: bool = False, first: tuple[int, int, int] = (0, 0, 0), spreads: Mapping[int, Spread] | None = None,
     ) -> None:  # fmt: skip
         translated = program(ptx, gang == "warp")
         self.kernel = translated.kernel
@@ -44,21 +46,22 @@ class Machine:
         self.rate = self.generator.choice(LEAVING_RATES)
         tensors = [a for a in arguments if hasattr(a, "untyped_storage")]
         self.memory = GlobalMemory(tensors, self.generator, seed, weak, torn)
+        if spreads:
+            self.memory.spread(spreads)
         warps = self.kernel.threads // WARP
         size = warps if gang == "cta" else 1
         lanes = size * WARP
         constants = [np.full(lanes, value, UNSIGNED[bits]) for value, bits in translated.constants.places]
         x, y, z = (*grid, 1, 1)[:3]
         values = self.parameters(arguments)
-        self.launch = Launch(
-            self.kernel, translated.code, constants, self.memory, values, (x, y, z), lanes, self.findings
-        )
+        whole = (first[0] + x, first[1] + y, first[2] + z)
+        self.launch = Launch(self.kernel, translated.code, constants, self.memory, values, whole, lanes, self.findings)
         count = x * y * z
         if count <= checked:
             looked_at = set(range(count))
         else:
             looked_at = {0, count - 1} | {self.generator.randrange(count) for _ in range(checked - 2)}
-        indices = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+        indices = [(first[0] + i, first[1] + j, first[2] + k) for k in range(z) for j in range(y) for i in range(x)]
         sectors = len(self.memory.bytes) // SECTOR if weak else 0
         self.ctas = []
         for number, index in enumerate(indices):

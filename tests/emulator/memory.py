@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,23 @@ GARBAGE = 0xFFA5
 """Each 16 bits of memory that nobody initialised: a NaN of every float type, and not the unpublished pattern."""
 NEVER = np.iinfo(i8).max
 SECTOR = 32
+FAR = 1 << 40
+"""From where on, counted from BASE, tensors are spread out; nothing else is so far away."""
+NOWHERE = -4096
+"""The offset of what does not exist."""
+
+
+class Spread(NamedTuple):
+    """A tensor of which a launch knows another, larger one: runs of bytes, in both of them, in ascending order.
+
+    near, far: where a run begins, from the first byte of the tensor and from that of the larger one; length: its bytes;
+    extent: bytes of the larger one.
+    """
+
+    near: Array
+    far: Array
+    length: Array
+    extent: int
 
 
 def raw_bytes(storage: torch.UntypedStorage) -> Array:
@@ -24,7 +42,7 @@ def raw_bytes(storage: torch.UntypedStorage) -> Array:
 
 
 class GlobalMemory:
-    """Tensors far apart; `address_of` each by id.
+    """Tensors far apart; `address_of` each by id. Of some a launch knows a larger one, see `spread`.
 
     Of bytes: valid, inside of a tensor. Of every two: initialised; owner, the CTA that stored them (-1: none).
     Weak: before, the value before the last store that left its buffer, stored, when it left, released, when it was
@@ -64,10 +82,31 @@ class GlobalMemory:
         self.views = {n: self.bytes.view(UNSIGNED[8 * n]) for n in (1, 2, 4, 8)}
         self.halves: Array = self.views[2]
         self.clock = 0
+        self.runs: tuple[Array, Array, Array] | None = None
         if weak:
             self.before: Array = self.halves.copy()
             self.stored: Array = np.zeros(size // 2, i8)
             self.released: Array = np.full(size // 2, NEVER)
+
+    def spread(self, spreads: Mapping[int, Spread]) -> None:
+        """Give tensors, by id, addresses as if they were larger: of the larger ones, only their own bytes exist."""
+        place, runs = FAR, []
+        for key, spread in spreads.items():
+            runs.append((spread.far + place, spread.near + self.address_of[key] - BASE, spread.length))
+            self.address_of[key] = BASE + place
+            place += (spread.extent + 4096) // 512 * 512
+        far, near, length = (np.concatenate(parts) for parts in zip(*runs, strict=True))
+        self.runs = far, near, length
+
+    def near(self, off: Array, total: int) -> Array:
+        """Return where accesses of `total` bytes, at offsets from BASE, really are, or NOWHERE."""
+        if self.runs is None:
+            return off
+        far, near, length = self.runs
+        run = np.maximum(np.searchsorted(far, off, "right") - 1, 0)
+        within = off - far[run]
+        there = (within >= 0) & (within + total <= length[run])
+        return np.where(off < FAR // 2, off, np.where(there, near[run] + within, NOWHERE))
 
     def inside(self, first: int, end: int) -> bool:
         """Whether all bytes of a range are valid."""
