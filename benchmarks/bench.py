@@ -146,6 +146,7 @@ class Prepared:
         columns: dict[str, float | str | None] = {**timing.columns(*times), "error": error}
         columns["cpu_us_per_call"] = timing.host_us(own, self.device, times[0])
         columns["peak_mib"] = timing.peak_mib(own, self.device)
+        columns["ms_p99"] = timing.p99(times[0]) if own.waited_for else None
         lengths = self.problem.lengths
         return Measurement(columns, float(lengths.sum()) / self.case.T if lengths is not None else float(self.case.B))
 
@@ -161,7 +162,8 @@ class Prepared:
 def timed_call(model: Model, problem: Problem) -> timing.Timed:
     """Return the call that is timed: forward without gradients, or forward and backward from the output's gradient.
 
-    Every call takes the next set of inputs; gradients are None when it starts.
+    Every call takes the next set of inputs, of a stream the next chunk, which is waited for; gradients are None when it
+    starts.
     """
     inputs = itertools.cycle(problem.inputs)
     leaves = list(model.parameters().values())
@@ -181,7 +183,7 @@ def timed_call(model: Model, problem: Problem) -> timing.Timed:
         with model.settings():
             torch.autograd.backward(model.run(x)[0], problem.grad_output)
 
-    return timing.Timed(before, training if problem.case.mode == TRAINING else forward)
+    return timing.Timed(before, training if problem.case.mode == TRAINING else forward, problem.case.stream)
 
 
 def set_precision(dtype: str) -> None:

@@ -1,7 +1,8 @@
 """Is a provider's result right? Its distance from the reference in float64, on the same numbers.
 
 Two looks, because the reference needs a launch for every operation of every step: all rows over the first steps, with
-every gradient; and, where T is longer, the output of a few rows over all of it.
+every gradient; and, where T is longer, the output of a few rows over all of it. A stream is computed chunk by chunk,
+and compared with one call of the reference over all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ FLOOR = {"float32": 1e-5, "tf32": 2e-3, "float16": 3e-3, "bfloat16": 2e-2}
 
 
 def results(model: Model, problem: Problem) -> dict[str, Tensor]:
-    """Return by name the outputs on the first input and, in training, the gradients of x and every weight."""
+    """Return by name the outputs on the first input and, in training, the gradients of x and every weight.
+
+    Of a stream the output on all inputs, one after the other, from the zero states of a new model.
+    """
+    if problem.case.stream:
+        with torch.inference_mode(), model.settings():
+            return {"output": torch.cat([model.run(chunk)[0] for chunk in problem.inputs])}
     x = problem.inputs[0]
     names = ("h", "c") if problem.case.cell else ("output", "h_n", "c_n")
     if problem.case.mode != TRAINING:
@@ -52,8 +59,9 @@ def results(model: Model, problem: Problem) -> dict[str, Tensor]:
 
 
 def double(problem: Problem) -> Problem:
-    """Return the problem with the same numbers in float64, its first set of inputs alone."""
-    x = problem.inputs[0].detach().double().requires_grad_(problem.inputs[0].requires_grad)
+    """Return the problem with the same numbers in float64, its first set of inputs alone, of a stream all as one."""
+    x = torch.cat(problem.inputs) if problem.case.stream else problem.inputs[0]
+    x = x.detach().double().requires_grad_(x.requires_grad)
     weights = {name: weight.double() for name, weight in problem.weights.items()}
     return replace(problem, weights=weights, inputs=[x], grad_output=problem.grad_output.double())
 

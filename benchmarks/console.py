@@ -35,7 +35,8 @@ def line_of(row: Row) -> str:
     if row["ms_median"] is None:
         return f"{start} {row['error']}"
     beside = f", {row['baseline']} {row['baseline_ms']:.4g} ms, ratio {ratio(row)}" if ratio_of(row) else ""
-    return f"{start} {row['ms_median']:.4g} ms, {row['us_per_step']:.3g} us a step{beside}"
+    slowest = f", p99 {row['ms_p99']:.4g} ms" if row["ms_p99"] is not None else ""
+    return f"{start} {row['ms_median']:.4g} ms{slowest}, {row['us_per_step']:.3g} us a step{beside}"
 
 
 def means_table(rows: Iterable[Row]) -> Table:

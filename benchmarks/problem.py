@@ -13,6 +13,9 @@ from torch import Tensor
 
 from benchmarks.suites import STORAGE, TRAINING, Case
 
+CHUNKS = 3
+"""Chunks of a stream at least: the second shows that states are carried on, the third that it is not the first's."""
+
 MOST_SETS = 64
 """Sets of inputs that are kept at most; smaller inputs than L2 / 32 stay in the cache, as they would in use."""
 
@@ -22,7 +25,7 @@ class Problem:
     """What a provider gets, all on the device and in the case's type.
 
     - weights: by state-dict name (a cell's: without layer), shapes as `torch.nn.LSTM`'s and LSTMSpec's
-    - inputs: sets of x, (T, B, I), for a cell (B, I); they require gradients in training
+    - inputs: sets of x, (T, B, I), for a cell (B, I), of a stream its chunks; they require gradients in training
     - lengths: (B,) int64 on the CPU, for a ragged case, longest T; else None
     - resets: (T, B) bool, where a row begins anew, for a case with resets; else None
     - grad_output: like the output, (T, B, D·H), for a cell (B, H)
@@ -38,7 +41,10 @@ class Problem:
 
 
 def make_problem(case: Case, device: torch.device, cache_bytes: int = 0, seed: int = 0) -> Problem:
-    """Return the problem of a case; as many sets of inputs as twice a cache of `cache_bytes` holds, one at least."""
+    """Return the problem of a case; as many sets of inputs as twice a cache of `cache_bytes` holds, one at least.
+
+    Of a stream CHUNKS at least.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     dtype = STORAGE[case.dtype]
 
@@ -60,6 +66,7 @@ def make_problem(case: Case, device: torch.device, cache_bytes: int = 0, seed: i
     x = uniform(*steps, case.B, case.I, bound=1.0)
     x_bytes = x.numel() * x.element_size()
     sets = min(MOST_SETS, -(-2 * cache_bytes // x_bytes)) if cache_bytes > x_bytes else 1
+    sets = max(sets, CHUNKS) if case.stream else sets
     inputs = [x] + [x[..., torch.randperm(case.I, generator=generator, device=device)] for _ in range(sets - 1)]
     for tensor in inputs:
         tensor.requires_grad_(case.mode == TRAINING)

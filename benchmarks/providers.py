@@ -6,6 +6,7 @@ results, the input's matmul included. Gradients come back under the names of `to
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -93,16 +94,20 @@ class ModuleModel(Model):
         self.module = module.to(problem.device, STORAGE[problem.case.dtype])
         self.module.load_state_dict(problem.weights)
         self.module.train(problem.case.mode == TRAINING)
-        self.lengths, self.cell = problem.lengths, problem.case.cell
+        self.call: Callable[..., Any] = self.module
+        self.lengths, self.cell, self.stream = problem.lengths, problem.case.cell, problem.case.stream
+        self.states: tuple[Tensor, Tensor] | None = None
         self.asked = {} if problem.resets is None else {"resets": problem.resets}
 
     def run(self, x: Tensor) -> Results:
         if self.cell:
-            return self.module(x)
+            return self.call(x)
         if self.lengths is None:
-            output, (h_n, c_n) = self.module(x, **self.asked)
+            output, (h_n, c_n) = self.call(x, self.states, **self.asked)
+            if self.stream:
+                self.states = h_n, c_n
             return output, h_n, c_n
-        packed, (h_n, c_n) = self.module(pack_padded_sequence(x, self.lengths, enforce_sorted=False), **self.asked)
+        packed, (h_n, c_n) = self.call(pack_padded_sequence(x, self.lengths, enforce_sorted=False), **self.asked)
         return pad_packed_sequence(packed)[0], h_n, c_n
 
     def parameters(self) -> dict[str, Tensor]:
@@ -180,12 +185,14 @@ class How(NamedTuple):
 
     - lengths: rows that differ are given by their lengths, not packed as for `torch.nn.LSTM`
     - compiler: the backend of `torch.compile` for the module; None: it is called as it is
+    - graphs: the CUDA graphs that calls are replayed from, those of a session or of a captured stack; "" for none
     """
 
     strategy: str = "auto"
     backend: Literal["auto", "triton", "torch"] = "auto"
     lengths: bool = False
     compiler: str | None = None
+    graphs: Literal["", "session", "captured"] = ""
 
 
 class LstmTritonModel(ModuleModel):
@@ -205,8 +212,34 @@ class LstmTritonModel(ModuleModel):
     def run(self, x: Tensor) -> Results:
         if not self.how.lengths:
             return super().run(x)
-        output, (h_n, c_n) = self.module(x, lengths=self.lengths, **self.asked)
+        output, (h_n, c_n) = self.call(x, lengths=self.lengths, **self.asked)
         return output, h_n, c_n
+
+
+class SessionModel(LstmTritonModel):
+    """This library's module in a session, which holds the states: the result of a call is the output alone."""
+
+    def __init__(self, module: lstm_triton.LSTM, problem: Problem, how: How) -> None:
+        super().__init__(module, problem, how)
+        no_capture_is_an_error()
+        self.session = module.session(problem.case.B)
+
+    def run(self, x: Tensor) -> Results:
+        return (self.session(x),)
+
+
+class CapturedModel(LstmTritonModel):
+    """This library's module, called by CUDA graphs of the whole stack."""
+
+    def __init__(self, module: lstm_triton.LSTM, problem: Problem, how: How) -> None:
+        super().__init__(module, problem, how)
+        no_capture_is_an_error()
+        self.call = module.captured()
+
+
+def no_capture_is_an_error() -> None:
+    """Turn the warning of a capture that failed into an error: without its graphs it is no row of theirs."""
+    warnings.filterwarnings("error", message=".* without CUDA graphs")
 
 
 def unlimited_compilation() -> None:
@@ -215,7 +248,7 @@ def unlimited_compilation() -> None:
 
 
 class LstmTriton(Provider):
-    """This library: what it picks itself (`auto`, also inside of `torch.compile`), or one strategy forced."""
+    """This library: what it picks itself (`auto`, also in CUDA graphs and `torch.compile`), or one strategy forced."""
 
     name = "lstm_triton"
     HOW: ClassVar = {
@@ -226,11 +259,14 @@ class LstmTriton(Provider):
         "cudnn": How("cudnn"),
         "torch": How(backend="torch"),
         "torch.compile": How(compiler="inductor"),
+        "session": How(graphs="session"),
+        "captured": How(graphs="captured"),
     }
 
     def __init__(self, strategy: str) -> None:
         self.strategy, self.how = strategy, self.HOW[strategy]
-        self.detour = 0 if strategy in ("auto", "lengths", "torch.compile") else 2
+        self.detour = 0 if strategy in ("auto", "lengths", "torch.compile", "session") else 2
+        self.leaves_out = "gradients, both directions, rows of different lengths" if strategy == "session" else ""
 
     def refuses(self, case: Case, device_type: str) -> str | None:
         device, how = torch.device(device_type), self.how
@@ -240,6 +276,12 @@ class LstmTriton(Provider):
             return "is `auto` where all rows are of one length"
         if how.compiler is not None and case.suite != "compile":
             return "is measured in smaller suites"
+        if case.stream and self.strategy not in ("auto", "session"):
+            return "is not measured on streams"
+        if how.graphs == "session" and not case.stream:
+            return "is for streams, where each call goes on from the last one"
+        if how.graphs == "captured":
+            return self.why_not_captured(case, device_type)
         if how.strategy == "auto":
             return None
         if how.strategy == "stepwise":
@@ -250,6 +292,16 @@ class LstmTriton(Provider):
             return "takes no resets" if case.resets else routing.why_not_cudnn(device, case.spec)
         obstacle = routing.why_not_triton(device, STORAGE[case.dtype])
         return obstacle or routing.why_not_persistent(case.layer, gpus.gpu_of(device))
+
+    def why_not_captured(self, case: Case, device_type: str) -> str | None:
+        """Return why a captured stack has no row of the case; None if it has."""
+        if device_type == "cpu":
+            return "is `auto` on a CPU"
+        if case.ragged:
+            return "is `auto` where rows have different lengths: their values decide what is launched"
+        if case.cell:
+            return "has no cell of one step"
+        return None if case.suite in ("deepbench", "overhead", OWN) else "is measured where a call computes little"
 
     def plan(self, case: Case, device_type: str) -> str:
         device = torch.device(device_type)
@@ -279,7 +331,8 @@ class LstmTriton(Provider):
         if case.cell:
             return LstmTritonModel(lstm_triton.LSTMCell(case.I, case.H, **variant), problem, self.how)
         variant |= dict(bidirectional=case.D == 2, strategy=self.how.strategy)
-        return LstmTritonModel(lstm_triton.LSTM(case.I, case.H, case.L, **variant), problem, self.how)
+        kinds = {"": LstmTritonModel, "session": SessionModel, "captured": CapturedModel}
+        return kinds[self.how.graphs](lstm_triton.LSTM(case.I, case.H, case.L, **variant), problem, self.how)
 
 
 class CompiledReference(Provider):
@@ -360,6 +413,8 @@ def one_plain_layer(case: Case, device_type: str) -> str | None:
         return "has the standard variant alone"
     if case.L > 1 or case.D > 1:
         return "computes one layer in one direction"
+    if case.stream:
+        return "is called without states"
     return "takes no lengths" if case.ragged else "has no cell of one step" if case.cell else None
 
 

@@ -29,17 +29,17 @@ COLUMNS = (
     "provider", "strategy", "suite", "regime", "mode", "dtype", "T", "B", "I", "H", "L", "D", "variant", "ms_median",
     "ms_p20", "ms_p80", "us_per_step", "cpu_us_per_call", "peak_mib", "error", "baseline_ratio", "limit_us_per_step",
     "limit_ratio", "gpu", "driver", "torch", "triton", "cudnn", "commit", "date", "plan", "baseline", "baseline_ms",
-    "ratio_p20", "ratio_p80", "name",
+    "ratio_p20", "ratio_p80", "name", "ms_p99",
 )  # fmt: skip
 SIZES = ("T", "B", "I", "H", "L", "D")
 NUMBERS = (
     "ms_median", "ms_p20", "ms_p80", "us_per_step", "cpu_us_per_call", "peak_mib", "baseline_ratio",
-    "limit_us_per_step", "limit_ratio", "baseline_ms", "ratio_p20", "ratio_p80",
+    "limit_us_per_step", "limit_ratio", "baseline_ms", "ratio_p20", "ratio_p80", "ms_p99",
 )  # fmt: skip
-ADDED = {"plan": "", "baseline": BASELINE, "baseline_ms": "", "ratio_p20": "", "ratio_p80": "", "name": ""}
+ADDED = dict(plan="", baseline=BASELINE, baseline_ms="", ratio_p20="", ratio_p80="", name="", ms_p99="")
 """What older files lack, and what it is then; the name is that of the case of the same shape."""
 
-HEADERS = [list(COLUMNS[: COLUMNS.index(first)]) for first in ("plan", "baseline", "name")] + [list(COLUMNS)]
+HEADERS = [*([*COLUMNS[: COLUMNS.index(first)]] for first in ("plan", "baseline", "name", "ms_p99")), [*COLUMNS]]
 """The columns of results files, the oldest first."""
 
 Row = dict[str, Any]

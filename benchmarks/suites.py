@@ -45,6 +45,7 @@ class Case:
     - variant: name of an LSTMSpec; dtype: a key of STORAGE; mode: one of MODES
     - ragged: rows have lengths uniform in 1..T; cell: one step by the cell's class (T = 1)
     - resets: probability that a row begins anew, with zero states, at a step
+    - stream: T steps are a chunk of a stream: each call goes on from the states that the one before left
     - name: of the workload that has this shape
     - rank: its priority, 0 the highest; a run with a budget takes low ranks first
     """
@@ -62,14 +63,21 @@ class Case:
     ragged: bool = False
     cell: bool = False
     resets: float = 0.0
+    stream: bool = False
     name: str = ""
     rank: int = 0
 
     def __str__(self) -> str:
         shape = f"T={self.T} B={self.B} I={self.I} H={self.H} L={self.L} D={self.D}"
-        more = "lengths" * self.ragged, "cell" * self.cell, f"resets={self.resets:g}" if self.resets else ""
+        resets = f"resets={self.resets:g}" if self.resets else ""
+        more = "lengths" * self.ragged, "cell" * self.cell, resets, "stream" * self.stream
         name = f"({self.name})" if self.name else ""
         return " ".join(filter(None, (self.suite, self.mode, self.dtype, self.variant, shape, *more, name)))
+
+    @property
+    def forward_only(self) -> bool:
+        """Return whether there is no training step of it."""
+        return self.stream or self.name in INFERENCE
 
     @property
     def spec(self) -> LSTMSpec:
@@ -140,6 +148,10 @@ def _cases(suite: str) -> Iterator[Case]:
     elif suite == "ragged":
         for (rank, dtype), (B, H, D) in product(ranked, ((64, 512, 1), (64, 512, 2), (16, 1024, 1))):
             yield new(512, B, H, H, dtype, D=D, ragged=True, rank=rank)
+    elif suite == "streaming":  # a voice detector, a layer of 512 units, and two; chunks and rows around one step of 16
+        for H, dtype, L in ((128, "tf32", 1), (512, "tf32", 1), (512, "float16", 2)):
+            for T, B in ((1, 1), (1, 16), (1, 256), (4, 16), (32, 16)):
+                yield new(T, B, H, H, dtype, L=L, stream=True, rank=1 if T == 1 and B <= 16 else 2)
     elif suite == "overhead-cell":
         yield from (small(T=1, variant=variant, cell=True) for variant in VARIANTS)
     elif suite == "cpu":
@@ -202,6 +214,7 @@ WORDS = {
     "core": "one layer, 64 to 2,048 units, 1 to 256 rows",
     "deep": "several layers, or both directions",
     "ragged": "rows of different lengths, packed",
+    "streaming": "chunks of a stream, 1 to 32 steps of 1 to 256 rows: how long one waits for each",
     "overhead-cell": "one step of 64 units by `LSTMCell`: the cost of a call",
     "cpu": "a CPU: 64 to 512 units, and the variants",
     "overhead": "1 and 25 steps of 64 units: the cost of a call",
@@ -219,7 +232,7 @@ def cases(suites: tuple[str, ...], dtypes: tuple[str, ...] = (), modes: tuple[st
     """Return all cases of the named suites in the given types (none: all) and modes, the highest priority first."""
     found = [
         replace(case, mode=mode) for name in suites for mode in MODES for case in _cases(name)
-        if mode in modes and (not dtypes or case.dtype in dtypes) and (mode == FORWARD or case.name not in INFERENCE)
+        if mode in modes and (not dtypes or case.dtype in dtypes) and (mode == FORWARD or not case.forward_only)
     ]  # fmt: skip
     return sorted(found, key=lambda case: case.rank)
 

@@ -1,7 +1,8 @@
 """How long a call takes: in turns with another, after a warm-up, many times over.
 
 On a GPU device events stand around the call on the stream, and nothing waits for it on the host, so what is measured
-is what the GPU does, or what the host needs to start it where that is longer. On a CPU the host's clock stands there.
+is what the GPU does, or what the host needs to start it where that is longer. On a CPU the host's clock stands there,
+and on a GPU, too, where it counts how long one waits: from the call until the device, idle before it, is done.
 """
 
 from __future__ import annotations
@@ -19,15 +20,23 @@ WARM_UP = 3
 """Rounds that do not count; one is enough where a round takes longer than the time there is."""
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 1000
+LEAST_FOR_P99 = 100
+"""Rounds of which a 99th percentile is taken: of fewer it would be the slowest call."""
+
 HOST_CALLS = 7
 
 
 @dataclass
 class Timed:
-    """Something to time: `before` runs before every call, outside the clock (fresh inputs, gradients to None)."""
+    """Something to time.
+
+    - before: runs before every call, outside the clock (fresh inputs, gradients to None)
+    - waited_for: on a GPU the time is that of the host, from the call until the device is done
+    """
 
     before: Callable[[], object]
     call: Callable[[], object]
+    waited_for: bool = False
 
 
 def synchronize(device: torch.device) -> None:
@@ -62,27 +71,28 @@ def one_round(timed: Sequence[Timed], device: torch.device) -> list[float]:
 def _round(timed: Sequence[Timed], device: torch.device, first: int) -> list[tuple[Any, Any]]:
     """Call each once, beginning with number `first`; return the clocks before and after, in the order of `timed`."""
     clocks: dict[int, tuple[Any, Any]] = {}
-    on_gpu = device.type == "cuda"
     for n in ((first + place) % len(timed) for place in range(len(timed))):
-        timed[n].before()
-        if on_gpu:
+        one = timed[n]
+        one.before()
+        if device.type == "cuda" and not one.waited_for:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            timed[n].call()
+            one.call()
             end.record()
             clocks[n] = start, end
         else:
+            synchronize(device)
             before = time.perf_counter()
-            timed[n].call()
+            one.call()
+            synchronize(device)
             clocks[n] = before, time.perf_counter()
     return [clocks[n] for n in range(len(timed))]
 
 
 def _milliseconds(clocks: Sequence[tuple[Any, Any]], device: torch.device) -> list[float]:
-    if device.type != "cuda":
-        return [1e3 * (end - start) for start, end in clocks]
+    """Return the milliseconds between the clocks of each, when the device is done: events, or seconds of the host."""
     synchronize(device)
-    return [start.elapsed_time(end) for start, end in clocks]
+    return [1e3 * (end - start) if isinstance(end, float) else start.elapsed_time(end) for start, end in clocks]
 
 
 def host_us(timed: Timed, device: torch.device, milliseconds: Sequence[float]) -> float:
@@ -135,6 +145,11 @@ def columns(own: Sequence[float], theirs: Sequence[float] | None = None) -> dict
         baseline = statistics.median(theirs)
         found |= dict(baseline_ms=baseline, baseline_ratio=baseline / median, ratio_p20=low, ratio_p80=high)
     return found
+
+
+def p99(values: Sequence[float]) -> float | None:
+    """Return the 99th percentile; None of fewer values than LEAST_FOR_P99."""
+    return None if len(values) < LEAST_FOR_P99 else statistics.quantiles(values, n=100, method="inclusive")[-1]
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -28,7 +28,7 @@ def compile_all(cases: Sequence[Case], device: str, processes: int, seconds: flo
     By their priority, until so many seconds are over.
     """
     own = [one for one in PROVIDERS.values() if isinstance(one, LstmTriton) and one.how.compiler is None]
-    own = [one for one in own if one.how.strategy != "cudnn" and one.how.backend != "torch"]
+    own = [one for one in own if one.how.strategy != "cudnn" and one.how.backend != "torch" and not one.how.graphs]
     todo = run.tasks(cases, own, torch.device(device).type)
     until = time.monotonic() + seconds  # the same clock in all processes of a machine
     with multiprocessing.get_context("spawn").Pool(processes) as pool:

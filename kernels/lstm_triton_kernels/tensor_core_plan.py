@@ -60,10 +60,12 @@ OUTPUT_US = 0.19
 PRODUCTS, KEPT, SUMS = 0.77, 0.68, 3.6
 """What the clocks of a step are multiplied by: those of the products, by PRODUCT_CLOCKS; and by SHARED_BYTES_PER_CLOCK
 those of reading the kept weights, and of writing the parts of the sums."""
-SHARED, SHARED_PIECE_US = {False: (0.0101, 0.55, 1.58), True: (0.0178, 0.74, 0.52)}, 0.4
-"""Where warps share the rows, which no GPU has measured, fitted to simulated plans: for each KiB as above; times the
-clocks of the products, or of reading the kept weights if those are more; clocks for each output of a multiprocessor,
-forward and backward (True); and for each further piece."""
+SHARED_US = {False: (0.36, 0.0126, 0.23), True: (0.0, 0.0132, 0.79)}
+"""Where warps share the rows, fitted to 54 simulated plans, 0.84 to 1.13 of all but one, for no GPU has measured any:
+of a row block, for each KiB, and for each further piece, forward and backward (True)."""
+SHARED_CLOCKS = {False: (0.485, 1.375), True: (0.165, 0.86)}
+"""Likewise, times the clocks of the products (or of reading the kept weights, if those are more), and clocks for each
+output of a multiprocessor."""
 SHORT = {False: 1.46, True: 1.38}
 """How many times a measured step is a simulated one, forward and backward (True), see benchmarks/simulator; and a tenth
 more, so that of two alike the plan of a kind that was measured is taken."""
@@ -214,9 +216,10 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[Per
         of_sums = together * sums_bytes / SHARED_BYTES_PER_CLOCK
         pieces = cut.chunks // cut.group
         if shared:
-            us, of_clocks, of_outputs = SHARED[backward]
-            step_us = SHORT[backward] * (us * read_kib + SHARED_PIECE_US * (pieces - 1))
-            clocks = of_clocks * max(0.9 * of_products, of_weights) + of_outputs * together * tile_rows * units
+            block_us, kib_us, piece_us = SHARED_US[backward]
+            of_most, of_outputs = SHARED_CLOCKS[backward]
+            step_us = SHORT[backward] * (block_us + kib_us * read_kib + piece_us * (pieces - 1))
+            clocks = of_most * max(0.9 * of_products, of_weights) + of_outputs * together * tile_rows * units
             clocks *= SHORT[backward]
         else:
             step_us = grid_us + KIB_US * read_kib + PIECE_US * (pieces - 1)

@@ -34,14 +34,15 @@ from benchmarks.providers import (
 )
 from benchmarks.suites import FORWARD, TRAINING, Case
 from benchmarks.worker import Worker
-from lstm_triton import routing
+from lstm_triton import captured, routing, session
 from tests.support import planted
 
 CPU = torch.device("cpu")
 CASE = Case("odd", T=5, B=3, I=6, H=7, dtype="float32", mode=TRAINING)
 LONG = replace(CASE, T=check.STEPS + 3)
 WHERE = dict(gpu="a CPU", driver="", torch="2.13.0", triton="", cudnn="", commit="abc", date="2026-11-24")
-BASELINE, AUTO = TorchLSTM("aten"), LstmTriton("auto")
+STREAM = replace(CASE, suite="streaming", mode=FORWARD, stream=True)
+BASELINE, AUTO, SESSION = TorchLSTM("aten"), LstmTriton("auto"), LstmTriton("session")
 TIMES = timing.columns([1.0, 2.0, 4.0], [2.0, 3.0, 5.0])
 
 
@@ -216,9 +217,86 @@ def test_every_suite_is_measured_at_small_sizes(monkeypatch):
     measured = bench.Bench(CPU, BASELINES, 1e-6)
     assert {case.suite for case in small} == set(suites.SUITES)
     for case in sorted(small, key=str):
-        row = row_of(AUTO, case, measured.measure(AUTO, case))
-        assert row["ms_median"], f"{case}: {row['error']}"
-        assert (row["suite"], row["name"]) == (case.suite, case.name)
+        for provider in (AUTO, SESSION) if case.stream else (AUTO,):
+            row = row_of(provider, case, measured.measure(provider, case))
+            assert row["ms_median"], f"{provider.key} {case}: {row['error']}"
+            assert (row["suite"], row["name"]) == (case.suite, case.name)
+
+
+# Streams and CUDA graphs
+
+
+@pytest.mark.parametrize("change", [dict(), dict(T=1, L=2), dict(B=1, dtype="float16"), dict(variant="full")], ids=str)
+def test_a_call_of_a_stream_goes_on_from_the_last_one_whoever_computes(measured, monkeypatch, change):
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", timing.LEAST_FOR_P99)
+    case = replace(STREAM, **change)
+    for provider in (BASELINE, AUTO, SESSION):
+        if provider.refuses(case, "cpu") is None:
+            row = row_of(provider, case, measured.measure(provider, case))
+            assert row["error"] < 10 * check.FLOOR[case.dtype] and row["ms_median"] <= row["ms_p80"] <= row["ms_p99"]
+    assert measured.measure(AUTO, replace(case, stream=False)).columns["ms_p99"] is None
+
+
+def forgets(run_model, x):
+    run_model.__self__.states = None
+    return run_model(x)
+
+
+def begins_at_the_first_chunk(run_model, x):
+    model = run_model.__self__
+    found = run_model(x)
+    model.first = model.states = getattr(model, "first", model.states)
+    return found
+
+
+@pytest.mark.parametrize("fault", [forgets, begins_at_the_first_chunk])
+def test_a_stream_that_does_not_go_on_is_wrong(measured, fault):
+    provider = planted.Planted("planted", fault)
+    assert measured.measure(provider, STREAM).failure.startswith("wrong: error")
+    assert len(make_problem(STREAM, CPU).inputs) == 3
+    assert measured.measure(planted.Planted("none", lambda run_model, x: run_model(x)), STREAM).failure is None
+
+
+def test_a_row_of_graphs_that_could_not_be_captured_says_so(measured, monkeypatch):
+    def fails(function):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(session, "has_graphs", lambda device: True)
+    recorder = SimpleNamespace(warm_up=lambda function: function(), capture=fails)
+    monkeypatch.setattr(session, "Recorder", lambda device: recorder)
+    found = measured.measure(SESSION, STREAM)
+    assert found.failure == "failed: UserWarning: a session computes without CUDA graphs: capturing failed: planted"
+
+
+@pytest.mark.parametrize("mode", suites.MODES)
+def test_a_captured_stack_is_what_is_called(measured, monkeypatch, mode):
+    asked, decide = [], captured.why_as_usual
+    monkeypatch.setattr(captured, "why_as_usual", lambda *given, **more: asked.append(1) or decide(*given, **more))
+    monkeypatch.setattr(LstmTriton, "why_not_captured", lambda *_: None)
+    found = measured.measure(LstmTriton("captured"), replace(LONG, suite="deepbench", mode=mode))
+    assert found.failure is None and found.columns["error"] < 1e-5 and len(asked) > timing.LEAST_ROUNDS
+
+
+@pytest.mark.parametrize(
+    "key, change, words",
+    [
+        ("lstm_triton:session", dict(), "is for streams"),
+        ("lstm_triton:session", dict(stream=True), None),
+        ("lstm_triton:auto", dict(stream=True), None),
+        ("lstm_triton:stepwise", dict(stream=True), "is not measured on streams"),
+        ("lstm_triton:captured", dict(stream=True), "is not measured on streams"),
+        ("torchrl:triton", dict(stream=True), "is called without states"),
+        ("lstm_triton:captured", dict(), "is measured where a call computes little"),
+        ("lstm_triton:captured", dict(suite="deepbench"), None),
+        ("lstm_triton:captured", dict(suite="overhead", variant="full", resets=0.1), None),
+        ("lstm_triton:captured", dict(suite="overhead", ragged=True), "is `auto` where rows have different lengths"),
+        ("lstm_triton:captured", dict(suite="overhead", cell=True), "has no cell of one step"),
+    ],
+)
+def test_who_computes_from_graphs_and_who_streams(key, change, words):
+    found = PROVIDERS[key].refuses(replace(CASE, **change), "cuda")
+    assert found is None if words is None else found.startswith(words)
+    assert LstmTriton("captured").refuses(replace(CASE, suite="deepbench"), "cpu") == "is `auto` on a CPU"
 
 
 @pytest.mark.parametrize(
@@ -324,6 +402,24 @@ def test_what_is_measured_is_the_call_alone_and_the_rounds_fit_the_time(clock):
     assert len(timing.in_turns([taking(1.0)], CPU, seconds=9.0)[0]) == timing.MOST_ROUNDS
 
 
+def test_a_call_that_is_waited_for_takes_until_the_device_is_done(clock, monkeypatch):
+    """The device works on what a call, or what prepares it, has started; who synchronizes waits for that."""
+    waiting = []
+
+    def wait(device):
+        clock.seconds += sum(waiting)
+        waiting.clear()
+
+    monkeypatch.setattr(timing, "synchronize", wait)
+    timed = [
+        timing.Timed(lambda: waiting.append(9.0), lambda ms=ms: waiting.append(1e-3 * ms), True) for ms in (4.0, 7.0)
+    ]
+    found = timing.in_turns(timed, torch.device("cuda"), seconds=0.0)
+    assert found[0] == pytest.approx([4.0] * timing.LEAST_ROUNDS) and found[1] == pytest.approx([7.0] * 5)
+    problems = make_problem(STREAM, CPU), make_problem(CASE, CPU)
+    assert [bench.timed_call(BASELINE.build(one), one).waited_for for one in problems] == [True, False]
+
+
 def test_the_ratio_is_the_quotient_of_the_two_times_of_the_same_turns(measured, monkeypatch):
     """So that a row's time, the baseline's beside it and the ratio agree, whenever the baseline's own row was timed."""
     monkeypatch.setattr(timing, "in_turns", lambda timed, *_: [[4.0, 2.0, 8.0], [2.0, 3.0, 5.0]][: len(timed)])
@@ -338,6 +434,8 @@ def test_the_ratio_is_the_quotient_of_the_two_times_of_the_same_turns(measured, 
 def test_quantiles_are_numpys():
     values = np.random.default_rng(0).exponential(size=37)
     assert timing.quantiles(values.tolist()) == pytest.approx(np.quantile(values, [0.2, 0.5, 0.8]).tolist())
+    assert timing.p99(many := [*range(timing.LEAST_FOR_P99)]) == pytest.approx(np.quantile(many, 0.99))
+    assert timing.p99(many[1:]) is None
 
 
 def test_peak_memory_is_the_most_at_a_time():

@@ -12,7 +12,7 @@ from lstm_triton_kernels.limit import Constants
 from rich.console import Console
 
 from benchmarks import RESULTS, ROOT, plots, report, rows, summary
-from benchmarks.console import constants_lines, means_table
+from benchmarks.console import constants_lines, line_of, means_table
 from benchmarks.report import BEGIN, END
 from benchmarks.rows import BASELINE
 from benchmarks.suites import FORWARD, TRAINING
@@ -118,6 +118,17 @@ def test_the_report_has_every_figure_of_a_row():
     ]  # fmt: skip
     (own,) = lines_with(text_of([row(1.0, provider=CUDNN)]), "| torch.nn.LSTM cudnn |", "1.0e-03")
     assert cells(own)[5:8] == ["", "", ""]  # of another moment
+
+
+def test_a_row_of_a_stream_has_its_slowest_calls_in_the_report_and_as_it_is_printed():
+    stream = row(1.75, ms=0.25, suite="streaming", ms_p99=0.5, T=1, us_per_step=250.0)
+    text = text_of([stream, row(2.0, ms=0.75)])
+    within, others = text[text.index("<summary>streaming") :], text[: text.index("<summary>streaming")]
+    (heads,), (line,) = lines_with(within, "| ms | p99 ms | baseline |"), lines_with(within, " T=1 ")
+    assert dict(zip(cells(heads), cells(line), strict=True))["p99 ms"] == "0.500" and report.WAITED_FOR in within
+    assert "p99" not in others and report.WAITED_FOR not in others
+    assert ": 0.25 ms, p99 0.5 ms, 250 us a step, torch.nn.LSTM 0.4375 ms, ratio 1.75" in line_of(stream)
+    assert "p99" not in line_of(row(2.0))
 
 
 @given(st.lists(st.tuples(st.none() | ratios, st.sampled_from([GPU, CPU])), max_size=6))

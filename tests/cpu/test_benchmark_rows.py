@@ -17,7 +17,7 @@ ROW = dict(
     cpu_us_per_call=120.0, peak_mib=12.5, error=3.1e-4, baseline_ratio=1.25, limit_us_per_step=1.5, limit_ratio=1.627,
     gpu="NVIDIA H100 80GB HBM3", driver="580.159.04", torch="2.11.0", triton="3.6.0", cudnn="91900", commit="abc",
     date="2026-11-24", plan="", baseline="torch.nn.LSTM", baseline_ms=3.125, ratio_p20=1.125, ratio_p80=1.5,
-    name="a workload",
+    name="a workload", ms_p99=3.5,
 )  # fmt: skip
 FAILED = ROW | dict.fromkeys(rows.NUMBERS) | {"error": "failed: words"}
 
@@ -57,6 +57,17 @@ def test_the_other_suites_hold_what_they_are_for():
     assert {(c.T, c.B, c.H, c.variant) for c in of["compile"]} == {(200, 1, 64, "standard"), (64, 16, 256, "standard")}
     assert set(suites.GPU_SUITES) | set(suites.CPU_SUITES) == set(suites.SUITES)
     assert {c.suite for c in suites.cases(suites.SUITES) if c.name} == {"deepbench", "workloads"}
+    assert {c.suite for c in suites.cases(suites.SUITES) if c.stream} == {"streaming"}
+
+
+def test_streams_are_chunks_of_few_steps_forward_alone_behind_the_first_rows():
+    found = suites.cases(("streaming",))
+    assert {c.T for c in found} == {1, 4, 32} and {c.B for c in found} == {1, 16, 256} and 12 <= len(found) <= 18
+    sizes = {(c.H, c.dtype, c.L) for c in found}
+    assert sizes == {(128, "tf32", 1), (512, "tf32", 1), (512, "float16", 2)} and all(c.I == c.H for c in found)
+    assert all(c.stream and c.mode == FORWARD for c in found) and str(found[0]).endswith(" stream")
+    assert max(c.rank for c in suites.cases(("anchor",))) < min(c.rank for c in found)
+    assert "streaming" in suites.GPU_SUITES
 
 
 def test_deepbench_has_its_training_and_its_server_cases():
@@ -184,14 +195,14 @@ def test_what_is_written_is_read_back(tmp_path_factory, ms, ratio, error, T, tex
     assert rows.read(path) == written
 
 
-@pytest.mark.parametrize("first", ["plan", "baseline", "name"])
+@pytest.mark.parametrize("first", ["plan", "baseline", "name", "ms_p99"])
 def test_a_file_from_before_there_was_a_column_is_read(tmp_path, first):
     path, count = tmp_path / "x.csv", rows.COLUMNS.index(first)
     rows.append(path, ROW)
     path.write_text("".join(",".join(line.split(",")[:count]) + "\n" for line in path.read_text().splitlines()))
     (old,) = rows.read(path)
-    lacking = dict(baseline_ms=None, ratio_p20=None, ratio_p80=None) if first != "name" else {}
-    assert old == ROW | lacking | dict(name="") and not rows.is_noise(old)
+    numbers = [name for name in rows.COLUMNS[count:] if name in rows.NUMBERS]
+    assert old == ROW | dict.fromkeys(numbers) | (dict(name="") if first != "ms_p99" else {}) and not rows.is_noise(old)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +218,7 @@ def test_a_row_of_before_there_were_names_has_that_of_its_shape(tmp_path, suite,
     path = tmp_path / "x.csv"
     rows.append(path, ROW | sizes | dict(suite=suite))
     assert rows.read(path)[0]["name"] == "a workload"
-    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines()))
+    path.write_text("".join(line.rsplit(",", 2)[0] + "\n" for line in path.read_text().splitlines()))
     (old,) = rows.read(path)
     words = rows.shape_of(old)
     assert old["name"] == name and words.startswith(f"{name}: standard T=" if name else "standard T=")
