@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import triton
+from lstm_triton_kernels.gpus import nominal_constants
+from lstm_triton_kernels.limit import least_pass_us
 
 from benchmarks import RESULTS, suites
 from benchmarks.simulator.kernels import H100 as GPU
@@ -25,8 +27,8 @@ FIRST = ((16, 768), (64, 512), (16, 1024), (128, 256), (1, 256), (64, 64), (64, 
 """(B, H) of the standard variant of the highest priority; the others come in the order of the suites' ranks."""
 
 HEADS = (
-    "variant", "B", "H", "D", "pass", "plan", "cycles", "us", "barriers", "wavefronts", "needed", "registers",
-    "spilled", "early polls",
+    "variant", "B", "H", "D", "pass", "workload", "plan", "cycles", "us", "limit", "times", "barriers", "wavefronts",
+    "needed", "registers", "spilled", "early polls",
 )  # fmt: skip
 KEYS = 5
 """Columns that name a pass."""
@@ -47,6 +49,13 @@ def shapes(dtype: str) -> list[Case]:
         if not one.cell
     ]
     return [case for case in dict.fromkeys(found) if has_plan(case)]
+
+
+def names_of(case: Case) -> str:
+    """Return the names of the workloads that have a layer of that shape, in whatever type."""
+    alike = (case.B, case.H, case.D, case.variant)
+    found = [one.name for one in suites.cases(suites.SUITES) if (one.B, one.H, one.D, one.variant) == alike]
+    return ", ".join(dict.fromkeys(name for name in found if name))
 
 
 def default_path() -> Path:
@@ -71,7 +80,7 @@ def kernels_commit() -> str:
 
 def header(dtype: str, machine: Machine) -> str:
     """Return what stands above the lines of a table."""
-    heads, rules = table(HEADS, [], right=(*range(1, 4), *range(6, len(HEADS)))).splitlines()
+    heads, rules = table(HEADS, [], right=(*range(1, 4), *range(7, len(HEADS)))).splitlines()
     skew = f"{machine.skew} cycles later" if machine.skew else "at the same time"
     options = f"--suites --dtype {dtype}" + f" --skew {machine.skew}" * (machine.skew > 0)
     alike = ""
@@ -90,7 +99,8 @@ from the machine code that Triton makes of the kernels of commit {kernels_commit
 - A line is a pass of one layer with the usual gradients and without lengths, on the plan that the planner and the
   compiler settle; the forward pass saves what the backward pass reads. A pass without a line has no plan, or was not
   reached.{alike}
-- *cycles*, *us*: of one time step. *barriers*: of a warp in a step. *wavefronts*: of all accesses to shared memory of a
+- *cycles*, *us*: of one time step. *limit*: the least microseconds of the recurrence by
+  `lstm_triton_kernels.limit.least_pass_us`, from the GPU's data sheet; *times*: *us* over it. *barriers*: of a warp in a step. *wavefronts*: of all accesses to shared memory of a
   step; *needed*: without bank conflicts, as if all warps took part in each. *registers*, *spilled*: of a thread.
   *early polls*: in a step.
 
@@ -107,9 +117,11 @@ def keys(name: str, case: Case) -> tuple[str, ...]:
 def line(name: str, case: Case, found: Pass) -> str:
     """Return the line of a pass."""
     time, usage = found.time, found.usage
+    limit = least_pass_us(case.layer, nominal_constants(GPU), name == "backward")
     cells = (
-        found.plan.describe(), f"{time.cycles:.0f}", f"{time.us:.2f}", time.counts["BAR"], f"{time.wavefronts:.0f}",
-        time.needed, usage.registers, usage.spilled, f"{time.early:.1f}",
+        names_of(case), found.plan.describe(), f"{time.cycles:.0f}", f"{time.us:.2f}", f"{limit:.2f}",
+        f"{time.us / limit:.1f}", time.counts["BAR"], f"{time.wavefronts:.0f}", time.needed, usage.registers,
+        usage.spilled, f"{time.early:.1f}",
     )  # fmt: skip
     return table([*keys(name, case), *map(str, cells)], []).splitlines()[0] + "\n"
 

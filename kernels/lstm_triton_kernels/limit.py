@@ -90,18 +90,33 @@ def _throughput_us(layer: Layer, constants: Constants) -> float:
     return max(operations, memory)
 
 
+def least_pass_us(layer: Layer, constants: Constants, backward: bool) -> float:
+    """Return microseconds of a step of the recurrence in one pass, all directions in a launch: none is faster.
+
+    One direction has its chain; the directions share the machine's matmul rate and its L2.
+    """
+    products, reads, waits = _chain(layer, constants, backward)
+    return max(products + reads + waits, layer.D * products, layer.D * reads)
+
+
 def _chain_us(layer: Layer, constants: Constants, backward: bool) -> float:
+    return sum(_chain(layer, constants, backward))
+
+
+def _chain(layer: Layer, constants: Constants, backward: bool) -> tuple[float, float, float]:
+    """Return what stands between two steps: products, reads of L2, one wait."""
     recurrent = layer.recurrent_operations / (constants.matmul_tflop_per_s[layer.rate] * 1e6)
     if constants.on_chip_bytes is None or constants.multiprocessors is None or constants.l2_read_gb_per_s is None:
-        return recurrent
+        return recurrent, 0.0, 0.0
     weights = layer.recurrent_bytes
     programs = min(ceil_div(weights, constants.on_chip_bytes), constants.multiprocessors)
     if programs == 1:
-        return recurrent
+        return recurrent, 0.0, 0.0
     streamed = max(0, weights - constants.multiprocessors * constants.on_chip_bytes)
     width = layer.gates * layer.H if backward else layer.H
     exchanged = programs * layer.B * width * layer.element_bytes
-    return recurrent + (exchanged + streamed) / (constants.l2_read_gb_per_s * 1e3) + least_wait_us(programs, constants)
+    reads = (exchanged + streamed) / (constants.l2_read_gb_per_s * 1e3)
+    return recurrent, reads, least_wait_us(programs, constants)
 
 
 def least_wait_us(programs: int, constants: Constants) -> float:

@@ -38,6 +38,16 @@ def test_training_adds_the_backward_exchange_of_all_gates():
     assert least_us_per_step(ANCHOR._replace(training=True), GPU) == pytest.approx(wanted, rel=1e-12)
 
 
+def test_both_directions_of_a_launch_share_the_machine():
+    for backward, exchanged in ((False, 245_760), (True, 4 * 245_760)):
+        products, reads = 2 * 16 * 768 * 4 * 768 / 700e6, exchanged / 5e6
+        of_one = limit.least_pass_us(ANCHOR, GPU, backward)
+        assert of_one == pytest.approx(products + reads + 0.7, rel=1e-12)
+        assert limit.least_pass_us(ANCHOR._replace(D=2), GPU, backward) == of_one  # the wait is most of it
+        many = ANCHOR._replace(B=4096, D=2)
+        assert limit.least_pass_us(many, GPU, backward) == pytest.approx(2 * 256 * max(products, reads), rel=1e-12)
+
+
 def test_weights_that_fit_one_multiprocessor_need_no_wait():
     small = ANCHOR._replace(I=128, H=128, T=10**9)  # 128 KiB of weights
     assert least_us_per_step(small, GPU) == pytest.approx(2 * 16 * 128 * 4 * 256 / 700e6, rel=1e-6)

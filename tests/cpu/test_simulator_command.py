@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import triton
+from lstm_triton_kernels.gpus import nominal_constants
+from lstm_triton_kernels.limit import least_pass_us
 from lstm_triton_kernels.settle import Usage
 from triton.runtime.interpreter import InterpretedFunction
 from typer.testing import CliRunner
@@ -140,6 +142,11 @@ def simulated(monkeypatch):
     return asked
 
 
+def test_a_shape_has_the_names_of_its_workloads():
+    assert table.names_of(Case(128, 1024)).startswith("GNMT")
+    assert table.names_of(Case(17, 768)) == ""
+
+
 def test_the_shapes_are_those_of_the_suites_once_each_the_most_telling_first():
     found = table.shapes("bfloat16")
     assert [(case.B, case.H) for case in found[:7]] == list(table.FIRST)
@@ -166,12 +173,12 @@ def test_the_file_grows_by_a_line_a_pass_and_is_resumed(tmp_path, simulated):
     assert f"Simulated time steps, Triton {triton.__version__}" in text and "commit 0123456" in text
     assert "Simulated, not measured" in text and "time steps, Triton" in text.splitlines()[0]
     lines = text[text.index("| standard") :].splitlines()
-    cells = f"{PLAN} | 1234 | 0.70 | 36 | 300 | 150 | 182 | 3 | 0.2 |"
-    assert lines == [
-        f"| standard | 16 | 768 | 1 | forward | {cells}",
-        f"| standard | 16 | 768 | 1 | backward | {cells}",
-        f"| standard | 64 | 512 | 1 | forward | {cells}",
-    ]
+    expected = []
+    for B, H, backward in ((16, 768, False), (16, 768, True), (64, 512, False)):
+        limit = least_pass_us(Case(B, H).layer, nominal_constants(kernels.H100), backward)
+        cells = f"{PLAN} | 1234 | 0.70 | {limit:.2f} | {0.7 / limit:.1f} | 36 | 300 | 150 | 182 | 3 | 0.2 |"
+        expected.append(f"| standard | {B} | {H} | 1 | {'backward' if backward else 'forward'} |  | {cells}")
+    assert lines == expected
     columns = text[: text.index("| standard")].splitlines()[-2]
     assert columns.count("|") == lines[0].count("|")
 
