@@ -177,7 +177,8 @@ def test_the_file_grows_by_a_line_a_pass_and_is_resumed(tmp_path, simulated):
     for B, H, backward in ((16, 768, False), (16, 768, True), (64, 512, False)):
         limit = least_pass_us(Case(B, H).layer, nominal_constants(kernels.H100), backward)
         cells = f"{PLAN} | 1234 | 0.70 | {limit:.2f} | {0.7 / limit:.1f} | 36 | 300 | 150 | 182 | 3 | 0.2 |"
-        expected.append(f"| standard | {B} | {H} | 1 | {'backward' if backward else 'forward'} |  | {cells}")
+        name = "backward" if backward else "forward"
+        expected.append(f"| standard | {B} | {H} | 1 | {name} | {table.names_of(Case(B, H))} | {cells}")
     assert lines == expected
     columns = text[: text.index("| standard")].splitlines()[-2]
     assert columns.count("|") == lines[0].count("|")
