@@ -100,9 +100,9 @@ from the machine code that Triton makes of the kernels of commit {kernels_commit
   compiler settle; the forward pass saves what the backward pass reads. A pass without a line has no plan, or was not
   reached.{alike}
 - *cycles*, *us*: of one time step. *limit*: the least microseconds of the recurrence by
-  `lstm_triton_kernels.limit.least_pass_us`, from the GPU's data sheet; *times*: *us* over it. *barriers*: of a warp in a step. *wavefronts*: of all accesses to shared memory of a
-  step; *needed*: without bank conflicts, as if all warps took part in each. *registers*, *spilled*: of a thread.
-  *early polls*: in a step.
+  `lstm_triton_kernels.limit.least_pass_us`, from the GPU's data sheet; *times*: *us* over it. *barriers*: of a warp
+  in a step. *wavefronts*: of all accesses to shared memory of a step; *needed*: without bank conflicts, as if all warps took
+  part in each. *registers*, *spilled*: of a thread. *early polls*: in a step.
 
 {heads}
 {rules}

@@ -102,7 +102,9 @@ def exchanged_backward_kernel(
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
         w_ch_ptr += side * Q * H * H
-    w, kept = load_weights(w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, True, CHUNKS, KEPT, UNITS, V, PARTS, WARPS, PRECISION)
+    w, kept = load_weights(
+        w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, True, CHUNKS, KEPT, UNITS, V, PARTS, WARPS, PRECISION
+    )
     if PARTS > 1:
         buffer = gl.allocate_shared_memory(gl.float32, [PARTS, SETS, UNITS, ROWS], part_buffer_layout(ROWS))
     else:

@@ -87,7 +87,9 @@ def exchanged_forward_kernel(
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
         w_ch_ptr += side * Q * H * H
-    w, kept = load_weights(w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, False, CHUNKS, KEPT, UNITS, V, PARTS, WARPS, PRECISION)
+    w, kept = load_weights(
+        w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, False, CHUNKS, KEPT, UNITS, V, PARTS, WARPS, PRECISION
+    )
     if PARTS > 1:
         buffer = gl.allocate_shared_memory(gl.float32, [PARTS, 4, UNITS, ROWS], part_buffer_layout(ROWS))
     else:

@@ -38,7 +38,7 @@ LOADING_REGISTERS, LOADING_ELEMENT = 60, 3
 itself."""
 MOST_OPERANDS = 72
 """Registers of a thread for what it has read of others, at most."""
-MOST_PIECES = 8
+MOST_PIECES = 16
 """The most pieces in which the columns are read, one after the other."""
 RESERVED_BYTES = 1024
 """Of the shared memory of a multiprocessor, for each program, by the driver."""
@@ -270,7 +270,7 @@ def _cuts(needed: int, left_rows: int, sets: int, room: int, loading_room: int) 
     for weights, operands and accumulators; loading_room: for weights while they are loaded.
     """
     accumulators = left_rows * sets // 4 * (2 if left_rows * sets <= 16 else 1)
-    least_kept = needed + 1
+    least_kept = needed + MOST_PIECES  # more than all chunks, filled up
     for pieces in range(1, min(needed, MOST_PIECES) + 1):
         group = ceil_div(needed, pieces)
         operands = group * sets * 4

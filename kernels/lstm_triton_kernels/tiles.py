@@ -264,10 +264,10 @@ def weights_at(
 ):  # fmt: skip
     """Load the weights of rows m and columns k of the left operand, from w_hh (G·H, H) and a full w_ch (Q·H, H).
 
-    Forward, row gate · UNITS + n is that unit's row of the gate (`unit_of`), with G = 3 of the gate - 1; a column is a unit of
-    h, and with a full peephole from `padded_units` on one of c. Backward, a row is a unit's column, of w_hh, then of
-    w_ch; a column is 4 · unit + gate, with G = 3 gate · padded_units + unit, as `publish_gates` publishes them. What
-    there is not is zero; so is the peephole of gate g.
+    Forward, row gate · UNITS + n is that unit's row of the gate (`unit_of`), with G = 3 of the gate - 1; a column is a
+    unit of h, and with a full peephole from `padded_units` on one of c. Backward, a row is a unit's column, of w_hh,
+    then of w_ch; a column is 4 · unit + gate, with G = 3 gate · padded_units + unit, as `publish_gates` publishes them.
+    What there is not is zero; so is the peephole of gate g.
     """
     HP: gl.constexpr = padded_units(H)
     unit = first_unit + unit_of(m, UNITS, PARTS)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import math
 import re
 import sys
@@ -204,7 +205,8 @@ WRONG = {
         (dict(rows=0, row_blocks=1), "right operand"), (dict(block_k=16), "chunks of 64 bytes"),
         (dict(chunks=2), "columns"), (dict(chunks=4), "columns"),
         (dict(parts=32, num_warps=32, chunks=1, group=1), "columns for every warp"), (dict(parts=4), "parts"),
-        (dict(num_warps=4), "parts"), (dict(num_warps=16, parts=16), "warps"), (dict(parts=1), "right operand"), (dict(kept=4), "kept"),
+        (dict(num_warps=4), "parts"), (dict(num_warps=16, parts=16), "warps"), (dict(parts=1), "right operand"),
+        (dict(kept=4), "kept"),
         (dict(kept=-1), "kept"), (dict(tile_bytes=47 * KIB), "weights"), (dict(tile_bytes=49 * KIB), "weights"),
         (dict(register_bytes=4 * 60), "registers hold what they must"), (dict(register_bytes=4 * 255), "registers"),
         (dict(together=2, register_bytes=4 * 128), "registers"), (dict(shared_bytes=15 * KIB), "shared memory"),
@@ -379,7 +381,7 @@ KNOWN = [
     ("h100", dict(H=128, B=512), (16, 8, 1), dict(block_u=8, block_b=64, parts=1, num_warps=8, kept=0, tiled=True)),
     ("h100", dict(H=192, B=2000), (6, 22, 1), dict(block_u=32, block_b=128, rows=91, parts=1, num_warps=8, kept=6)),
     ("h100", dict(H=192, B=2000) | BACKWARD, (6, 22, 1), dict(block_u=32, block_b=64, rows=46, parts=1, pause=0)),
-    ("h100", dict(H=1024, B=128), (64, 2, 1), dict(block_u=16, block_b=64, rows=64, parts=1, chunks=32, group=8)),
+    ("h100", dict(H=1024, B=128), (64, 2, 1), dict(block_u=16, block_b=64, rows=64, parts=1, kept=33)),
     ("h100", dict(H=64, B=64, D=2), (8, 8, 2), dict(block_u=8, block_k=32, num_warps=2, chunks=1)),
     ("h100", dict(H=1, B=1), (1, 1, 1), dict(block_u=8, num_warps=2, chunks=1, wait="data")),
     ("h100", FLOAT32, (48, 2, 1), dict(block_u=16, block_b=8, parts=8, chunks=3, wait="data", pause=800)),
@@ -469,6 +471,18 @@ def test_the_registers_of_a_thread_are_its_share(warps, together, registers):
 def test_columns_are_exchanged_in_whole_tiles(changed, backward, columns):
     assert exchanged_columns(ANCHOR._replace(**changed), backward) == columns
     assert exchanged_columns(EXACT._replace(**changed), backward) == columns
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("layer", [ANCHOR, TF32], ids=lambda layer: layer.rate)
+def test_an_odd_size_costs_little_more_than_the_next_multiple_of_64(layer, backward):
+    """By estimate. Units are filled up to tiles of 8, and the tensors of the user are read as they are."""
+    for B, D, H in itertools.product((1, 12, 32, 80, 128, 256), (1, 2), (77, 243, 300, 362, 400, 500, 519, 684, 1150)):
+        plans, even = (
+            ranked_plans(layer._replace(B=B, D=D, H=units), backward, H100) for units in (H, -(-H // 64) * 64)
+        )
+        if not isinstance(even, str):
+            assert plans[0].estimate_us <= 1.3 * even[0].estimate_us, (B, D, H, plans[0], even[0])
 
 
 @pytest.mark.parametrize(
