@@ -352,7 +352,7 @@ def simulate_command(
         raise typer.BadParameter("compiles kernels: needs a process without TRITON_INTERPRET in its environment")
     model = replace(MACHINES[gpu], skew=skew)
     if all_suites:
-        path = file or table.default_path()
+        path = file or table.default_path(dtype)
         path = folder(path.parent, "--out") / path.name
         try:
             for line in table.write(path, dtype, model, first):

@@ -58,10 +58,11 @@ def names_of(case: Case) -> str:
     return ", ".join(dict.fromkeys(name for name in found if name))
 
 
-def default_path() -> Path:
-    """Return the file of these kernels and this release of Triton in the folder of results."""
+def default_path(dtype: str) -> Path:
+    """Return the file of these kernels, this release of Triton and this type in the folder of results."""
     release = ".".join(triton.__version__.split(".")[:2])
-    return RESULTS / f"simulated-triton-{release}-kernels-{kernels_commit()}.md"
+    kind = "" if dtype in HALF_TYPES else f"-{dtype}"
+    return RESULTS / f"simulated-triton-{release}-kernels-{kernels_commit()}{kind}.md"
 
 
 def kernels_commit() -> str:
@@ -101,8 +102,8 @@ from the machine code that Triton makes of the kernels of commit {kernels_commit
   reached.{alike}
 - *cycles*, *us*: of one time step. *limit*: the least microseconds of the recurrence by
   `lstm_triton_kernels.limit.least_pass_us`, from the GPU's data sheet; *times*: *us* over it. *barriers*: of a warp
-  in a step. *wavefronts*: of all accesses to shared memory of a step; *needed*: without bank conflicts, as if all warps took
-  part in each. *registers*, *spilled*: of a thread. *early polls*: in a step.
+  in a step. *wavefronts*: of all accesses to shared memory of a step; *needed*: without bank conflicts, as if all warps
+  took part in each. *registers*, *spilled*: of a thread. *early polls*: in a step.
 
 {heads}
 {rules}

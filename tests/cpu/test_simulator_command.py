@@ -201,7 +201,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, simulated, options):
 
 
 def test_the_file_is_none_that_the_report_reads(simulated):
-    path = table.default_path()
+    path = table.default_path("bfloat16")
     assert path.parent == RESULTS and path.name.startswith("simulated-triton-") and "kernels-0123456" in path.name
     found, damaged = rows.read_all(RESULTS)
     assert not damaged and not any("simulated" in f"{row['provider']} {row['strategy']} {row['gpu']}" for row in found)
