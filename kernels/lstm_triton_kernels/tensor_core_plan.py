@@ -31,8 +31,10 @@ MOST_REGISTERS = 255
 WORKING_REGISTERS, OUTPUT_REGISTERS, BLOCKS_REGISTERS = {False: 50, True: 66}, {False: 36, True: 30}, 8
 """Of a thread in the time loop, beside weights, operands and accumulators; for each of its outputs; and where a program
 has several row blocks. Forward, and backward (True)."""
-MANY_OUTPUTS_WORKING, MANY_OUTPUTS_REGISTERS = 60, {False: 6, True: 14}
+MANY_OUTPUTS_WORKING, MANY_OUTPUTS_REGISTERS = {False: 60, True: 84}, {False: 5, True: 11}
 """The same where a thread has so many outputs that it does not load ahead (`loads_ahead`)."""
+SECOND_SET_REGISTERS = 90
+"""Beside these for a second set of 8 rows, forward: with less room these kernels spill in the time loop."""
 LOADING_REGISTERS, LOADING_ELEMENT = 60, 3
 """Of a thread while it loads weights by columns, and for each element of a chunk then: two for its address, one for
 itself."""
@@ -199,7 +201,8 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[Per
     if loads_ahead(tile_rows, units, parts, warps):
         working = WORKING_REGISTERS[backward] + OUTPUT_REGISTERS[backward] * outputs
     else:
-        working = MANY_OUTPUTS_WORKING + MANY_OUTPUTS_REGISTERS[backward] * outputs
+        working = MANY_OUTPUTS_WORKING[backward] + MANY_OUTPUTS_REGISTERS[backward] * outputs
+        working += SECOND_SET_REGISTERS if tile.sets > 1 and not backward else 0
     working += BLOCKS_REGISTERS if blocks > 1 and not shared else 0
     grid_us = UNITS_US * log2(max(LEAST_UNIT_PROGRAMS, unit_programs))
     grid_us += PROGRAMS_US * log2(unit_programs * row_programs * layer.D)

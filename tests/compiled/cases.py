@@ -77,7 +77,7 @@ def quick() -> Iterator[Case]:
 
 def shared_rows() -> Iterator[Case]:
     """Many rows, which the warps of a program share."""
-    for n, (units, tile_rows, warps) in enumerate(((8, 32, 4), (16, 32, 2), (64, 64, 8), (16, 64, 4), (32, 128, 8))):
+    for n, (units, tile_rows, warps) in enumerate(((8, 32, 4), (16, 32, 2), (64, 64, 8), (16, 64, 4), (16, 128, 8))):
         for k, variant in enumerate(("standard", "coupled+diagonal", "full")):
             m = n + k
             B, flags = (tile_rows - 5, 2 * tile_rows - 3)[m % 2], FLAGS[(m + k) % 4]

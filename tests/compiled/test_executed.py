@@ -57,7 +57,7 @@ def test_the_quick_selection_has_a_case_of_everything():
         (case.dtype == "fp32", case.wait, case.D) for case in together
     }
     assert {(case.dtype == "fp32", case.wait) for case in QUICK if case.weak} == engines
-    shared = [case for case in QUICK if case.own_plans]
+    shared = [case for case in QUICK if case.own_plans and case.wait]
     assert {(case.dtype == "fp32", case.wait, case.own_plans.forward.blocks_per_program > 1) for case in shared} == {
         (*engine, several) for engine in engines for several in (False, True)
     }
@@ -66,10 +66,15 @@ def test_the_quick_selection_has_a_case_of_everything():
 
 
 def test_the_quick_selection_has_a_plan_of_every_kind():
-    """Of the kernels in Gluon: both tiles of rows, both layouts, chunks in shared memory, columns in several pieces."""
+    """Of the kernels in Gluon: all tiles of rows, both layouts, chunks in shared memory, columns in several pieces."""
     plans = [case.plans() for case in QUICK if case.dtype != "fp32" and not case.stepwise]
     for side in ("forward", "backward"):
         some = [getattr(both, side) for both in plans]
+        shared = [plan for plan in some if plan.parts < plan.num_warps]
+        assert {plan.block_b // plan.num_warps for plan in shared} == {8, 16}
+        assert {plan.blocks_per_program > 1 for plan in shared} == {False, True}
+        assert {plan.kept > 0 for plan in shared} == {plan.group < plan.chunks for plan in shared} == {False, True}
+        some = [plan for plan in some if plan.parts == plan.num_warps]
         assert {plan.block_b for plan in some} == {8, 16}
         assert {plan.tiled for plan in some} == {False, True}
         assert {plan.kept > 0 for plan in some} == {False, True}

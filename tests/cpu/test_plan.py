@@ -379,7 +379,7 @@ KNOWN = [
     ("h100", dict(H=1024) | IN_TF32, (64, 2, 1), dict(block_u=16, block_k=16, chunks=8, num_warps=8)),
     ("h100", dict(H=128, B=64), (8, 16, 1), dict(block_u=16, rows=4, num_warps=4, chunks=1)),
     ("h100", dict(H=128, B=512), (16, 8, 1), dict(block_u=8, block_b=64, parts=1, num_warps=8, kept=0, tiled=True)),
-    ("h100", dict(H=192, B=2000), (6, 22, 1), dict(block_u=32, block_b=128, rows=91, parts=1, num_warps=8, kept=6)),
+    ("h100", dict(H=192, B=2000), (3, 44, 1), dict(block_u=64, block_b=64, rows=46, parts=1, num_warps=8, kept=6)),
     ("h100", dict(H=192, B=2000) | BACKWARD, (6, 22, 1), dict(block_u=32, block_b=64, rows=46, parts=1, pause=0)),
     ("h100", dict(H=1024, B=128), (64, 2, 1), dict(block_u=16, block_b=64, rows=64, parts=1, kept=33)),
     ("h100", dict(H=64, B=64, D=2), (8, 8, 2), dict(block_u=8, block_k=32, num_warps=2, chunks=1)),
