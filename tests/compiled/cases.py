@@ -81,7 +81,7 @@ def shared_rows() -> Iterator[Case]:
         for k, variant in enumerate(("standard", "coupled+diagonal", "full")):
             m = n + k
             B, flags = (tile_rows - 5, 2 * tile_rows - 3)[m % 2], FLAGS[(m + k) % 4]
-            case = Case(variant, TENSOR_CORES[m % 3], 2, B, (40, 72)[k % 2], 1 + (m == 4), weak=m == 3, **flags)
+            case = Case(variant, TENSOR_CORES[m % 3], 2, B, (40, 72)[k % 2], 1 + (m == 4), "data", weak=m == 3, **flags)
             yield case.with_shared_rows(16 if variant == "full" else units, tile_rows, warps)
 
 

@@ -57,7 +57,7 @@ def test_the_quick_selection_has_a_case_of_everything():
         (case.dtype == "fp32", case.wait, case.D) for case in together
     }
     assert {(case.dtype == "fp32", case.wait) for case in QUICK if case.weak} == engines
-    shared = [case for case in QUICK if case.own_plans and case.wait]
+    shared = [case for case in QUICK if case.own_plans]
     assert {(case.dtype == "fp32", case.wait, case.own_plans.forward.blocks_per_program > 1) for case in shared} == {
         (*engine, several) for engine in engines for several in (False, True)
     }
