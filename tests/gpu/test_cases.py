@@ -66,7 +66,9 @@ def test_the_kernels_in_gluon_have_plans_of_all_kinds():
     for plans in found.values():
         assert {plan.together for plan in plans} == {1, 2}
         assert {plan.block_b for plan in plans if plan.parts == plan.num_warps} == {8, 16}
-        assert {8, 16, 32} <= {plan.block_u for plan in plans} <= {8, 16, 32, 64} and {plan.num_warps for plan in plans} >= {2, 4, 8}
+        assert {8, 16, 32} <= {plan.block_u for plan in plans} <= {8, 16, 32, 64} and {
+            plan.num_warps for plan in plans
+        } >= {2, 4, 8}
         assert {(plan.kept > 0, plan.kept == plan.chunks) for plan in plans} >= {(False, False), (True, False)}
         assert {plan.blocks_per_program > 1 for plan in plans} == {False, True}
         assert {plan.unit_programs > 1 for plan in plans} == {False, True}
