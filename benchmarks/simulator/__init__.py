@@ -8,7 +8,9 @@ is exact; every number of cycles or microseconds is simulated, none is measured.
 Assumptions:
 
 - one thread block is simulated, for all are alike: what it waits for is visible when its own last store of the step
-  before has reached the L2 cache (half of a load's latency), plus `skew`; a poll that comes too early is repeated
+  before has reached the L2 cache (half of a load's latency), plus `skew`; a poll that comes too early is repeated.
+  Where warps divide the rows this holds for each warp by itself
+- the room of an access in a cache line does not count: four rows of 16 bytes cost what 64 adjacent bytes cost
 - its warps sit on four sub-partitions, each of which issues one instruction a cycle, in order within a warp; of several
   ready warps the one that issued last, then the lowest number
 - stall counts, scoreboards and barriers are read from the code and obeyed

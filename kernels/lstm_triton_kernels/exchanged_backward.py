@@ -112,7 +112,7 @@ def exchanged_backward_kernel(
 
     gates_stride = B.to(gl.int64) * G * H
     cells_stride = B.to(gl.int64) * H
-    block_stride = slot_rows(rows, TILED) * P
+    block_stride = slot_rows(rows, ROWS, TILED) * P
     slot_stride = row_blocks.to(gl.int64) * block_stride
     d_gates_ptr += side * T * gates_stride
     gates_ptr += side * T * gates_stride

@@ -98,7 +98,7 @@ def exchanged_forward_kernel(
     gates_stride = B.to(gl.int64) * G * H
     output_stride = B.to(gl.int64) * D * H
     cells_stride = B.to(gl.int64) * H
-    block_stride = slot_rows(rows, TILED) * P
+    block_stride = slot_rows(rows, ROWS, TILED) * P
     slot_stride = row_blocks.to(gl.int64) * block_stride
     gates_ptr += side * T * gates_stride
     output_ptr += side * H

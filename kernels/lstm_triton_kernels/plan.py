@@ -15,7 +15,8 @@ class PersistentPlan:
     """One persistent launch.
 
     - block_u units and block_b rows in a program's tile, of which `rows` are used; block_k columns in a part of a
-      chunk, `parts` parts, `chunks` chunks (resident.py, tiles.py), of which `group` are read at once
+      chunk, `parts` parts, `chunks` chunks (resident.py, tiles.py), of which `group` are read at once. In Gluon there
+      is a part for each warp, or one part, where the warps divide the rows instead
     - unit_programs, row_programs, directions: the grid; row_blocks: blocks of rows there are, at least row_programs
     - wait: how programs wait for each other (sync.py), None where one holds all units and need not; pause: clocks
       before the first poll of the data

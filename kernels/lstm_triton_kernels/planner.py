@@ -15,7 +15,7 @@ import torch
 from lstm_triton_kernels import float32_plan, tensor_core_plan
 from lstm_triton_kernels.gpus import GPU
 from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference
-from lstm_triton_kernels.sizes import Layer, ceil_div
+from lstm_triton_kernels.sizes import Layer, padded_row
 
 PERSISTENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -69,8 +69,8 @@ def why_not(layer: Layer) -> str | None:
         return "there are no rows"
     if layer.H < 1:
         return "there are no units"
-    padded = 16 * ceil_div(layer.H, 16) if layer.exact else layer.H  # hidden states of the kernels in plain Triton
-    if layer.B * max(layer.gates * layer.H, layer.D * padded) >= 2**31:
+    width = padded_row(layer.H) if layer.exact else layer.H
+    if layer.B * max(layer.gates * layer.H, layer.D * width) >= 2**31:
         return f"a step of {layer.B} rows and {layer.H} units has more elements than 32-bit offsets reach"
     return None
 

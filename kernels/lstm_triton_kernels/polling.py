@@ -5,8 +5,8 @@ holds rows of P elements for every row block, P a multiple of what the warps of 
 in 16 bytes, element (row, column) of a row block is at
 
 - `TILED`: tile (row // 8, column // V), in it row % 8, column % V. A tile is a line of 128 bytes; what a program
-  publishes fills tiles, and a load of a warp reads four whole tiles. A row block takes the room of its rows, filled up
-  to whole tiles.
+  publishes fills tiles, and a load of a warp reads four whole tiles. A row block takes the room of the ROWS of
+  its tile, so that strides are known when a kernel is compiled.
 - else row · P + column, and a row block takes the room of the rows that it has.
 
 What is published, and how a reader sees that it is there, is that of `sync.py` (*data*): a buffer filled with all ones,
@@ -99,10 +99,10 @@ def missing_ptx(words, absent, bits, has_max):
 
 
 @gluon.jit
-def slot_rows(rows, TILED: gl.constexpr):
+def slot_rows(rows, ROWS: gl.constexpr, TILED: gl.constexpr):
     """Return the rows for which a row block of `rows` rows has room in a slot."""
     if TILED:
-        return (rows + 7) // 8 * 8
+        return ROWS
     else:
         return rows
 

@@ -22,7 +22,7 @@ from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
 from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference
 from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.settle import SETTLED, Usage, settled, usage_elsewhere, usage_on_device
-from lstm_triton_kernels.sizes import Layer, accumulator_dtype, ceil_div, matmul_precision
+from lstm_triton_kernels.sizes import Layer, accumulator_dtype, matmul_precision, padded_row
 from lstm_triton_kernels.spec import LSTMSpec
 from lstm_triton_kernels.sync import COUNTER_STRIDE, POLLS, unpublish
 from lstm_triton_kernels.tensor_core_plan import exchanged_columns, fits, no_gluon, thread_registers
@@ -163,8 +163,7 @@ def forward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     )
     if not plan.exact:
         return results | dict(output_ptr=torch.empty(T, B, D, H, dtype=layer.dtype, device=device))
-    # Where programs exchange rows of it, every row begins on 16 bytes, and is read in pieces of 16 bytes.
-    width = H if plan.alone else 16 * ceil_div(H, 16)
+    width = H if plan.alone else padded_row(H)
     hidden = torch.empty(T + 1, B, D, width, dtype=layer.dtype, device=device)
     return results | dict(hidden_ptr=hidden, padded_H=width)
 
@@ -355,7 +354,7 @@ def exchange_buffer(launch: Launch, plan: PersistentPlan) -> Tensor:
     (D, T + 1, row_blocks, rows · P), see polling.py.
     """
     layer, columns = launch.layer, plan.columns
-    rows = ceil_div(plan.rows, 8) * 8 if plan.tiled else plan.rows
+    rows = plan.block_b if plan.tiled else plan.rows
     shape = (layer.D, layer.T + 1, plan.row_blocks, rows * columns)
     exchange = torch.empty(shape, dtype=layer.dtype, device=launch.device)
     unpublish(exchange)

@@ -39,6 +39,11 @@ def padded_units(H: int) -> int:
     return (H + 7) // 8 * 8
 
 
+def padded_row(H: int) -> int:
+    """Return the elements of a row of hidden states of the kernels in plain Triton: every row begins on 16 bytes."""
+    return 16 * ceil_div(H, 16)
+
+
 class Layer(NamedTuple):
     """One layer over a sequence, all its directions, and what is asked of it.
 

@@ -13,8 +13,8 @@ set, or two with a full peephole. Blocks of a program's own rows and units are (
 
 The layouts are made so that no value moves between threads except through the sum: a chunk of a right operand arrives
 in its registers (polling.py), and after the sum a thread has all sets of its elements (row, unit). With several parts
-its own elements are few; with one part those of its product: UNITS / 8 adjacent units of each of its rows, for which
-the rows of the weights are put in that order (`unit_of`).
+these are spread over the threads anew; with one part they are where the product left them, UNITS / 8 adjacent units of
+each of a thread's rows, and the rows of the weights are ordered for that (`unit_of`).
 """
 
 import triton

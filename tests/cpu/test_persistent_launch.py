@@ -101,7 +101,7 @@ def test_what_a_kernel_in_gluon_is_given_of_a_plan(changed, backward):
     for plan in ranked_plans(layer, backward, H100)[:4]:
         arguments = launch_of(layer, backward, T=3).arguments(plan)
         exchange = arguments["exchange_ptr"]  # a slot for every step, and one for the initial state
-        rows = -(-plan.rows // 8) * 8 if plan.tiled else plan.rows
+        rows = plan.block_b if plan.tiled else plan.rows
         assert exchange.shape == (layer.D, 4, plan.row_blocks, rows * plan.columns)
         assert exchange.dtype == layer.dtype
         assert arguments["PIECES"] * plan.group == arguments["CHUNKS"] == plan.chunks
@@ -127,7 +127,7 @@ def test_what_no_program_publishes_is_zero_and_all_else_missing(changed, backwar
         plan = replace(plan, tiled=tiled)
         exchange = launch_of(layer, backward).arguments(plan)["exchange_ptr"]
         V = 16 // layer.element_bytes
-        rows = -(-plan.rows // 8) * 8 if tiled else plan.rows
+        rows = plan.block_b if tiled else plan.rows
         row, column = torch.arange(rows)[:, None], torch.arange(plan.columns)[None, :]
         if tiled:  # as polling.py says
             place = row // 8 * (8 * plan.columns) + column // V * (8 * V) + row % 8 * V + column % V
