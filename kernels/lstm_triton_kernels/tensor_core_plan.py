@@ -33,7 +33,7 @@ WORKING_REGISTERS, OUTPUT_REGISTERS, BLOCKS_REGISTERS = {False: 50, True: 66}, {
 has several row blocks. Forward, and backward (True)."""
 MANY_OUTPUTS_WORKING, MANY_OUTPUTS_REGISTERS = {False: 60, True: 84}, {False: 5, True: 11}
 """The same where a thread has so many outputs that it does not load ahead (`loads_ahead`)."""
-SECOND_SET_REGISTERS = 90
+SECOND_SET_REGISTERS = 98
 """Beside these for a second set of 8 rows, forward: with less room these kernels spill in the time loop."""
 LOADING_REGISTERS, LOADING_ELEMENT = 60, 3
 """Of a thread while it loads weights by columns, and for each element of a chunk then: two for its address, one for
