@@ -1,7 +1,7 @@
 """The steps of a layer by the persistent kernels: all directions in one launch a pass.
 
-Imported when first used: it needs triton. Shapes: T time steps, B batch rows, H hidden units, D directions, G gate
-blocks, Q peephole blocks.
+Imported when first used: it needs triton. Shapes: T time steps, B batch rows, H hidden units, P hidden size after
+projection (else H), D directions, G gate blocks, Q peephole blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def forward(
 ) -> States:
     """Compute all steps, as `layer.Loop.forward`."""
     assert gates is not None
-    layer = sequence_persistent.layer_of(gates, c_0.shape[2], call.spec, order)
+    P = h_0.shape[2] if call.projection else 0
+    layer = sequence_persistent.layer_of(gates, c_0.shape[2], call.spec, order, P)
     tensors = (gates, h_0.contiguous(), c_0.contiguous(), *recurrent_weights(weights))
     launch = sequence_persistent.forward_launch(
         layer, *tensors, order, save=call.every_cell, save_gates=call.save_gates
@@ -36,7 +37,8 @@ def backward(
     """Compute all steps backward, as `layer.Loop.backward`."""
     spec = call.spec
     output, h_n, c_n, states = (None if gradient is None else gradient.contiguous() for gradient in grads)
-    layer = sequence_persistent.layer_of(gates, cells.shape[3], spec, order)
+    P = weights[0].weight_hh.shape[1] if call.projection else 0
+    layer = sequence_persistent.layer_of(gates, cells.shape[3], spec, order, P)
     tensors = (output, states, h_n, c_n, gates, cells, *recurrent_weights(weights))
     found = sequence_persistent.run(sequence_persistent.backward_launch(layer, *tensors, order))
     d_gates, dc = found["d_gates_ptr"], found["dc_ptr"]
@@ -44,10 +46,11 @@ def backward(
         if spec.full and w.weight_ch is not None:  # the kernel leaves out what the first step adds
             own = order.direction(n)
             dc[n] += own.read_first(own.first(d_gates[n])) @ spec.previous_peephole(w.weight_ch)
-    return d_gates, None, dc
+    return d_gates, found.get("d_hidden_ptr"), dc
 
 
-def recurrent_weights(weights: Sequence[LSTMWeights]) -> tuple[Tensor, Tensor | None]:
-    """Return weight_hh (D, G·H, H) and weight_ch (D, Q·H) or (D, Q·H, H) of all directions, contiguous."""
-    w_hh, w_ch = [w.weight_hh for w in weights], [w.weight_ch for w in weights if w.weight_ch is not None]
-    return together(w_hh), together(w_ch) if w_ch else None
+def recurrent_weights(weights: Sequence[LSTMWeights]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return weight_hh (D, G·H, P), weight_hr (D, P, H) and weight_ch (D, Q·H) or (D, Q·H, H), contiguous; or None."""
+    w_hr = [w.weight_hr for w in weights if w.weight_hr is not None]
+    w_ch = [w.weight_ch for w in weights if w.weight_ch is not None]
+    return together([w.weight_hh for w in weights]), together(w_hr) if w_hr else None, together(w_ch) if w_ch else None

@@ -7,6 +7,10 @@ its units (with a full peephole, and of V: their dc). What it publishes then are
 Slot n of the exchange buffer holds the gradients of step n as the step before reads them: zeros in rows that do not
 have step n, or are reset before it. Slot `steps`, behind the last step, is zero. They are stored twice, there and in
 d_gates, which the GEMMs after the loop read.
+
+The second exchange within a step (`exchanged_forward`) goes the other way: of a projection a program has the dh of its
+part of h, which all need for the gradient of o tanh(c_t); of a full peephole on c_t it has the gradient of its output
+gates, which all need for their dc_t.
 """
 
 from __future__ import annotations
@@ -21,23 +25,23 @@ from lstm_triton_kernels.equations import (
     previous_cell_gradient,
     store_gates,
 )
+from lstm_triton_kernels.exchanged_forward import publish_operand
 from lstm_triton_kernels.inline_ptx import round_to_tf32
-from lstm_triton_kernels.polling import lane_elements, load_when_there, read_places, slot_place, slot_rows
+from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
 from lstm_triton_kernels.tiles import (
-    add_products,
     barrier,
+    exchanged_product,
+    load_second_weights,
     load_weights,
     loads_ahead,
-    no_products,
-    operand_layout,
     own_gates_layout,
     own_layout,
     padded_units,
-    part_buffer_layout,
     row_in_block,
-    sum_of_parts,
+    second_sets,
+    sum_buffer,
 )
 from lstm_triton_kernels.time_loop import load_saved, rows_in_turn, step_of
 
@@ -70,48 +74,64 @@ def publish_gates(
 
 @gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def exchanged_backward_kernel(
-    d_gates_ptr, dc_ptr, exchange_ptr, gates_ptr, cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr,
-    grad_c_n_ptr, w_hh_ptr, w_ch_ptr, lengths_ptr, resets_ptr, error_ptr,
+    d_gates_ptr, d_hidden_ptr, dc_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr, gates_ptr,
+    cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr, grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr,
+    resets_ptr, error_ptr,
     T, B, rows, row_blocks, max_polls, pause,
-    H: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr, OUTPUT_CURRENT: gl.constexpr,
+    H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr, OUTPUT_CURRENT: gl.constexpr,
     HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr, HAS_GRAD_H_N: gl.constexpr,
     HAS_GRAD_C_N: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr, ONE_BLOCK: gl.constexpr,
-    PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr, TILED: gl.constexpr,
-    ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
+    PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr,
+    PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr, PROJECTION_CHUNKS: gl.constexpr,
+    PROJECTION_PIECES: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0, without a full peephole's part.
 
-    - exchange: as forward, with the columns of `weights_at`
+    - exchange: as forward, with the columns of `weights_at`; peephole_exchange of d_o, projection_exchange of dh
+    - d_hidden: (D, T, B, PROJECTION) out, the gradient of every h_t; None without a projection
+    - grad_output: (T, B, D·HIDDEN); grad_h_n: (D, B, HIDDEN); weights as forward
     - the other tensors as in `persistent_backward_kernel`; the constants as in `exchanged_forward_kernel`
     """
     G: gl.constexpr = 3 if COUPLED else 4
     Q: gl.constexpr = 2 if COUPLED else 3
+    HIDDEN: gl.constexpr = PROJECTION if PROJECTION > 0 else H
+    CURRENT: gl.constexpr = FULL and OUTPUT_CURRENT
     SETS: gl.constexpr = 2 if FULL else 1
     D_TYPE: gl.constexpr = d_gates_ptr.dtype.element_ty
     V: gl.constexpr = lane_elements(D_TYPE)
     P: gl.constexpr = 4 * V * CHUNKS * PARTS
     own: gl.constexpr = own_layout(ROWS, UNITS, PARTS, WARPS)
-    words: gl.constexpr = operand_layout(1, 4, PARTS, WARPS)
     each: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     direction = gl.program_id(2)
     reverse = direction == 1
     side = direction.to(gl.int64)
     first_unit = gl.program_id(0) * UNITS
     unit = first_unit + gl.arange(0, UNITS, layout=gl.SliceLayout(0, own))
-    w_hh_ptr += side * G * H * H
+    w_hh_ptr += side * G * H * HIDDEN
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
         w_ch_ptr += side * Q * H * H
     w, kept = load_weights(
-        w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, True, CHUNKS, KEPT, UNITS, V, PARTS, WARPS, PRECISION
-    )
-    if PARTS > 1:
-        buffer = gl.allocate_shared_memory(gl.float32, [PARTS, SETS, UNITS, ROWS], part_buffer_layout(ROWS))
-    else:
-        buffer = kept  # not written
+        w_hh_ptr, w_ch_ptr, first_unit, H, HIDDEN, G, FULL, OUTPUT_CURRENT, True, CHUNKS, KEPT, UNITS, V, PARTS, WARPS,
+        PRECISION,
+    )  # fmt: skip
+    buffer = sum_buffer(SETS, UNITS, ROWS, PARTS, kept)
+    if CURRENT:
+        w_o = load_second_weights(
+            w_ch_ptr + (Q - 1) * H * H, first_unit, 1, H, H, H, PEEPHOLE_CHUNKS, UNITS, PARTS, WARPS, PRECISION
+        )
+        peephole_buffer = sum_buffer(second_sets(UNITS), UNITS, ROWS, PARTS, w_o)
+    if PROJECTION > 0:
+        w_r = load_second_weights(
+            w_hr_ptr + side * PROJECTION * H, first_unit, 1, H, H, PROJECTION, PROJECTION_CHUNKS, UNITS, PARTS, WARPS,
+            PRECISION,
+        )  # fmt: skip
+        projection_buffer = sum_buffer(second_sets(UNITS), UNITS, ROWS, PARTS, w_r)
 
     gates_stride = B.to(gl.int64) * G * H
     cells_stride = B.to(gl.int64) * H
+    states_stride = B.to(gl.int64) * HIDDEN
     block_stride = slot_rows(rows, ROWS, TILED) * P
     slot_stride = row_blocks.to(gl.int64) * block_stride
     d_gates_ptr += side * T * gates_stride
@@ -120,11 +140,11 @@ def exchanged_backward_kernel(
     before_ptr = cells_ptr + (side * (T + 1) + side) * cells_stride  # c_{t-1} stands at index t of it
     current_ptr = cells_ptr + (side * (T + 1) + 1 - side) * cells_stride  # and c_t at index t of this
     if HAS_GRAD_OUTPUT:
-        grad_output_ptr += side * H
+        grad_output_ptr += side * HIDDEN
     if HAS_GRAD_CELLS:
         grad_cells_ptr += side * H
     if HAS_GRAD_H_N:
-        grad_h_n_ptr += side * cells_stride
+        grad_h_n_ptr += side * states_stride
     if HAS_GRAD_C_N:
         grad_c_n_ptr += side * cells_stride
     dc_ptr += side * cells_stride
@@ -132,7 +152,19 @@ def exchanged_backward_kernel(
     block = gl.program_id(1)
     in_block = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, own)), ROWS, PARTS)
     row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
+    if CURRENT:
+        P_O: gl.constexpr = 4 * V * PEEPHOLE_CHUNKS * PARTS
+        peephole_stride = slot_rows(rows, ROWS, TILED) * P_O
+        peephole_exchange_ptr += side * T * (row_blocks.to(gl.int64) * peephole_stride)
+        own_peephole_place = slot_place(in_block[:, None], unit[None, :], P_O, V, TILED)
+    if PROJECTION > 0:
+        P_R: gl.constexpr = 4 * V * PROJECTION_CHUNKS * PARTS
+        projection_stride = slot_rows(rows, ROWS, TILED) * P_R
+        projection_exchange_ptr += side * T * (row_blocks.to(gl.int64) * projection_stride)
+        own_projection_place = slot_place(in_block[:, None], unit[None, :], P_R, V, TILED)
+        d_hidden_ptr += side * T * states_stride
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
+    hidden_mask = row_mask[:, None] & (unit < HIDDEN)[None, :]
     state = row[:, None] * H + unit[None, :]
     zero = gl.zeros([ROWS, UNITS], gl.float32, own)
     dc = zero
@@ -146,13 +178,17 @@ def exchanged_backward_kernel(
             place = d_gates_ptr + gates_stride * n + row[:, None] * G * H + unit[None, :]
             for g in gl.static_range(G):
                 gl.store(place + g * H, zero.to(D_TYPE), mask=tile_mask)
+            if PROJECTION > 0:
+                place = d_hidden_ptr + states_stride * n + row[:, None] * HIDDEN + unit[None, :]
+                gl.store(place, zero.to(D_TYPE), mask=hidden_mask)
     for b in range(block, row_blocks, gl.num_programs(1)):
         slot_ptr = exchange_ptr + steps * slot_stride + b.to(gl.int64) * block_stride
         publish_gates(
             slot_ptr, first_unit, gl.minimum(rows, B - b * rows), zero, zero, zero, zero, H, G, P, V, TILED, ROWS,
             UNITS, PARTS, WARPS, PRECISION,
         )  # fmt: skip
-    places = read_places(gl.minimum(rows, B - block * rows), P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
+    rows_here = gl.minimum(rows, B - block * rows)
+    places = read_places(rows_here, P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
     polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
 
@@ -161,7 +197,7 @@ def exchanged_backward_kernel(
     if AHEAD:
         saved_next, c_next, grads_next = load_saved(
             gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1, row, row_mask, length, unit,
-            B, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+            B, H, HIDDEN, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
         )  # fmt: skip
 
     for iteration in range(steps * blocks):
@@ -170,9 +206,11 @@ def exchanged_backward_kernel(
         if not ONE_BLOCK:
             row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
+            hidden_mask = row_mask[:, None] & (unit < HIDDEN)[None, :]
             state = row[:, None] * H + unit[None, :]
             dc = gl.load(dc_ptr + state, mask=tile_mask, other=0.0)
-            places = read_places(gl.minimum(rows, B - b * rows), P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
+            rows_here = gl.minimum(rows, B - b * rows)
+            places = read_places(rows_here, P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
         t = time_of_step(n, length, reverse)
         step_mask = row_mask & (n < length)
         step_tile_mask = tile_mask & step_mask[:, None]
@@ -185,19 +223,20 @@ def exchanged_backward_kernel(
             )
             saved_next, c_next, grads_next = load_saved(
                 gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
-                next_row_mask, next_length, unit, B, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+                next_row_mask, next_length, unit, B, H, HIDDEN, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
             )  # fmt: skip
         else:
             saved, c_read, grads = load_saved(
                 gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, n, row, row_mask, length, unit, B,
-                H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+                H, HIDDEN, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
             )  # fmt: skip
 
-        last_mask = step_tile_mask & row_values(n == length - 1, HAS_LENGTHS)
+        last = step_mask[:, None] & row_values(n == length - 1, HAS_LENGTHS)
         if HAS_GRAD_H_N:
-            d_h_n = gl.load(grad_h_n_ptr + state, mask=last_mask, other=0.0)
+            place = grad_h_n_ptr + row[:, None] * HIDDEN + unit[None, :]
+            d_h_n = gl.load(place, mask=hidden_mask & last, other=0.0)
         if HAS_GRAD_C_N:
-            d_c_n = gl.load(grad_c_n_ptr + state, mask=last_mask, other=0.0)
+            d_c_n = gl.load(grad_c_n_ptr + state, mask=tile_mask & last, other=0.0)
         f, g, o = saved[G - 3].to(gl.float32), saved[G - 2].to(gl.float32), saved[G - 1].to(gl.float32)
         i = 1.0 - f if COUPLED else saved[0].to(gl.float32)
         c_previous, c = c_read[0], c_read[1]
@@ -208,20 +247,15 @@ def exchanged_backward_kernel(
         by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
 
         slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
-        acc = no_products(SETS * UNITS, ROWS, PARTS, WARPS)
-        PIECE: gl.constexpr = CHUNKS // PIECES
-        STEP: gl.constexpr = 4 * V * (8 if TILED else 1)
-        for piece in gl.static_range(PIECES):
-            there, polls_left = load_when_there(
-                slot_ptr + slot_stride + piece * (PIECE * STEP), places, polls, clocks, ONE_BLOCK and piece == 0, PIECE,
-                TILED, ROWS, PARTS, WARPS, words,
+        dh = zero
+        if (first_unit < padded_units(HIDDEN)) if PROJECTION > 0 and not FULL else True:
+            recurrent, polls = exchanged_product(
+                slot_ptr + slot_stride, places, polls, clocks, w, kept, buffer, ONE_BLOCK, SETS, CHUNKS, PIECES, TILED,
+                ROWS, UNITS, PARTS, WARPS, PRECISION,
             )  # fmt: skip
-            polls = gl.where(polls_left > 0, polls, 0)  # a warp that gave up once does not wait again
-            acc = add_products(acc, w, kept, there, piece * PIECE, D_TYPE, PRECISION, V, PARTS, WARPS)
-        recurrent = sum_of_parts(acc, buffer, SETS, UNITS, ROWS, PARTS, WARPS)
-        dh = recurrent[0]
-        if FULL:
-            dc += recurrent[1]
+            dh = recurrent[0]
+            if FULL:
+                dc += recurrent[1]
         if HAS_GRAD_OUTPUT:
             dh += grads[0].to(gl.float32)
         if HAS_GRAD_CELLS:
@@ -231,12 +265,33 @@ def exchanged_backward_kernel(
         if HAS_GRAD_C_N:
             dc += d_c_n.to(gl.float32)
 
+        if PROJECTION > 0:
+            second_ptr = projection_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * projection_stride
+            publish_mask = row_mask[:, None] & (unit < padded_units(HIDDEN))[None, :]
+            publish_operand(second_ptr + own_projection_place, dh, publish_mask, PRECISION)
+            place = at_time(d_hidden_ptr, t, states_stride, HAS_LENGTHS) + row[:, None] * HIDDEN + unit[None, :]
+            gl.store(place, dh.to(D_TYPE), mask=hidden_mask)
+            unprojected, polls = exchanged_product(
+                second_ptr, read_places(rows_here, P_R, V, TILED, PROJECTION_CHUNKS, ROWS, PARTS, WARPS), polls, clocks,
+                (), w_r, projection_buffer, ONE_BLOCK, second_sets(UNITS), PROJECTION_CHUNKS, PROJECTION_PIECES, TILED,
+                ROWS, UNITS, PARTS, WARPS, PRECISION,
+            )  # fmt: skip
+            dh = unprojected[0]
         d_o = dh * by_o
         dc += dh * by_c
+        if CURRENT:
+            second_ptr = peephole_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * peephole_stride
+            publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
+            publish_operand(second_ptr + own_peephole_place, d_o, publish_mask, PRECISION)
+            of_o, polls = exchanged_product(
+                second_ptr, read_places(rows_here, P_O, V, TILED, PEEPHOLE_CHUNKS, ROWS, PARTS, WARPS), polls, clocks,
+                (), w_o, peephole_buffer, ONE_BLOCK, second_sets(UNITS), PEEPHOLE_CHUNKS, PEEPHOLE_PIECES, TILED, ROWS,
+                UNITS, PARTS, WARPS, PRECISION,
+            )  # fmt: skip
+            dc += of_o[0]
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v[Q - 1] * d_o
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
-        rows_here = gl.minimum(rows, B - b * rows)
         d = (d_i, d_f, d_g, d_o)
         if HAS_RESETS:
             read = (reset == 0)[:, None]

@@ -8,6 +8,11 @@ product.
 
 In each step a program lets some hundred clocks pass, since no other program is done earlier. Then its warps poll until
 they have what they multiply, the sums of their parts are added up, and the program publishes.
+
+Two variants need a product within the step, and so a second exchange, through a buffer with a slot for each step: a
+full peephole of the output gate on c_t, which needs c_t of all units, and a projection, h_t = W_hr (o tanh(c_t)), which
+needs o tanh(c_t) of all units (Sak et al. 2014). A program has the rows of W_hr with the numbers of its units, as far
+as there are so many; programs without any wait for the next h_t at once.
 """
 
 from __future__ import annotations
@@ -18,53 +23,65 @@ from triton.experimental.gluon import language as gl
 from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.equations import load_peephole, next_cell, output_gate
 from lstm_triton_kernels.inline_ptx import round_to_tf32
-from lstm_triton_kernels.polling import lane_elements, load_when_there, read_places, slot_place, slot_rows
+from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
 from lstm_triton_kernels.rows import at_time, rows_of_block, time_of_step
 from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
 from lstm_triton_kernels.tiles import (
-    add_products,
     barrier,
+    exchanged_product,
+    load_second_weights,
     load_weights,
     loads_ahead,
-    no_products,
-    operand_layout,
     own_layout,
     padded_units,
-    part_buffer_layout,
     row_in_block,
-    sum_of_parts,
+    second_sets,
+    sum_buffer,
 )
 from lstm_triton_kernels.time_loop import cell_places, load_gate_inputs, rows_in_turn, step_of, store_step
 
 
 @gluon.jit
+def publish_operand(ptr, value, mask, PRECISION: gl.constexpr):
+    """Publish a block as an operand of products."""
+    publish(ptr, round_to_tf32(value) if PRECISION == "tf32" else value, mask)
+
+
+@gluon.jit
 def publish_state(
-    slot_ptr, place, h, c, mask, H: gl.constexpr, P: gl.constexpr, V: gl.constexpr, TILED: gl.constexpr,
+    slot_ptr, place, h, c, row_mask, unit, H: gl.constexpr, HIDDEN: gl.constexpr, V: gl.constexpr, TILED: gl.constexpr,
     FULL: gl.constexpr, PRECISION: gl.constexpr,
 ):  # fmt: skip
     """Publish h, and with a full peephole c, of a program's own rows and units, as operands of the products."""
-    publish(slot_ptr + place, round_to_tf32(h) if PRECISION == "tf32" else h, mask)
+    BEFORE_C: gl.constexpr = padded_units(HIDDEN)
+    publish_operand(slot_ptr + place, h, row_mask[:, None] & (unit < BEFORE_C)[None, :], PRECISION)
     if FULL:
-        HP: gl.constexpr = padded_units(H)
-        behind = HP // V * (8 * V) if TILED else HP
-        publish(slot_ptr + place + behind, round_to_tf32(c) if PRECISION == "tf32" else c, mask)
+        behind = BEFORE_C // V * (8 * V) if TILED else BEFORE_C
+        publish_operand(
+            slot_ptr + place + behind, c, row_mask[:, None] & (unit < padded_units(H))[None, :], PRECISION
+        )
 
 
 @gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def exchanged_forward_kernel(
-    gates_ptr, output_ptr, exchange_ptr, cells_ptr, h_n_ptr, c_n_ptr, h_0_ptr, c_0_ptr, w_hh_ptr, w_ch_ptr, lengths_ptr,
-    resets_ptr, error_ptr,
+    gates_ptr, output_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr, cells_ptr, h_n_ptr, c_n_ptr,
+    h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr, resets_ptr, error_ptr,
     T, B, rows, row_blocks, max_polls, pause,
-    H: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr, OUTPUT_CURRENT: gl.constexpr,
+    H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr, OUTPUT_CURRENT: gl.constexpr,
     SAVE_GATES: gl.constexpr, CELLS: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr,
     ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr,
-    TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
+    PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr, PROJECTION_CHUNKS: gl.constexpr,
+    PROJECTION_PIECES: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
 
-    - output: (T, B, D, H) out; exchange: (D, T + 1, row_blocks, `slot_rows` · P), all ones, but zero in columns that
-      no program publishes; P = 4 V · CHUNKS · PARTS
-    - cells, h_n, c_n, h_0, c_0, w_hh, w_ch, lengths, resets, error, ONE_BLOCK: as in `persistent_forward_kernel`
+    - output: (T, B, D, HIDDEN) out; HIDDEN = PROJECTION, the size of a projected h, or H where that is 0
+    - exchange: (D, T + 1, row_blocks, `slot_rows` · P), all ones, but zero in columns that no program publishes;
+      P = 4 V · CHUNKS · PARTS; peephole_exchange, projection_exchange: the same of T slots, with chunks of their own;
+      None where the step has no such product
+    - h_n, h_0: (D, B, HIDDEN); w_hh: (D, G·H, HIDDEN); w_hr: (D, PROJECTION, H)
+    - cells, c_n, c_0, w_ch, lengths, resets, error, ONE_BLOCK: as in `persistent_forward_kernel`
 
     CHUNKS of each of PARTS of the columns, KEPT of them in shared memory; they are waited for and multiplied in PIECES.
     ROWS: of a tile, of which `rows` are used; UNITS: a multiple of 8.
@@ -74,8 +91,9 @@ def exchanged_forward_kernel(
     H_TYPE: gl.constexpr = output_ptr.dtype.element_ty
     V: gl.constexpr = lane_elements(H_TYPE)
     P: gl.constexpr = 4 * V * CHUNKS * PARTS
+    HIDDEN: gl.constexpr = PROJECTION if PROJECTION > 0 else H
+    CURRENT: gl.constexpr = FULL and OUTPUT_CURRENT
     own: gl.constexpr = own_layout(ROWS, UNITS, PARTS, WARPS)
-    words: gl.constexpr = operand_layout(1, 4, PARTS, WARPS)
     each: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     direction = gl.program_id(2)
     reverse = direction == 1
@@ -83,39 +101,59 @@ def exchanged_forward_kernel(
     side = direction.to(gl.int64)
     first_unit = gl.program_id(0) * UNITS
     unit = first_unit + gl.arange(0, UNITS, layout=gl.SliceLayout(0, own))
-    w_hh_ptr += side * G * H * H
+    w_hh_ptr += side * G * H * HIDDEN
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
         w_ch_ptr += side * Q * H * H
     w, kept = load_weights(
-        w_hh_ptr, w_ch_ptr, first_unit, H, G, FULL, False, CHUNKS, KEPT, UNITS, V, PARTS, WARPS, PRECISION
-    )
-    if PARTS > 1:
-        buffer = gl.allocate_shared_memory(gl.float32, [PARTS, 4, UNITS, ROWS], part_buffer_layout(ROWS))
-    else:
-        buffer = kept  # not written
+        w_hh_ptr, w_ch_ptr, first_unit, H, HIDDEN, G, FULL, OUTPUT_CURRENT, False, CHUNKS, KEPT, UNITS, V, PARTS, WARPS,
+        PRECISION,
+    )  # fmt: skip
+    buffer = sum_buffer(4, UNITS, ROWS, PARTS, kept)
+    if CURRENT:
+        w_o = load_second_weights(
+            w_ch_ptr + (Q - 1) * H * H, first_unit, H, 1, H, H, PEEPHOLE_CHUNKS, UNITS, PARTS, WARPS, PRECISION
+        )
+        peephole_buffer = sum_buffer(second_sets(UNITS), UNITS, ROWS, PARTS, w_o)
+    if PROJECTION > 0:
+        w_r = load_second_weights(
+            w_hr_ptr + side * PROJECTION * H, first_unit, H, 1, PROJECTION, H, PROJECTION_CHUNKS, UNITS, PARTS, WARPS,
+            PRECISION,
+        )  # fmt: skip
+        projection_buffer = sum_buffer(second_sets(UNITS), UNITS, ROWS, PARTS, w_r)
 
     gates_stride = B.to(gl.int64) * G * H
-    output_stride = B.to(gl.int64) * D * H
+    output_stride = B.to(gl.int64) * D * HIDDEN
     cells_stride = B.to(gl.int64) * H
+    states_stride = B.to(gl.int64) * HIDDEN
     block_stride = slot_rows(rows, ROWS, TILED) * P
     slot_stride = row_blocks.to(gl.int64) * block_stride
     gates_ptr += side * T * gates_stride
-    output_ptr += side * H
+    output_ptr += side * HIDDEN
     exchange_ptr += side * (T + 1) * slot_stride
     if CELLS == "all":
         cells_ptr += side * (T + 1) * cells_stride
     if CELLS == "one":
         cells_ptr += side * cells_stride
-    h_0_ptr += side * cells_stride
+    h_0_ptr += side * states_stride
     c_0_ptr += side * cells_stride
-    h_n_ptr += side * cells_stride
+    h_n_ptr += side * states_stride
     c_n_ptr += side * cells_stride
 
     # The initial states are published like all others.
     block = gl.program_id(1)
     in_block = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, own)), ROWS, PARTS)
     own_place = slot_place(in_block[:, None], unit[None, :], P, V, TILED)
+    if CURRENT:
+        P_O: gl.constexpr = 4 * V * PEEPHOLE_CHUNKS * PARTS
+        peephole_stride = slot_rows(rows, ROWS, TILED) * P_O
+        peephole_exchange_ptr += side * T * (row_blocks.to(gl.int64) * peephole_stride)
+        own_peephole_place = slot_place(in_block[:, None], unit[None, :], P_O, V, TILED)
+    if PROJECTION > 0:
+        P_R: gl.constexpr = 4 * V * PROJECTION_CHUNKS * PARTS
+        projection_stride = slot_rows(rows, ROWS, TILED) * P_R
+        projection_exchange_ptr += side * T * (row_blocks.to(gl.int64) * projection_stride)
+        own_projection_place = slot_place(in_block[:, None], unit[None, :], P_R, V, TILED)
     row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
     for b in range(block, row_blocks, gl.num_programs(1)):
         if not ONE_BLOCK:
@@ -123,7 +161,10 @@ def exchanged_forward_kernel(
         tile_mask = row_mask[:, None] & (unit < H)[None, :]
         state = row[:, None] * H + unit[None, :]
         c = gl.load(c_0_ptr + state, mask=tile_mask, other=0.0).to(gl.float32)
-        h = gl.load(h_0_ptr + state, mask=tile_mask, other=0.0).to(gl.float32)
+        h_0 = gl.load(
+            h_0_ptr + row[:, None] * HIDDEN + unit[None, :], mask=row_mask[:, None] & (unit < HIDDEN)[None, :], other=0.0
+        )
+        h = h_0.to(gl.float32)
         if CELLS != "none":
             place = cells_ptr + state
             if CELLS == "all":
@@ -134,12 +175,10 @@ def exchanged_forward_kernel(
             reset = gl.load(resets_ptr + (first_t.to(gl.int64) * B + row), mask=row_mask, other=0) != 0
             c = gl.where(reset[:, None], 0.0, c)
             h = gl.where(reset[:, None], 0.0, h)
-        publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
         slot_ptr = exchange_ptr + b.to(gl.int64) * block_stride
-        publish_state(slot_ptr, own_place, h, c, publish_mask, H, P, V, TILED, FULL, PRECISION)
+        publish_state(slot_ptr, own_place, h, c, row_mask, unit, H, HIDDEN, V, TILED, FULL, PRECISION)
 
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
-    publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
     state = row[:, None] * H + unit[None, :]
     if ONE_BLOCK:
         c = gl.load(c_0_ptr + state, mask=tile_mask, other=0.0).to(gl.float32)
@@ -150,7 +189,8 @@ def exchanged_forward_kernel(
         row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
     elif HAS_LENGTHS:
         steps = gl.max(length, 0)
-    places = read_places(gl.minimum(rows, B - block * rows), P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
+    rows_here = gl.minimum(rows, B - block * rows)
+    places = read_places(rows_here, P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
     polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
 
@@ -164,9 +204,9 @@ def exchanged_forward_kernel(
         if not ONE_BLOCK:
             row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
-            publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
             state = row[:, None] * H + unit[None, :]
-            places = read_places(gl.minimum(rows, B - b * rows), P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
+            rows_here = gl.minimum(rows, B - b * rows)
+            places = read_places(rows_here, P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
         t = time_of_step(n, length, reverse)
         step_mask = row_mask & (n < length)
         step_tile_mask = tile_mask & step_mask[:, None]
@@ -197,37 +237,56 @@ def exchanged_forward_kernel(
             read_mask = read_mask & (reset == 0)
 
         slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
-        acc = no_products(4 * UNITS, ROWS, PARTS, WARPS)
-        PIECE: gl.constexpr = CHUNKS // PIECES
-        STEP: gl.constexpr = 4 * V * (8 if TILED else 1)
-        for piece in gl.static_range(PIECES):
-            there, polls_left = load_when_there(
-                slot_ptr + piece * (PIECE * STEP), places, polls, clocks, ONE_BLOCK and piece == 0, PIECE, TILED, ROWS,
-                PARTS, WARPS, words,
-            )  # fmt: skip
-            polls = gl.where(polls_left > 0, polls, 0)  # a warp that gave up once does not wait again
-            acc = add_products(acc, w, kept, there, piece * PIECE, H_TYPE, PRECISION, V, PARTS, WARPS)
-        recurrent = sum_of_parts(acc, buffer, 4, UNITS, ROWS, PARTS, WARPS)
+        recurrent, polls = exchanged_product(
+            slot_ptr, places, polls, clocks, w, kept, buffer, ONE_BLOCK, 4, CHUNKS, PIECES, TILED, ROWS, UNITS, PARTS,
+            WARPS, PRECISION,
+        )  # fmt: skip
         sums = ()
         for g in gl.static_range(G):
             sums = sums + (a[g].to(gl.float32) + recurrent[g + 4 - G],)  # noqa: RUF005
 
         c_previous = c
         i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
-        o = output_gate(sums[G - 1], v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
+        a_o = sums[G - 1]
+        if CURRENT:
+            second_ptr = peephole_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * peephole_stride
+            publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
+            publish_operand(second_ptr + own_peephole_place, c, publish_mask, PRECISION)
+            read_c, polls = exchanged_product(
+                second_ptr, read_places(rows_here, P_O, V, TILED, PEEPHOLE_CHUNKS, ROWS, PARTS, WARPS), polls, clocks,
+                (), w_o, peephole_buffer, ONE_BLOCK, second_sets(UNITS), PEEPHOLE_CHUNKS, PEEPHOLE_PIECES, TILED, ROWS,
+                UNITS, PARTS, WARPS, PRECISION,
+            )  # fmt: skip
+            a_o += read_c[0]
+        o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
         h = o * tanh(c)
+        if PROJECTION > 0:
+            second_ptr = projection_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * projection_stride
+            publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
+            publish_operand(second_ptr + own_projection_place, h, publish_mask, PRECISION)
+            if first_unit < padded_units(HIDDEN):
+                projected, polls = exchanged_product(
+                    second_ptr, read_places(rows_here, P_R, V, TILED, PROJECTION_CHUNKS, ROWS, PARTS, WARPS), polls,
+                    clocks, (), w_r, projection_buffer, ONE_BLOCK, second_sets(UNITS), PROJECTION_CHUNKS,
+                    PROJECTION_PIECES, TILED, ROWS, UNITS, PARTS, WARPS, PRECISION,
+                )  # fmt: skip
+                h = projected[0]
 
         # What others wait for goes first.
         h_read = gl.where(read_mask[:, None], h, 0.0)
         c_read = gl.where(read_mask[:, None], c, 0.0)
-        publish_state(slot_ptr + slot_stride, own_place, h_read, c_read, publish_mask, H, P, V, TILED, FULL, PRECISION)
-        output_now = at_time(output_ptr, t, output_stride, HAS_LENGTHS) + row[:, None] * D * H + unit[None, :]
-        gl.store(output_now, gl.where(step_mask[:, None], h, 0.0).to(H_TYPE), mask=tile_mask)
+        publish_state(
+            slot_ptr + slot_stride, own_place, h_read, c_read, row_mask, unit, H, HIDDEN, V, TILED, FULL, PRECISION
+        )
+        hidden_mask = row_mask[:, None] & (unit < HIDDEN)[None, :]
+        output_now = at_time(output_ptr, t, output_stride, HAS_LENGTHS) + row[:, None] * D * HIDDEN + unit[None, :]
+        gl.store(output_now, gl.where(step_mask[:, None], h, 0.0).to(H_TYPE), mask=hidden_mask)
         if CELLS != "none":
             gl.store(cells_now, gl.where(step_mask[:, None], c, 0.0), mask=tile_mask)
         store_step(
-            gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h, c, n, t, length, row, unit, state, H, gates_stride,
-            step_tile_mask, G, COUPLED, SAVE_GATES, HAS_LENGTHS,
+            gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h, c, n, t, length, row, unit, state,
+            row[:, None] * HIDDEN + unit[None, :], H, gates_stride, step_tile_mask, hidden_mask & step_mask[:, None], G,
+            COUPLED, SAVE_GATES, HAS_LENGTHS,
         )  # fmt: skip
         if not ONE_BLOCK and ROWS * UNITS < 32 * WARPS:
             barrier()  # where several threads have one element, one stores c and all load it
@@ -235,8 +294,8 @@ def exchanged_forward_kernel(
     if HAS_LENGTHS and ONE_BLOCK:
         zero = gl.zeros([ROWS, UNITS], gl.float32, own)
         for n in range(steps, T):
-            output_now = output_ptr + output_stride * n + row[:, None] * D * H + unit[None, :]
-            gl.store(output_now, zero.to(H_TYPE), mask=tile_mask)
+            output_now = output_ptr + output_stride * n + row[:, None] * D * HIDDEN + unit[None, :]
+            gl.store(output_now, zero.to(H_TYPE), mask=row_mask[:, None] & (unit < HIDDEN)[None, :])
             if CELLS == "all":
                 gl.store(cells_ptr + cells_stride * (n + 1) + state, zero, mask=tile_mask)
     if gl.min(polls, 0) <= 0:

@@ -124,7 +124,7 @@ def persistent_backward_kernel(
     # What the forward pass saved does not depend on other programs: it is loaded an iteration ahead.
     saved_next, c_next, grads_next = load_saved(
         gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1, row, row_mask, length, unit, B,
-        H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+        H, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
     )  # fmt: skip
 
     for iteration in range(steps * blocks):
@@ -146,7 +146,7 @@ def persistent_backward_kernel(
         )
         saved_next, c_next, grads_next = load_saved(
             gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
-            next_row_mask, next_length, unit, B, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+            next_row_mask, next_length, unit, B, H, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
         )  # fmt: skip
 
         last_mask = step_tile_mask & row_values(n == length - 1, HAS_LENGTHS)

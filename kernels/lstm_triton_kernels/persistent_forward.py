@@ -232,8 +232,8 @@ def persistent_forward_kernel(
         if CELLS != "none" and (ALONE or not FULL):
             tl.store(cells_now, tl.where(step_mask[:, None], c, 0.0), mask=tile_mask)
         store_step(
-            gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h_now, c, n, t, length, row, unit, state, H, gates_stride,
-            step_tile_mask, G, COUPLED, SAVE_GATES, HAS_LENGTHS,
+            gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h_now, c, n, t, length, row, unit, state, state, H, gates_stride,
+            step_tile_mask, step_tile_mask, G, COUPLED, SAVE_GATES, HAS_LENGTHS,
         )  # fmt: skip
 
     if HAS_LENGTHS and ONE_BLOCK:

@@ -6,8 +6,19 @@ A plan is a value. Which there are for a layer is `planner.py`; which of them ru
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lstm_triton_kernels.sizes import ceil_div
+
+
+class Second(NamedTuple):
+    """How the columns of a product within a step are cut, whose weights are all in shared memory.
+
+    - chunks, group: as in PersistentPlan
+    """
+
+    chunks: int
+    group: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,8 @@ class PersistentPlan:
       shared_bytes: of a program; both as estimated
     - estimate_us: of one step
     - in Gluon, kept: chunks of weights in shared memory, the others are in registers; together: programs that share a
-      multiprocessor; tiled: how the exchange buffer is laid out (polling.py)
+      multiprocessor; tiled: how the exchange buffer is laid out (polling.py); peephole, projection: the products within
+      a step, with V_o of a full peephole on c_t, and with W_hr
     """
 
     block_u: int
@@ -51,6 +63,8 @@ class PersistentPlan:
     kept: int = 0
     together: int = 1
     tiled: bool = False
+    peephole: Second | None = None
+    projection: Second | None = None
 
     @property
     def alone(self) -> bool:
@@ -82,7 +96,7 @@ class PersistentPlan:
 
         Units of a program, rows used of its tile's, columns of a part x parts x chunks (`by` so many where not all are
         read at once, `kept` so many where not all are in registers), the grid (`of` so many row blocks where a program
-        has several), and the wait, or `alone`; `in pairs` where two programs share a multiprocessor.
+        has several), and the wait, or `alone`; `V_o` or `W_hr` before the columns of such a product; `in pairs` where two programs share a multiprocessor.
         """
         columns = f"K{self.block_k}x{self.parts}x{self.chunks}"
         columns += f" by {self.group}" if self.group < self.chunks else ""
@@ -90,7 +104,9 @@ class PersistentPlan:
         grid = f"{self.unit_programs}x{self.row_programs}x{self.directions}"
         grid += f" of {self.row_blocks}" if self.blocks_per_program > 1 else ""
         wait = f"{self.wait or 'alone'}{' in pairs' * (self.together > 1)}"
-        return f"U{self.block_u} R{self.rows}/{self.block_b} {columns} {grid} {wait}"
+        names = {"V_o": self.peephole, "W_hr": self.projection}
+        seconds = "".join(f" {name} K{self.block_k}x{self.parts}x{second.chunks}" for name, second in names.items() if second)
+        return f"U{self.block_u} R{self.rows}/{self.block_b} {columns}{seconds} {grid} {wait}"
 
 
 @dataclass(frozen=True)

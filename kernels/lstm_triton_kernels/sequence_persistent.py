@@ -1,7 +1,7 @@
 """A whole sequence in one launch a pass: buffers, flags and launches of the persistent kernels.
 
-All directions of one layer. Shapes: T time steps, B batch rows, H hidden units, D directions, G gate blocks, Q peephole
-blocks. No projection; a full peephole reads c_{t-1} in all its gates.
+All directions of one layer. Shapes: T time steps, B batch rows, H hidden units, P hidden size after projection (else
+H), D directions, G gate blocks, Q peephole blocks.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_triton_kernels.cell import variant_constants
 from lstm_triton_kernels.gpus import GPU, gpu_of
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
-from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference
+from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference, Second
 from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.settle import SETTLED, Usage, settled, usage_elsewhere, usage_on_device
 from lstm_triton_kernels.sizes import Layer, accumulator_dtype, matmul_precision, padded_row
 from lstm_triton_kernels.spec import LSTMSpec
 from lstm_triton_kernels.sync import COUNTER_STRIDE, POLLS, unpublish
-from lstm_triton_kernels.tensor_core_plan import exchanged_columns, fits, no_gluon, thread_registers
+from lstm_triton_kernels.tensor_core_plan import (
+    exchanged_columns,
+    fits,
+    no_gluon,
+    second_columns,
+    thread_registers,
+)
 from lstm_triton_kernels.watch import error_words_of, one_at_a_time
 
 if no_gluon() is None:
@@ -74,18 +79,20 @@ class Launch(NamedTuple):
         arguments = self.inputs | results | common_arguments(self, plan)
         if plan.exact:
             prepare_exchange(results, self, plan)
+            del arguments["w_hr_ptr"]
             return arguments | plain_arguments(self, plan)
         return arguments | exchanged_arguments(self, plan)
 
 
 def forward_launch(
-    layer: Layer, gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_ch: Tensor | None, order: Order,
-    *, save: bool, save_gates: bool,
+    layer: Layer, gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_hr: Tensor | None, w_ch: Tensor | None,
+    order: Order, *, save: bool, save_gates: bool,
 ) -> Launch:  # fmt: skip
     """Return the launch of all steps forward.
 
     - gates: (D, T, B, G·H), the input side of the gates; with `save_gates` the activated gates take its place
-    - h_0, c_0: (D, B, H); w_hh: (D, G·H, H); w_ch: diagonal (D, Q·H), full (D, Q·H, H); all contiguous
+    - h_0: (D, B, P), c_0: (D, B, H); w_hh: (D, G·H, P); w_hr: (D, P, H); w_ch: diagonal (D, Q·H), full (D, Q·H, H);
+      all contiguous
     - order: of the first direction; beyond a row's length output and cells are zero, and h_n and c_n are the row's last
     - save: keep every c_t
 
@@ -96,6 +103,7 @@ def forward_launch(
         h_0_ptr=h_0,
         c_0_ptr=c_0,
         w_hh_ptr=w_hh,
+        w_hr_ptr=w_hr,
         w_ch_ptr=w_ch,
         SAVE_GATES=save_gates,
         **order_arguments(order),
@@ -105,11 +113,13 @@ def forward_launch(
 
 def backward_launch(
     layer: Layer, grad_output: Tensor | None, grad_cells: Tensor | None, grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None, gates: Tensor, cells: Tensor, w_hh: Tensor, w_ch: Tensor | None, order: Order,
+    grad_c_n: Tensor | None, gates: Tensor, cells: Tensor, w_hh: Tensor, w_hr: Tensor | None, w_ch: Tensor | None,
+    order: Order,
 ) -> Launch:  # fmt: skip
     """Return the launch of all steps backward, from the gradients of the results, None where zero.
 
-    - grad_output, grad_cells: (T, B, D·H), of h_t and of c_t; grad_h_n, grad_c_n: (D, B, H); all contiguous
+    - grad_output (T, B, D·P), grad_cells (T, B, D·H), of h_t and of c_t; grad_h_n (D, B, P), grad_c_n (D, B, H); all
+      contiguous
     - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as the forward pass saved them; the others as there
 
     Results, by the kernel's names: those of `backward_results`.
@@ -122,6 +132,7 @@ def backward_launch(
         grad_h_n_ptr=grad_h_n,
         grad_c_n_ptr=grad_c_n,
         w_hh_ptr=w_hh,
+        w_hr_ptr=w_hr,
         w_ch_ptr=w_ch,
         HAS_GRAD_OUTPUT=grad_output is not None,
         HAS_GRAD_CELLS=grad_cells is not None,
@@ -145,9 +156,9 @@ def order_arguments(order: Order) -> dict[str, Any]:
 def forward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     """Return buffers for the results of a forward pass, and what its kernel must know of them.
 
-    - output_ptr (T, B, D, H), every h_t; of a plain kernel hidden_ptr (T + 1, B, D, padded_H), h_t at index t, the last
+    - output_ptr (T, B, D, P), every h_t; of a plain kernel hidden_ptr (T + 1, B, D, padded_H), h_t at index t, the last
       is the kernel's own
-    - h_n_ptr, c_n_ptr (D, B, H)
+    - h_n_ptr (D, B, P), c_n_ptr (D, B, H)
     - cells_ptr (D, T + 1, B, H) in the accumulator type, see order.py, with `save`; else the kernel's own, or None
     """
     layer, device = launch.layer, launch.device
@@ -162,7 +173,7 @@ def forward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
         CELLS="all" if every_cell else "one" if slots else "none",
     )
     if not plan.exact:
-        return results | dict(output_ptr=torch.empty(T, B, D, H, dtype=layer.dtype, device=device))
+        return results | dict(output_ptr=torch.empty(T, B, D, layer.hidden, dtype=layer.dtype, device=device))
     width = H if plan.alone else padded_row(H)
     hidden = torch.empty(T + 1, B, D, width, dtype=layer.dtype, device=device)
     return results | dict(hidden_ptr=hidden, padded_H=width)
@@ -171,25 +182,32 @@ def forward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
 def backward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     """Return buffers for the results of a backward pass.
 
-    - d_gates_ptr (D, T, B, G·H), the gradients of the pre-activations
+    - d_gates_ptr (D, T, B, G·H), the gradients of the pre-activations; d_hidden_ptr (D, T, B, P), those of every h_t
+      with a projection, else None
     - dc_ptr (D, B, H), that of c_0 in the accumulator type, without what a full peephole adds at the first step
     """
     gates, cells = launch.inputs["gates_ptr"], launch.inputs["cells_ptr"]
     dc = torch.zeros if plan.blocks_per_program > 1 else torch.empty
-    shape = (launch.layer.D, launch.layer.B, launch.layer.H)
-    return dict(d_gates_ptr=torch.empty_like(gates), dc_ptr=dc(shape, dtype=cells.dtype, device=launch.device))
+    layer = launch.layer
+    found = dict(
+        d_gates_ptr=torch.empty_like(gates),
+        dc_ptr=dc(layer.D, layer.B, layer.H, dtype=cells.dtype, device=launch.device),
+    )
+    if plan.exact:
+        return found
+    return found | dict(d_hidden_ptr=gates.new_empty(layer.D, layer.T, layer.B, layer.P) if layer.P else None)
 
 
 def hidden_of(found: dict[str, Any], layer: Layer) -> Tensor:
-    """Return every h_t, (T, B, D·H) contiguous, of a forward launch that ran."""
+    """Return every h_t, (T, B, D·P) contiguous, of a forward launch that ran."""
     hidden: Tensor = found["output_ptr"] if "output_ptr" in found else found["hidden_ptr"][: layer.T, ..., : layer.H]
-    return hidden.reshape(layer.T, layer.B, layer.D * layer.H).contiguous()
+    return hidden.reshape(layer.T, layer.B, layer.D * layer.hidden).contiguous()
 
 
-def layer_of(gates: Tensor, H: int, spec: LSTMSpec, order: Order) -> Layer:
-    """Return the sizes of a layer with gates (D, T, B, G·H)."""
+def layer_of(gates: Tensor, H: int, spec: LSTMSpec, order: Order, P: int = 0) -> Layer:
+    """Return the sizes of a layer with gates (D, T, B, G·H), and P elements of a projected hidden state, or 0."""
     D, T, B, _ = gates.shape
-    return Layer(spec, T, B, H, D, gates.dtype, matmul_precision(), ragged=order.ragged)
+    return Layer(spec, T, B, H, D, gates.dtype, matmul_precision(), P=P, ragged=order.ragged)
 
 
 def plan_of(launch: Launch) -> PersistentPlan:
@@ -234,15 +252,18 @@ def launch_without_data(layer: Layer, backward: bool) -> Launch:
 
     lengths, resets = empty(B, dtype=torch.int64), empty(T, B, dtype=torch.bool)
     order = Order(T, lengths, resets) if layer.ragged else Order(T)
-    Q = len(spec.peephole_gates) * H
-    w_hh, w_ch = empty(D, layer.gates * H, H), empty(D, Q) if spec.diagonal else empty(D, Q, H) if spec.full else None
-    gates, state, sequence = empty(D, T, B, layer.gates * H), empty(D, B, H), empty(T, B, D * H)
+    Q, P = len(spec.peephole_gates) * H, layer.hidden
+    w_hr, w_ch = None, empty(D, Q) if spec.diagonal else empty(D, Q, H) if spec.full else None
+    if layer.P:
+        w_hr = empty(D, P, H)
+    weights = (empty(D, layer.gates * H, P), w_hr, w_ch)
+    gates, h, c = empty(D, T, B, layer.gates * H), empty(D, B, P), empty(D, B, H)
     layer = layer._replace(T=T)
     if not backward:
         save = layer.training
-        return forward_launch(layer, gates, state, state, w_hh, w_ch, order, save=save, save_gates=save)
+        return forward_launch(layer, gates, h, c, *weights, order, save=save, save_gates=save)
     cells = empty(D, T + 1, B, H, dtype=accumulator_dtype(layer.dtype))
-    return backward_launch(layer, sequence, None, state, state, gates, cells, w_hh, w_ch, order)
+    return backward_launch(layer, empty(T, B, D * P), None, h, c, gates, cells, *weights, order)
 
 
 def run(launch: Launch) -> dict[str, Any]:
@@ -292,12 +313,14 @@ def common_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
         max_polls=POLLS,
         pause=plan.pause,
         ONE_BLOCK=plan.blocks_per_program == 1,
+        COUPLED=layer.spec.coupled,
+        DIAGONAL=layer.spec.diagonal,
         FULL=layer.spec.full,
+        OUTPUT_CURRENT=layer.spec.output_current,
         CHUNKS=plan.chunks,
         WARPS=plan.num_warps,
         num_warps=plan.num_warps,
         launch_cooperative_grid=not plan.alone,
-        **variant_constants(layer.spec),
     )
 
 
@@ -335,8 +358,16 @@ def plain_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
 
 def exchanged_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     """Return what only the kernels in Gluon are given; they exchange values through a buffer of their own."""
+    layer, first = launch.layer, exchanged_columns(launch.layer, launch.backward)
+    peephole, projection = second_columns(layer, launch.backward)
+    cuts = dict(PEEPHOLE=plan.peephole, PROJECTION=plan.projection)
     return dict(
-        exchange_ptr=exchange_buffer(launch, plan),
+        exchange_ptr=exchange_buffer(launch, plan, layer.T + 1, plan.chunks, first),
+        peephole_exchange_ptr=second_buffer(launch, plan, plan.peephole, peephole),
+        projection_exchange_ptr=second_buffer(launch, plan, plan.projection, projection),
+        **{f"{name}_CHUNKS": cut.chunks if cut else 0 for name, cut in cuts.items()},
+        **{f"{name}_PIECES": cut.chunks // cut.group if cut else 0 for name, cut in cuts.items()},
+        PROJECTION=layer.P,
         KEPT=plan.kept,
         PIECES=plan.chunks // plan.group,
         TILED=plan.tiled,
@@ -348,17 +379,22 @@ def exchanged_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     )
 
 
-def exchange_buffer(launch: Launch, plan: PersistentPlan) -> Tensor:
-    """Return the buffer of the kernels in Gluon, unpublished, but zero in columns that no program publishes.
+def second_buffer(launch: Launch, plan: PersistentPlan, cut: Second | None, published: int) -> Tensor | None:
+    """Return the buffer of an exchange within a step; None where there is none."""
+    return None if cut is None else exchange_buffer(launch, plan, launch.layer.T, cut.chunks, published)
 
-    (D, T + 1, row_blocks, rows · P), see polling.py.
+
+def exchange_buffer(launch: Launch, plan: PersistentPlan, slots: int, chunks: int, published: int) -> Tensor:
+    """Return a buffer of the kernels in Gluon, unpublished, but zero in columns that no program publishes.
+
+    (D, slots, row_blocks, rows · columns) for so many chunks of columns, of which the first are published; see
+    polling.py.
     """
-    layer, columns = launch.layer, plan.columns
+    layer, columns = launch.layer, chunks * plan.parts * plan.block_k
     rows = plan.block_b if plan.tiled else plan.rows
-    shape = (layer.D, layer.T + 1, plan.row_blocks, rows * columns)
+    shape = (layer.D, slots, plan.row_blocks, rows * columns)
     exchange = torch.empty(shape, dtype=layer.dtype, device=launch.device)
     unpublish(exchange)
-    published = exchanged_columns(layer, launch.backward)
     if published < columns and plan.tiled:
         of_lane = 16 // layer.element_bytes
         exchange.view(-1, columns // of_lane, 8 * of_lane)[:, published // of_lane :] = 0

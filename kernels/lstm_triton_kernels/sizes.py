@@ -78,6 +78,16 @@ class Layer(NamedTuple):
         return len(self.spec.gates)
 
     @property
+    def hidden(self) -> int:
+        """Elements of a hidden state: P, or without a projection H."""
+        return self.P or self.H
+
+    @property
+    def output_current(self) -> bool:
+        """Whether a full peephole reads c_t, so that a step has a product with it."""
+        return self.spec.full and self.spec.output_current
+
+    @property
     def matrices(self) -> int:
         """Matrices of a full peephole, Q or 0."""
         return len(self.spec.peephole_gates) if self.spec.full else 0
@@ -100,8 +110,8 @@ class Layer(NamedTuple):
 
     @property
     def recurrent_elements(self) -> int:
-        """Elements of the recurrent weights of one direction."""
-        return self.H * ((self.P or self.H) * self.gates + self.H * self.matrices)
+        """Elements of the recurrent weights of one direction, W_hh, W_hr and a full peephole."""
+        return self.H * (self.hidden * self.gates + self.P + self.H * self.matrices)
 
     @property
     def recurrent_bytes(self) -> int:

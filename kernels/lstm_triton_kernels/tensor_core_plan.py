@@ -16,7 +16,7 @@ from math import log2
 from typing import NamedTuple
 
 from lstm_triton_kernels.gpus import GPU
-from lstm_triton_kernels.plan import PersistentPlan
+from lstm_triton_kernels.plan import PersistentPlan, Second
 from lstm_triton_kernels.sizes import Layer, ceil_div, padded_units
 
 UNITS, ROWS, WARPS, TOGETHER = (8, 16, 32), (8, 16), (1, 2, 4, 8), (1, 2)
@@ -119,8 +119,20 @@ def why_not(gpu: GPU) -> str | None:
 
 def exchanged_columns(layer: Layer, backward: bool) -> int:
     """Return the columns of a row that programs publish: units are filled up to whole tiles (polling.py)."""
-    blocks = layer.gates if backward else 1 + (layer.matrices > 0)
-    return blocks * padded_units(layer.H)
+    if backward:
+        return layer.gates * padded_units(layer.H)
+    return padded_units(layer.hidden) + (padded_units(layer.H) if layer.matrices else 0)
+
+
+def second_columns(layer: Layer, backward: bool) -> tuple[int, int]:
+    """Return the same of the exchanges within a step, for V_o and for W_hr; 0 where there is none."""
+    projection = padded_units(layer.P if backward else layer.H) if layer.P else 0
+    return padded_units(layer.H) if layer.output_current else 0, projection
+
+
+def second_sets(units: int) -> int:
+    """Return the sets of so many units in a product within a step: a tile has 16 rows at least."""
+    return max(1, 16 // units)
 
 
 def thread_registers(warps: int, together: int) -> int:
@@ -210,7 +222,16 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[Per
     for cut in _cuts(needed, left_rows, tile.sets, registers - working, registers - loading):
         kept_bytes = cut.kept * parts * left_rows * CHUNK_BYTES
         sums_bytes = parts * left_rows * tile_rows * 4 if parts > 1 else 0
-        if not fits(together, kept_bytes + sums_bytes, gpu):
+        room = registers - working - cut.held * left_rows // 2
+        seconds = [_second(n, tile, block_k, room) for n in second_columns(layer, backward)]
+        if any(second is not None and second.group < 1 for second in seconds):
+            continue
+        second_rows = second_sets(units) * units
+        second_bytes = sum(
+            parts * second_rows * (second.chunks * CHUNK_BYTES + (tile_rows * 4 if parts > 1 else 0))
+            for second in seconds if second is not None
+        )
+        if not fits(together, kept_bytes + sums_bytes + second_bytes, gpu):
             continue
         read_kib = together * rows * cut.chunks * parts * CHUNK_BYTES / 1024
         products = 2 * left_rows // 16 * cut.chunks * tile.sets * max(1, warps / 4)
@@ -227,6 +248,12 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[Per
         else:
             step_us = grid_us + KIB_US * read_kib + PIECE_US * (pieces - 1)
             clocks = PRODUCTS * of_products + KEPT * of_weights + SUMS * of_sums
+        for second in seconds:
+            if second is not None:
+                step_us += grid_us + KIB_US * together * rows * second.chunks * parts * CHUNK_BYTES / 1024
+                step_us += PIECE_US * (second.chunks // second.group - 1)
+                clocks += PRODUCTS * of_products / cut.chunks * second.chunks * second_rows / left_rows
+                clocks += KEPT * together * second_bytes * (warps // parts) / SHARED_BYTES_PER_CLOCK
         yield PersistentPlan(
             block_u=units,
             block_b=tile_rows,
@@ -245,12 +272,31 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[Per
             exact=False,
             tile_bytes=cut.chunks * parts * left_rows * CHUNK_BYTES,
             register_bytes=4 * cut.registers,
-            shared_bytes=kept_bytes + sums_bytes,
+            shared_bytes=kept_bytes + sums_bytes + second_bytes,
             estimate_us=blocks * (step_us + clocks / gpu.clock_ghz / 1e3),
             kept=cut.kept,
             together=together,
             tiled=rows >= 8 and not (backward and layer.B <= ROW_MAJOR_ROWS and read_kib <= ROW_MAJOR_KIB),
+            peephole=seconds[0],
+            projection=seconds[1],
         )
+
+
+def _second(columns: int, tile: Tile, block_k: int, room: int) -> Second | None:
+    """Return how a product within a step is cut; None if there is none. A group of 0: it does not fit.
+
+    room: registers of a thread for operands and accumulators.
+    """
+    if columns == 0:
+        return None
+    needed = ceil_div(columns, block_k * tile.parts)
+    rows = second_sets(tile.units) * tile.units * tile.sets
+    accumulators = rows // 4 * (2 if rows <= 16 else 1)
+    most = min(MOST_OPERANDS, room - accumulators) // (4 * tile.sets)
+    if most < 1:
+        return Second(needed, 0)
+    group = ceil_div(needed, ceil_div(needed, most))
+    return Second(group * ceil_div(needed, group), group)
 
 
 class Cut(NamedTuple):
@@ -264,6 +310,11 @@ class Cut(NamedTuple):
     kept: int
     group: int
     registers: int
+
+    @property
+    def held(self) -> int:
+        """Chunks in registers."""
+        return self.chunks - self.kept
 
 
 def _cuts(needed: int, left_rows: int, sets: int, room: int, loading_room: int) -> Iterator[Cut]:

@@ -24,11 +24,13 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from lstm_triton_kernels import sizes, tensor_core_plan
 from lstm_triton_kernels.inline_ptx import round_to_tf32
+from lstm_triton_kernels.polling import lane_elements, load_when_there
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Of the threads of a program: Triton 3.6 has another name for it."""
 
 padded_units = triton.constexpr_function(sizes.padded_units)
+second_sets = triton.constexpr_function(tensor_core_plan.second_sets)
 loads_ahead = triton.constexpr_function(tensor_core_plan.loads_ahead)
 
 
@@ -227,9 +229,9 @@ def as_own(block, own: gl.constexpr):
 
 @gluon.jit
 def load_weights(
-    w_hh_ptr, w_ch_ptr, first_unit, H: gl.constexpr, G: gl.constexpr, FULL: gl.constexpr, BACKWARD: gl.constexpr,
-    CHUNKS: gl.constexpr, KEPT: gl.constexpr, UNITS: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr, PRECISION: gl.constexpr,
+    w_hh_ptr, w_ch_ptr, first_unit, H: gl.constexpr, HIDDEN: gl.constexpr, G: gl.constexpr, FULL: gl.constexpr,
+    OUTPUT_CURRENT: gl.constexpr, BACKWARD: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, UNITS: gl.constexpr,
+    V: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr, PRECISION: gl.constexpr,
 ):  # fmt: skip
     """Load the weights of UNITS units, CHUNKS chunks of each part: those in registers, and the last KEPT, kept in
     shared memory. See `weights_at` for their rows and columns.
@@ -243,13 +245,19 @@ def load_weights(
     k = first + gl.arange(0, K, layout=gl.SliceLayout(0, gl.SliceLayout(1, left)))[None, None, :]
     w = ()
     for n in gl.static_range(CHUNKS - KEPT):
-        chunk = weights_at(w_hh_ptr, w_ch_ptr, first_unit, m, k + n * K, H, G, FULL, BACKWARD, UNITS, PARTS, PRECISION)
+        chunk = weights_at(
+            w_hh_ptr, w_ch_ptr, first_unit, m, k + n * K, H, HIDDEN, G, FULL, OUTPUT_CURRENT, BACKWARD, UNITS, PARTS,
+            PRECISION,
+        )  # fmt: skip
         w = w + (chunk,)  # noqa: RUF005
     if KEPT > 0:
         kept = gl.allocate_shared_memory(ELEMENT, [KEPT, PARTS, SETS * UNITS, K], kept_layout())
         for n in gl.static_range(KEPT):
             behind = k + (CHUNKS - KEPT + n) * K
-            chunk = weights_at(w_hh_ptr, w_ch_ptr, first_unit, m, behind, H, G, FULL, BACKWARD, UNITS, PARTS, PRECISION)
+            chunk = weights_at(
+                w_hh_ptr, w_ch_ptr, first_unit, m, behind, H, HIDDEN, G, FULL, OUTPUT_CURRENT, BACKWARD, UNITS, PARTS,
+                PRECISION,
+            )  # fmt: skip
             kept.index(n).store(chunk)
         barrier()  # here, for the compiler would place one before the first read of every step
     else:
@@ -259,34 +267,104 @@ def load_weights(
 
 @gluon.jit
 def weights_at(
-    w_hh_ptr, w_ch_ptr, first_unit, m, k, H: gl.constexpr, G: gl.constexpr, FULL: gl.constexpr,
-    BACKWARD: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr, PRECISION: gl.constexpr,
+    w_hh_ptr, w_ch_ptr, first_unit, m, k, H: gl.constexpr, HIDDEN: gl.constexpr, G: gl.constexpr, FULL: gl.constexpr,
+    OUTPUT_CURRENT: gl.constexpr, BACKWARD: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr,
+    PRECISION: gl.constexpr,
 ):  # fmt: skip
-    """Load the weights of rows m and columns k of the left operand, from w_hh (G·H, H) and a full w_ch (Q·H, H).
+    """Load the weights of rows m and columns k of the left operand, from w_hh (G·H, HIDDEN) and a full w_ch (Q·H, H).
 
-    Forward, row gate · UNITS + n is that unit's row of the gate (`unit_of`), with G = 3 of the gate - 1; a column is a
-    unit of h, and with a full peephole from `padded_units` on one of c. Backward, a row is a unit's column, of w_hh,
+    Forward, row gate · UNITS + n is that unit's row of the gate (`unit_of`), with G = 3 of the gate - 1; a column is an
+    element of h, and with a full peephole from `padded_units` on one of c. Backward, a row is a unit's column, of w_hh,
     then of w_ch; a column is 4 · unit + gate, with G = 3 gate · padded_units + unit, as `publish_gates` publishes them.
-    What there is not is zero; so is the peephole of gate g.
+    What there is not is zero; so is the peephole of gate g, and of o where that reads c_t.
     """
     HP: gl.constexpr = padded_units(H)
     unit = first_unit + unit_of(m, UNITS, PARTS)
     if BACKWARD:
         gate, other = (k % 4, k // 4) if G == 4 else (k // HP, k % HP)
-        place = (gate * H + other) * H + unit
-        inside = (gate < G) & (other < H) & (unit < H)
         from_h = m < UNITS
         from_c = m >= UNITS
+        there = (gate < G) & (other < H)
+        row, column = gate * H + other, unit
     else:
-        gate, other = m // UNITS - (4 - G), k % HP if FULL else k
-        place = (gate * H + unit) * H + other
-        inside = (gate >= 0) & (unit < H) & (other < H)
-        from_h = k < HP
-        from_c = (k >= HP) & (k < 2 * HP)
-    ptr = w_hh_ptr + place
+        BEFORE_C: gl.constexpr = padded_units(HIDDEN)
+        from_h = k < BEFORE_C
+        from_c = (k >= BEFORE_C) & (k < BEFORE_C + HP)
+        gate, other = m // UNITS - (4 - G), gl.where(from_h, k, k - BEFORE_C) if FULL else k
+        there = (gate >= 0) & (unit < H)
+        row, column = gate * H + unit, other
+    ptr = w_hh_ptr + row * HIDDEN + column
+    inside = there & (column < HIDDEN)
     if FULL:
-        peephole = w_ch_ptr + gl.where(gate == G - 1, place - H * H, place)  # of g there is no block in w_ch
-        ptr = gl.where(from_h, ptr, peephole)
-        inside = inside & (from_h | (from_c & (gate != G - 2)))
+        block = gl.where(gate == G - 1, row - H, row)  # of g there is no block in w_ch
+        reads = gate != G - 2
+        if OUTPUT_CURRENT:
+            reads = reads & (gate != G - 1)
+        ptr = gl.where(from_h, ptr, w_ch_ptr + block * H + column)
+        inside = (from_h & inside) | (from_c & there & (column < H) & reads)
     block = gl.load(ptr, mask=inside, other=0.0)
     return round_to_tf32(block) if PRECISION == "tf32" else block
+
+
+@gluon.jit
+def load_second_weights(
+    w_ptr, first_unit, stride_unit, stride_column, LAST: gl.constexpr, COLUMNS: gl.constexpr, CHUNKS: gl.constexpr,
+    UNITS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr, PRECISION: gl.constexpr,
+):  # fmt: skip
+    """Load the weights of a product within a step, of a program's units below LAST, and COLUMNS, into shared memory.
+
+    A tile has 16 rows at least: where a program has 8 units, a second set is zero.
+    """
+    ELEMENT: gl.constexpr = w_ptr.dtype.element_ty
+    V: gl.constexpr = lane_elements(ELEMENT)
+    K: gl.constexpr = 4 * V
+    M: gl.constexpr = second_sets(UNITS) * UNITS
+    left: gl.constexpr = operand_layout(0, V, PARTS, WARPS)
+    first = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, left)))[:, None, None] * (CHUNKS * K)
+    m = gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :, None]
+    k = first + gl.arange(0, K, layout=gl.SliceLayout(0, gl.SliceLayout(1, left)))[None, None, :]
+    unit = first_unit + unit_of(m, UNITS, PARTS)
+    kept = gl.allocate_shared_memory(ELEMENT, [CHUNKS, PARTS, M, K], kept_layout())
+    for n in gl.static_range(CHUNKS):
+        column = k + n * K
+        inside = (m < UNITS) & (unit < LAST) & (column < COLUMNS)
+        chunk = gl.load(w_ptr + unit * stride_unit + column * stride_column, mask=inside, other=0.0)
+        kept.index(n).store(round_to_tf32(chunk) if PRECISION == "tf32" else chunk)
+    barrier()
+    return kept
+
+
+@gluon.jit
+def sum_buffer(SETS: gl.constexpr, UNITS: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, kept):
+    """Return shared memory for the sums over parts; with one part anything, as there are none."""
+    if PARTS > 1:
+        return gl.allocate_shared_memory(gl.float32, [PARTS, SETS, UNITS, ROWS], part_buffer_layout(ROWS))
+    else:
+        return kept
+
+
+@gluon.jit
+def exchanged_product(
+    slot_ptr, places, polls, clocks, w, kept, buffer, PAUSES: gl.constexpr, SETS: gl.constexpr, CHUNKS: gl.constexpr,
+    PIECES: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr,
+    WARPS: gl.constexpr, PRECISION: gl.constexpr,
+):  # fmt: skip
+    """Wait for a row block in a slot, multiply it with the weights; returns for each set (ROWS, UNITS), and the polls.
+
+    slot_ptr: of the row block; places, polls, clocks, PAUSES: of `load_when_there`; the chunks are waited for and
+    multiplied in PIECES.
+    """
+    ELEMENT: gl.constexpr = slot_ptr.dtype.element_ty
+    V: gl.constexpr = lane_elements(ELEMENT)
+    PIECE: gl.constexpr = CHUNKS // PIECES
+    STEP: gl.constexpr = 4 * V * (8 if TILED else 1)
+    words: gl.constexpr = operand_layout(1, 4, PARTS, WARPS)
+    acc = no_products(SETS * UNITS, ROWS, PARTS, WARPS)
+    for piece in gl.static_range(PIECES):
+        there, polls_left = load_when_there(
+            slot_ptr + piece * (PIECE * STEP), places, polls, clocks, PAUSES and piece == 0, PIECE, TILED, ROWS, PARTS,
+            WARPS, words,
+        )  # fmt: skip
+        polls = gl.where(polls_left > 0, polls, 0)  # a warp that gave up once does not wait again
+        acc = add_products(acc, w, kept, there, piece * PIECE, ELEMENT, PRECISION, V, PARTS, WARPS)
+    return sum_of_parts(acc, buffer, SETS, UNITS, ROWS, PARTS, WARPS), polls

@@ -53,28 +53,35 @@ def cell_places(cells_ptr, n, t, length, state, direction, stride, CELLS: tl.con
 
 @triton.jit
 def store_step(
-    gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h, c, n, t, length, row, unit, state, H, stride, step_tile_mask,
-    G: tl.constexpr, COUPLED: tl.constexpr, SAVE_GATES: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h, c, n, t, length, row, unit, state, hidden_state, H, stride,
+    step_tile_mask, step_hidden_mask, G: tl.constexpr, COUPLED: tl.constexpr, SAVE_GATES: tl.constexpr, HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Store the activated gates of step n, and h and c of the rows that end with it."""
+    """Store the activated gates of step n, and h and c of the rows that end with it.
+
+    hidden_state, step_hidden_mask: as state and step_tile_mask, of h, which a projection makes narrower than c.
+    """
     if SAVE_GATES:
         gates_now = at_time(gates_ptr, t, stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
         store_gates(gates_now, i, f, g, H, step_tile_mask, COUPLED)
         tl.store(gates_now + (G - 1) * H, o.to(gates_ptr.dtype.element_ty), mask=step_tile_mask)
-    last_mask = step_tile_mask & row_values(n == length - 1, HAS_LENGTHS)
-    tl.store(h_n_ptr + state, h.to(h_n_ptr.dtype.element_ty), mask=last_mask)
-    tl.store(c_n_ptr + state, c.to(c_n_ptr.dtype.element_ty), mask=last_mask)
+    last = row_values(n == length - 1, HAS_LENGTHS)
+    tl.store(h_n_ptr + hidden_state, h.to(h_n_ptr.dtype.element_ty), mask=step_hidden_mask & last)
+    tl.store(c_n_ptr + state, c.to(c_n_ptr.dtype.element_ty), mask=step_tile_mask & last)
 
 
 @triton.jit
 def load_saved(
-    gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, n, row, row_mask, length, unit, B, H, reverse,
-    G: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, n, row, row_mask, length, unit, B, H, hidden,
+    reverse, G: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Load what step n reads: activated gates, (c_{t-1}, c_t), gradients of h_t and c_t; 0 for a row without it."""
+    """Load what step n reads: activated gates, (c_{t-1}, c_t), gradients of h_t and c_t; 0 for a row without it.
+
+    hidden: the size of h, that of c unless it is projected.
+    """
     D = tl.num_programs(2)
     t = time_of_step(n, length, reverse)
-    step_tile_mask = (row_mask & (n < length) & (n >= 0))[:, None] & (unit < H)[None, :]
+    step_mask = (row_mask & (n < length) & (n >= 0))[:, None]
+    step_tile_mask = step_mask & (unit < H)[None, :]
     size = B.to(tl.int64) * H
     tile = row[:, None] * H + unit[None, :]
     saved = load_blocks(
@@ -83,11 +90,11 @@ def load_saved(
     c_previous = tl.load(at_time(before_ptr, t, size, HAS_LENGTHS) + tile, mask=step_tile_mask, other=0.0)
     c = tl.load(at_time(current_ptr, t, size, HAS_LENGTHS) + tile, mask=step_tile_mask, other=0.0)
     grads = ()
-    sequence = row[:, None] * D * H + unit[None, :]
     if HAS_GRAD_OUTPUT:
-        place = at_time(grad_output_ptr, t, D * size, HAS_LENGTHS) + sequence
-        grads = grads + (tl.load(place, mask=step_tile_mask, other=0.0),)  # noqa: RUF005
+        place = at_time(grad_output_ptr, t, D * B.to(tl.int64) * hidden, HAS_LENGTHS)
+        place += row[:, None] * D * hidden + unit[None, :]
+        grads = grads + (tl.load(place, mask=step_mask & (unit < hidden)[None, :], other=0.0),)  # noqa: RUF005
     if HAS_GRAD_CELLS:
-        place = at_time(grad_cells_ptr, t, D * size, HAS_LENGTHS) + sequence
+        place = at_time(grad_cells_ptr, t, D * size, HAS_LENGTHS) + row[:, None] * D * H + unit[None, :]
         grads = grads + (tl.load(place, mask=step_tile_mask, other=0.0),)  # noqa: RUF005
     return saved, (c_previous, c), grads

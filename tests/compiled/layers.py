@@ -72,12 +72,14 @@ class Case:
     weak: bool = False
     own_plans: Plans | None = None
     I: int = 3  # noqa: E741
+    P: int = 0
 
     def __str__(self) -> str:
         plans = self.own_plans
         given = [name for name, wanted in zip(GRADIENTS, self.gradients, strict=True) if wanted]
         words = {
             f"{self.variant} {self.dtype} T={self.T} B={self.B} H={self.H}": True,
+            f"projected to {self.P}": self.P > 0,
             f"{self.D} directions": self.D > 1,
             "step by step": self.stepwise,
             f"waits by the {self.wait}": self.wait,
@@ -110,7 +112,7 @@ class Case:
         """Its sizes and types."""
         ragged = self.lengths or self.resets
         sizes = (self.T, self.B, self.H, self.D)
-        return Layer(self.spec, *sizes, DTYPES[self.dtype], self.precision, training=not self.infer, ragged=ragged)
+        return Layer(self.spec, *sizes, DTYPES[self.dtype], self.precision, P=self.P, training=not self.infer, ragged=ragged)
 
     def plan(self, backward: bool) -> PersistentPlan:
         """Return the first of the ranked plans. Raises LookupError with the sentence why there is none."""
@@ -167,6 +169,7 @@ class Case:
             gradients=self.gradients,
             dtype=DTYPES[self.dtype],
             seed=1,
+            P=self.P,
         )
 
     def emulation(self) -> Emulation:
@@ -184,9 +187,9 @@ def computed(case: Case, inputs: Inputs, engine: str, plans: Plans | None) -> li
     """Return all results and gradients, in the order of `tests.support.persistent`; in inference the results."""
     spec, loop = case.spec, LOOPS[engine]
     keep = not case.infer
-    call = layer.Call(spec.name, True, False, engine, save=keep, recompute=case.recompute, states=keep)
+    call = layer.Call(spec.name, True, case.P > 0, engine, save=keep, recompute=case.recompute, states=keep)
     order = Order(case.T, inputs.lengths, inputs.resets)
-    needs = layer.Needs(True, True, True, [list(spec.parameter_names())] * case.D)
+    needs = layer.Needs(True, True, True, [list(spec.parameter_names(projection=case.P > 0))] * case.D)
     grad_output, grad_cells, grad_h_n, grad_c_n = inputs.gradients
     grads = layer.Gradients(grad_output, grad_h_n, grad_c_n, grad_cells)
     arguments = (inputs.x, inputs.h_0, inputs.c_0, inputs.weights)
@@ -198,7 +201,7 @@ def computed(case: Case, inputs: Inputs, engine: str, plans: Plans | None) -> li
             return results
         saved = (result.output, result.gates, result.cells)
         found = layer.backward(grads, *arguments, *saved, order, call, needs, loop)
-    by_name = [side[name] for side in found.weights for name in spec.parameter_names()]
+    by_name = [side[name] for side in found.weights for name in spec.parameter_names(projection=case.P > 0)]
     return [*results, found.x, found.h_0, found.c_0, *by_name]
 
 

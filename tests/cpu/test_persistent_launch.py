@@ -67,10 +67,10 @@ def launch_of(layer, backward, T=2):
     w_ch = torch.zeros(D, layer.matrices * H, H, dtype=layer.dtype) if layer.spec.full else None
     if not backward:
         return sequence_persistent.forward_launch(
-            layer, gates, state, state, w_hh, w_ch, Order(T), save=True, save_gates=True
+            layer, gates, state, state, w_hh, None, w_ch, Order(T), save=True, save_gates=True
         )
     cells = torch.zeros(D, T + 1, B, H)
-    return sequence_persistent.backward_launch(layer, None, None, state, state, gates, cells, w_hh, w_ch, Order(T))
+    return sequence_persistent.backward_launch(layer, None, None, state, state, gates, cells, w_hh, None, w_ch, Order(T))
 
 
 @pytest.mark.parametrize("wait, counters", [("counter", 2 * 3 * 32), ("data", 1)])

@@ -71,11 +71,18 @@ class LayerCase:
     gradients: tuple[bool, bool, bool, bool] = (True, True, True, True)
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    P: int = 0
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Of the parameters that it has."""
+        return self.spec.parameter_names(self.bias, self.P > 0)
 
     def __str__(self) -> str:
         plan = self.plan
         grid = f"{plan.unit_programs}x{plan.row_programs}x{plan.directions}"
         flags = [self.spec.name, f"T{self.T}-B{self.B}-H{self.H}", f"{plan.wait or 'alone'}-{grid}"]
+        flags += [f"P{self.P}"] * (self.P > 0)
         flags += [name for name in ("lengths", "resets", "recompute") if getattr(self, name)]
         return "-".join(flags + [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float64))
 
@@ -105,18 +112,18 @@ class Inputs:
 def inputs_of(case: LayerCase) -> Inputs:
     """Random tensors in the case's type."""
     generator = torch.Generator().manual_seed(case.seed)
-    D, H = case.plan.directions, case.H
+    D, H, P = case.plan.directions, case.H, case.P or case.H
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(case.dtype)
 
-    shapes = case.spec.parameter_shapes(case.I, H, case.bias)
+    shapes = case.spec.parameter_shapes(case.I, H, case.bias, case.P)
     weights = [LSTMWeights(**{name: normal(*s, scale=H**-0.5) for name, s in shapes.items()}) for _ in range(D)]
     lengths = torch.randint(1, case.T + 1, (case.B,), generator=generator) if case.lengths else None
     resets = torch.rand(case.T, case.B, generator=generator) < 0.3 if case.resets else None
-    sizes = ((case.T, case.B, D * H), (case.T, case.B, D * H), (D, case.B, H), (D, case.B, H))
+    sizes = ((case.T, case.B, D * P), (case.T, case.B, D * H), (D, case.B, P), (D, case.B, H))
     gradients = [normal(*size) if wanted else None for size, wanted in zip(sizes, case.gradients, strict=True)]
-    states = normal(case.T, case.B, case.I), normal(D, case.B, H), normal(D, case.B, H)
+    states = normal(case.T, case.B, case.I), normal(D, case.B, P), normal(D, case.B, H)
     return Inputs(*states, weights, lengths, resets, gradients)
 
 
@@ -125,8 +132,7 @@ RESULTS = ("output", "cells", "h_n", "c_n")
 
 def names(case: LayerCase) -> list[str]:
     """Of all results and gradients, in order."""
-    parameters = case.spec.parameter_names(case.bias)
-    sides = [f"{name}[{d}]" for d in range(case.plan.directions) for name in parameters]
+    sides = [f"{name}[{d}]" for d in range(case.plan.directions) for name in case.parameter_names]
     return [*RESULTS, *(f"grad {name}" for name in ("x", "h_0", "c_0", *sides))]
 
 
@@ -151,17 +157,17 @@ def computed(case: LayerCase, inputs: Inputs, launching: Any = None) -> list[Ten
 
 def both_passes(case: LayerCase, inputs: Inputs) -> list[Tensor]:
     """All results and gradients, in the order of `names`, by the persistent kernels."""
-    needs = layer.Needs(True, True, True, [list(case.spec.parameter_names(case.bias))] * case.plan.directions)
+    needs = layer.Needs(True, True, True, [list(case.parameter_names)] * case.plan.directions)
     grad_output, grad_cells, grad_h_n, grad_c_n = inputs.gradients
     grads = layer.Gradients(grad_output, grad_h_n, grad_c_n, grad_cells)
     arguments = (inputs.x, inputs.h_0, inputs.c_0, inputs.weights)
     order = Order(case.T, inputs.lengths, inputs.resets)
-    call = layer.Call(case.spec.name, case.bias, False, "persistent", True, case.recompute, states=True)
+    call = layer.Call(case.spec.name, case.bias, case.P > 0, "persistent", True, case.recompute, states=True)
     with torch.no_grad():
         result = layer.forward(*arguments, order, call, persistent)
         saved = (result.output, result.gates, result.cells)
         gradients = layer.backward(grads, *arguments, *saved, order, call, needs, persistent)
-    by_name = [side[name] for side in gradients.weights for name in case.spec.parameter_names(case.bias)]
+    by_name = [side[name] for side in gradients.weights for name in case.parameter_names]
     return [result.output, result.states, result.h_n, result.c_n, gradients.x, gradients.h_0, gradients.c_0, *by_name]
 
 
