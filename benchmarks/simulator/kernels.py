@@ -43,7 +43,7 @@ STEPS = 1024
 class Case:
     """One pass of a layer, with the usual gradients; of the plan what is wanted, None: as planned.
 
-    - B, H, D: rows, units, directions; variant: the name of an LSTMSpec; dtype: a key of `suites.STORAGE`
+    - B, H, D: rows, units, directions; P: hidden size after projection, 0 without; variant: the name of an LSTMSpec; dtype: a key of `suites.STORAGE`
     """
 
     B: int
@@ -55,13 +55,15 @@ class Case:
     D: int = 1
     block_u: int | None = None
     block_b: int | None = None
+    P: int = 0
 
     @property
     def layer(self) -> Layer:
         """Its sizes; a forward pass saves what a backward pass reads."""
         precision = "tf32" if self.dtype == "tf32" else "ieee"
         sizes = (self.B, self.H, self.D)
-        return Layer(LSTMSpec.parse(self.variant), STEPS, *sizes, STORAGE[self.dtype], precision, training=True)
+        spec, storage = LSTMSpec.parse(self.variant), STORAGE[self.dtype]
+        return Layer(spec, STEPS, *sizes, storage, precision, P=self.P, training=True)
 
     @property
     def wanted(self) -> Preference:

@@ -6,6 +6,7 @@ and barriers are those of the code; latencies and rates are those of `Machine`.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -142,7 +143,10 @@ class ThreadBlock:
         self.memory_free = 0.0
         self.port_free = 0.0
         self.waiting: dict[tuple[int, int], list[tuple[Warp, int]]] = {}  # at a barrier, by thread block and number
-        self.published: dict[tuple[int, int], int] = {}  # when, by thread block (or warp) and iteration
+        self.published: dict[tuple[int, int, int], int] = {}  # when, by thread block (or warp), iteration, exchange
+        self.waits = sorted(step.detours)  # their places
+        stores = {self.exchange_of(n) for n, phase in enumerate(step.phases) if phase == "store"}
+        self.exchanges = sorted(stores) or [len(self.waits)]
         self.samples: dict[tuple[int, int, int], int] = {}  # when a poll first read what others publish
         self.failed_polls: Counter[int] = Counter()  # by iteration
 
@@ -285,8 +289,12 @@ class ThreadBlock:
 
     def publish(self, warp: Warp, when: int) -> None:
         """Note from when on what is stored in this iteration is visible; the last store counts."""
-        key = warp.number // self.publishers, warp.iteration
+        key = warp.number // self.publishers, warp.iteration, self.exchange_of(warp.place)
         self.published[key] = max(self.published.get(key, 0), when)
+
+    def exchange_of(self, place: int) -> int:
+        """Return the number of the exchange that a store at a place belongs to: of the waits before it in a step."""
+        return bisect_left(self.waits, place)
 
     def meet(self, warp: Warp, now: int) -> None:
         """Wait at a barrier of all warps; the last one releases them."""
@@ -341,11 +349,16 @@ class ThreadBlock:
         return 100_000 * (list(self.step.detours).index(place) + 1)
 
     def failed(self, warp: Warp) -> bool:
-        """Whether the poll before was too early for what the other thread blocks published an iteration before."""
+        """Whether the poll before was too early for what the other thread blocks published.
+
+        That is the last exchange before the wait: of the step itself, or of the iteration before.
+        """
         sample = self.samples.get(self.poll_of(warp))
-        before = warp.number // self.publishers, warp.iteration - self.row_blocks
-        awaited = self.published.get(before, 0) + self.machine.skew
-        return sample is not None and sample < awaited
+        wait = self.waits.index(warp.place if warp.origin is None else warp.origin)
+        within = [exchange for exchange in self.exchanges if exchange <= wait]
+        iteration = warp.iteration if within else warp.iteration - self.row_blocks
+        awaited = (warp.number // self.publishers, iteration, (within or self.exchanges)[-1])
+        return sample is not None and sample < self.published.get(awaited, NEVER if within else 0) + self.machine.skew
 
     def critical(self, iteration: int) -> tuple[int, Counter[str]]:
         """Return the cycles from the publication of the iteration before to that of this one, in all and by phase.

@@ -32,7 +32,7 @@ EQUATIONS = {
     "next_cell", "output_gate", "output_derivatives", "cell_derivatives", "previous_cell_gradient", "tanh", "sigmoid",
     "exp2_approx", "reciprocal_approx",
 }  # fmt: skip
-STORES = {"exchange_store", "exchange_arrive", "publish", "arrive", "publish_state", "publish_gates"}
+STORES = {"exchange_store", "exchange_arrive", "publish", "arrive", "publish_operand", "publish_state", "publish_gates"}
 ARRIVES = {"arrive"}
 ONE_THREAD = {"wait_for_count", "arrive"}
 """One thread of the block does what is under a predicate there."""

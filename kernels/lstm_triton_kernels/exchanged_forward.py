@@ -49,17 +49,15 @@ def publish_operand(ptr, value, mask, PRECISION: gl.constexpr):
 
 @gluon.jit
 def publish_state(
-    slot_ptr, place, h, c, row_mask, unit, H: gl.constexpr, HIDDEN: gl.constexpr, V: gl.constexpr, TILED: gl.constexpr,
+    slot_ptr, place, h, c, h_mask, c_mask, HIDDEN: gl.constexpr, V: gl.constexpr, TILED: gl.constexpr,
     FULL: gl.constexpr, PRECISION: gl.constexpr,
 ):  # fmt: skip
     """Publish h, and with a full peephole c, of a program's own rows and units, as operands of the products."""
     BEFORE_C: gl.constexpr = padded_units(HIDDEN)
-    publish_operand(slot_ptr + place, h, row_mask[:, None] & (unit < BEFORE_C)[None, :], PRECISION)
+    publish_operand(slot_ptr + place, h, h_mask, PRECISION)
     if FULL:
         behind = BEFORE_C // V * (8 * V) if TILED else BEFORE_C
-        publish_operand(
-            slot_ptr + place + behind, c, row_mask[:, None] & (unit < padded_units(H))[None, :], PRECISION
-        )
+        publish_operand(slot_ptr + place + behind, c, c_mask, PRECISION)
 
 
 @gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
@@ -161,10 +159,8 @@ def exchanged_forward_kernel(
         tile_mask = row_mask[:, None] & (unit < H)[None, :]
         state = row[:, None] * H + unit[None, :]
         c = gl.load(c_0_ptr + state, mask=tile_mask, other=0.0).to(gl.float32)
-        h_0 = gl.load(
-            h_0_ptr + row[:, None] * HIDDEN + unit[None, :], mask=row_mask[:, None] & (unit < HIDDEN)[None, :], other=0.0
-        )
-        h = h_0.to(gl.float32)
+        hidden_mask = row_mask[:, None] & (unit < HIDDEN)[None, :]
+        h = gl.load(h_0_ptr + row[:, None] * HIDDEN + unit[None, :], mask=hidden_mask, other=0.0).to(gl.float32)
         if CELLS != "none":
             place = cells_ptr + state
             if CELLS == "all":
@@ -176,9 +172,14 @@ def exchanged_forward_kernel(
             c = gl.where(reset[:, None], 0.0, c)
             h = gl.where(reset[:, None], 0.0, h)
         slot_ptr = exchange_ptr + b.to(gl.int64) * block_stride
-        publish_state(slot_ptr, own_place, h, c, row_mask, unit, H, HIDDEN, V, TILED, FULL, PRECISION)
+        h_mask = row_mask[:, None] & (unit < padded_units(HIDDEN))[None, :]
+        c_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
+        publish_state(slot_ptr, own_place, h, c, h_mask, c_mask, HIDDEN, V, TILED, FULL, PRECISION)
 
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
+    hidden_mask = row_mask[:, None] & (unit < HIDDEN)[None, :]
+    h_mask = row_mask[:, None] & (unit < padded_units(HIDDEN))[None, :]
+    c_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
     state = row[:, None] * H + unit[None, :]
     if ONE_BLOCK:
         c = gl.load(c_0_ptr + state, mask=tile_mask, other=0.0).to(gl.float32)
@@ -204,6 +205,9 @@ def exchanged_forward_kernel(
         if not ONE_BLOCK:
             row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
+            hidden_mask = row_mask[:, None] & (unit < HIDDEN)[None, :]
+            h_mask = row_mask[:, None] & (unit < padded_units(HIDDEN))[None, :]
+            c_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
             state = row[:, None] * H + unit[None, :]
             rows_here = gl.minimum(rows, B - b * rows)
             places = read_places(rows_here, P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
@@ -250,8 +254,7 @@ def exchanged_forward_kernel(
         a_o = sums[G - 1]
         if CURRENT:
             second_ptr = peephole_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * peephole_stride
-            publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
-            publish_operand(second_ptr + own_peephole_place, c, publish_mask, PRECISION)
+            publish_operand(second_ptr + own_peephole_place, c, c_mask, PRECISION)
             read_c, polls = exchanged_product(
                 second_ptr, read_places(rows_here, P_O, V, TILED, PEEPHOLE_CHUNKS, ROWS, PARTS, WARPS), polls, clocks,
                 (), w_o, peephole_buffer, ONE_BLOCK, second_sets(UNITS), PEEPHOLE_CHUNKS, PEEPHOLE_PIECES, TILED, ROWS,
@@ -262,8 +265,7 @@ def exchanged_forward_kernel(
         h = o * tanh(c)
         if PROJECTION > 0:
             second_ptr = projection_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * projection_stride
-            publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
-            publish_operand(second_ptr + own_projection_place, h, publish_mask, PRECISION)
+            publish_operand(second_ptr + own_projection_place, h, c_mask, PRECISION)
             if first_unit < padded_units(HIDDEN):
                 projected, polls = exchanged_product(
                     second_ptr, read_places(rows_here, P_R, V, TILED, PROJECTION_CHUNKS, ROWS, PARTS, WARPS), polls,
@@ -276,9 +278,8 @@ def exchanged_forward_kernel(
         h_read = gl.where(read_mask[:, None], h, 0.0)
         c_read = gl.where(read_mask[:, None], c, 0.0)
         publish_state(
-            slot_ptr + slot_stride, own_place, h_read, c_read, row_mask, unit, H, HIDDEN, V, TILED, FULL, PRECISION
+            slot_ptr + slot_stride, own_place, h_read, c_read, h_mask, c_mask, HIDDEN, V, TILED, FULL, PRECISION
         )
-        hidden_mask = row_mask[:, None] & (unit < HIDDEN)[None, :]
         output_now = at_time(output_ptr, t, output_stride, HAS_LENGTHS) + row[:, None] * D * HIDDEN + unit[None, :]
         gl.store(output_now, gl.where(step_mask[:, None], h, 0.0).to(H_TYPE), mask=hidden_mask)
         if CELLS != "none":
@@ -295,7 +296,7 @@ def exchanged_forward_kernel(
         zero = gl.zeros([ROWS, UNITS], gl.float32, own)
         for n in range(steps, T):
             output_now = output_ptr + output_stride * n + row[:, None] * D * HIDDEN + unit[None, :]
-            gl.store(output_now, zero.to(H_TYPE), mask=row_mask[:, None] & (unit < HIDDEN)[None, :])
+            gl.store(output_now, zero.to(H_TYPE), mask=hidden_mask)
             if CELLS == "all":
                 gl.store(cells_ptr + cells_stride * (n + 1) + state, zero, mask=tile_mask)
     if gl.min(polls, 0) <= 0:
