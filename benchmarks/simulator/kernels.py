@@ -43,7 +43,8 @@ STEPS = 1024
 class Case:
     """One pass of a layer, with the usual gradients; of the plan what is wanted, None: as planned.
 
-    - B, H, D: rows, units, directions; P: hidden size after projection, 0 without; variant: the name of an LSTMSpec; dtype: a key of `suites.STORAGE`
+    - B, H, D: rows, units, directions; P: hidden size after projection, 0 without one
+    - variant: the name of an LSTMSpec; dtype: a key of `suites.STORAGE`
     """
 
     B: int

@@ -78,10 +78,10 @@ def exchanged_backward_kernel(
     cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr, grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr,
     resets_ptr, error_ptr,
     T, B, rows, row_blocks, max_polls, pause,
-    H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr, OUTPUT_CURRENT: gl.constexpr,
-    HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr, HAS_GRAD_H_N: gl.constexpr,
-    HAS_GRAD_C_N: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr, ONE_BLOCK: gl.constexpr,
-    PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr,
+    H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
+    OUTPUT_CURRENT: gl.constexpr, HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr,
+    HAS_GRAD_H_N: gl.constexpr, HAS_GRAD_C_N: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr,
+    ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr,
     PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr, PROJECTION_CHUNKS: gl.constexpr,
     PROJECTION_PIECES: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr,
     WARPS: gl.constexpr,
@@ -213,7 +213,6 @@ def exchanged_backward_kernel(
             places = read_places(rows_here, P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
         t = time_of_step(n, length, reverse)
         step_mask = row_mask & (n < length)
-        step_tile_mask = tile_mask & step_mask[:, None]
 
         if AHEAD:
             saved, c_read, grads = saved_next, c_next, grads_next
@@ -223,7 +222,8 @@ def exchanged_backward_kernel(
             )
             saved_next, c_next, grads_next = load_saved(
                 gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
-                next_row_mask, next_length, unit, B, H, HIDDEN, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+                next_row_mask, next_length, unit, B, H, HIDDEN, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS,
+                HAS_LENGTHS,
             )  # fmt: skip
         else:
             saved, c_read, grads = load_saved(

@@ -65,12 +65,12 @@ def exchanged_forward_kernel(
     gates_ptr, output_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr, cells_ptr, h_n_ptr, c_n_ptr,
     h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr, resets_ptr, error_ptr,
     T, B, rows, row_blocks, max_polls, pause,
-    H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr, OUTPUT_CURRENT: gl.constexpr,
-    SAVE_GATES: gl.constexpr, CELLS: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr,
-    ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr,
-    PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr, PROJECTION_CHUNKS: gl.constexpr,
-    PROJECTION_PIECES: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr,
+    H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
+    OUTPUT_CURRENT: gl.constexpr, SAVE_GATES: gl.constexpr, CELLS: gl.constexpr, HAS_LENGTHS: gl.constexpr,
+    HAS_RESETS: gl.constexpr, ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr,
+    KEPT: gl.constexpr, PIECES: gl.constexpr, PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr,
+    PROJECTION_CHUNKS: gl.constexpr, PROJECTION_PIECES: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr,
+    UNITS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
 
@@ -251,7 +251,7 @@ def exchanged_forward_kernel(
 
         c_previous = c
         i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
-        a_o = sums[G - 1]
+        a_o = sums[G - 1]  # type: ignore[var-annotated]
         if CURRENT:
             second_ptr = peephole_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * peephole_stride
             publish_operand(second_ptr + own_peephole_place, c, c_mask, PRECISION)

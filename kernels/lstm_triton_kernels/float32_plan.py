@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from lstm_triton_kernels.gpus import GPU, L2_BYTES_PER_CLOCK
-from lstm_triton_kernels.plan import PersistentPlan
+from lstm_triton_kernels.plan import PersistentPlan, Second
 from lstm_triton_kernels.sizes import Layer, ceil_div, next_power_of_2
 
 LARGEST_ALONE = 128
@@ -68,7 +68,7 @@ def candidates(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPla
 def _alone(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
     """One program holds all units; the rows are shared out, in as many programs as it takes."""
     units = max(16, next_power_of_2(layer.H))
-    tiles = units * units * (layer.gates + layer.matrices) * layer.element_bytes
+    tiles = units * units * (layer.gates + layer.matrices + (layer.P > 0)) * layer.element_bytes
     for block_b in (16, 32):
         num_warps = 4 if units <= 64 else 8
         staging = block_b * units * (layer.element_bytes + 4) * 2
@@ -118,6 +118,10 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
     block_k, parts, chunks = cut
     width = block_u if backward else 4 * block_u
     tiles = chunks * parts * block_k * width * layer.element_bytes * (1 + (layer.matrices > 0))
+    seconds = [_second(columns, block_k, parts) for columns in second_columns(layer, backward)]
+    if any(second is not None and second.chunks > MOST_CHUNKS for second in seconds):
+        return
+    tiles += sum(second.chunks * parts * block_k * block_u * layer.element_bytes for second in seconds if second)
     rows = min(block_b, ceil_div(layer.B, row_room))
     row_blocks = ceil_div(layer.B, rows)
     row_programs = min(row_room, row_blocks)
@@ -143,6 +147,7 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
     most = max(n for n in range(1, chunks + 1) if chunks % n == 0 and n * operand <= READ_BYTES * threads)
     for wait, group in itertools.product(wait_us, sorted({most, 1})):
         groups = chunks // group * (2 if layer.matrices and not backward else 1)
+        waits_us = wait_us[wait] * (1 + sum(second is not None for second in seconds))
         yield PersistentPlan(
             block_u=block_u,
             block_b=block_b,
@@ -162,7 +167,9 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
             tile_bytes=tiles,
             register_bytes=_accumulator_bytes(layer, backward, block_u, block_b, parts, num_warps),
             shared_bytes=shared_bytes,
-            estimate_us=blocks * (wait_us[wait] + GROUP_US * (groups - 1) + block_us),
+            estimate_us=blocks * (waits_us + GROUP_US * (groups - 1) + block_us),
+            peephole=seconds[0],
+            projection=seconds[1],
         )
 
 
@@ -171,7 +178,7 @@ def _cut(layer: Layer, backward: bool, block_u: int, block_b: int, num_warps: in
 
     With the least padding, a chunk counted as some padding; of several such cuts the one with the fewest parts.
     """
-    K = layer.H * layer.gates if backward else layer.H
+    K = layer.H * layer.gates if backward else layer.H if layer.matrices else layer.hidden
     found = []
     for parts, block_k in itertools.product((num_warps, 2 * num_warps, 4 * num_warps), (16, 32)):
         chunks = ceil_div(K, parts * block_k)
@@ -192,11 +199,21 @@ def _accumulator_bytes(layer: Layer, backward: bool, block_u: int, block_b: int,
     return (of_products + layer.gates) * block_b * block_u * 4 // (32 * num_warps)
 
 
+def second_columns(layer: Layer, backward: bool) -> tuple[int, int]:
+    """Return the columns of the products within a step, with V_o and with W_hr; 0 where there is none."""
+    return layer.H if layer.output_current else 0, (layer.P if backward else layer.H) if layer.P else 0
+
+
+def _second(columns: int, block_k: int, parts: int) -> Second | None:
+    """Return how a product within a step is cut; None where there is none. Its chunks are read one by one."""
+    return Second(ceil_div(columns, parts * block_k), 1) if columns else None
+
+
 def exchanged_bytes(layer: Layer, backward: bool) -> int:
     """Return bytes of one batch row that every program reads in a step."""
     if backward:
         return layer.gates * layer.H * layer.element_bytes
-    return layer.H * layer.element_bytes * (1 + (layer.matrices > 0))
+    return (layer.hidden + (layer.H if layer.matrices else 0)) * layer.element_bytes
 
 
 def pause_clocks(read: int) -> int:

@@ -26,7 +26,10 @@ from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
     divided_by,
+    exchanged_product,
     load_gate_tiles,
+    load_second_tile,
+    load_second_tiles,
     load_transposed_tiles,
     multiply_add,
     peephole_block,
@@ -46,65 +49,83 @@ from lstm_triton_kernels.time_loop import load_saved, rows_in_turn, step_of
 
 @triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def persistent_backward_kernel(
-    d_gates_ptr, dc_ptr, gates_ptr, cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr, grad_c_n_ptr,
-    w_hh_ptr, w_ch_ptr, lengths_ptr, resets_ptr, counters_ptr, error_ptr,
-    T, B, H, rows, row_blocks, max_polls, pause,
+    d_gates_ptr, d_hidden_ptr, dc_ptr, gates_ptr, cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr,
+    grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr, resets_ptr, counters_ptr, error_ptr,
+    T, B, H, P, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_CELLS: tl.constexpr,
     HAS_GRAD_H_N: tl.constexpr, HAS_GRAD_C_N: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
-    ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr, WARPS: tl.constexpr, H_DIVISOR: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PROJECTED: tl.constexpr, ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr, PEEPHOLE_CHUNKS: tl.constexpr, PEEPHOLE_PIECES: tl.constexpr, PROJECTION_CHUNKS: tl.constexpr,
+    PROJECTION_PIECES: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, H_DIVISOR: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0, without a full peephole's part.
 
     - dc: (D, B, H), the gradient of c_{t-1} when step t is done; zero before, unless ONE_BLOCK
     - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as saved
-    - grad_output, grad_cells: (T, B, D·H); grad_h_n, grad_c_n: (D, B, H)
-    - w_hh, w_ch, lengths, resets, counters, error, and the constants of the product: as in the forward pass
+    - d_hidden: (D, T, B, P) out, the gradient of every projected h_t; None unless PROJECTED
+    - grad_output (T, B, D·P), grad_cells (T, B, D·H); grad_h_n (D, B, P), grad_c_n (D, B, H)
+    - w_hh, w_hr, w_ch, lengths, resets, counters, error, and the constants of the product: as in the forward pass
     """
     G: tl.constexpr = 3 if COUPLED else 4
     Q: tl.constexpr = 2 if COUPLED else 3
     ELEMENT: tl.constexpr = gates_ptr.dtype.element_ty
     H = divided_by(H, H_DIVISOR)
+    if not PROJECTED:
+        P = H
+    CURRENT: tl.constexpr = FULL and OUTPUT_CURRENT
     direction = tl.program_id(2)
     reverse = direction == 1
+    D = tl.num_programs(2)
     side = direction.to(tl.int64)
     unit = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    w_hh_ptr += side * G * H * H
+    w_hh_ptr += side * G * H * P
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
         w_ch_ptr += side * Q * H * H
     if ALONE:
-        w = load_gate_tiles(w_hh_ptr, unit, H, G, True, BLOCK_K)
+        w = load_gate_tiles(w_hh_ptr, unit, H, P, G, True, BLOCK_K)
         if FULL:
-            v_full = load_gate_tiles(w_ch_ptr, unit, H, Q, True, BLOCK_K)
+            v_full = load_gate_tiles(w_ch_ptr, unit, H, H, Q, True, BLOCK_K)
+        if PROJECTED:
+            w_r = load_second_tile(w_hr_ptr + side * P * H, unit, H, P, 1, H, BLOCK_K)
     else:
-        w = load_transposed_tiles(w_hh_ptr, unit, H, G, False, CHUNKS, PARTS, BLOCK_U, BLOCK_K)
+        w = load_transposed_tiles(w_hh_ptr, unit, H, P, G, False, True, CHUNKS, PARTS, BLOCK_U, BLOCK_K)
         if FULL:
-            v_full = load_transposed_tiles(w_ch_ptr, unit, H, G, True, CHUNKS, PARTS, BLOCK_U, BLOCK_K)
+            v_full = load_transposed_tiles(
+                w_ch_ptr, unit, H, H, G, True, not OUTPUT_CURRENT, CHUNKS, PARTS, BLOCK_U, BLOCK_K
+            )
+        if CURRENT:
+            w_o = load_second_tiles(w_ch_ptr + (Q - 1) * H * H, unit, H, H, 1, H, PEEPHOLE_CHUNKS, PARTS, BLOCK_K)
+        if PROJECTED:
+            w_r = load_second_tiles(w_hr_ptr + side * P * H, unit, H, P, 1, H, PROJECTION_CHUNKS, PARTS, BLOCK_K)
 
     gates_stride = B.to(tl.int64) * G * H
     cells_stride = B.to(tl.int64) * H
+    states_stride = B.to(tl.int64) * P
     d_gates_ptr += side * T * gates_stride
     gates_ptr += side * T * gates_stride
     before_ptr = cells_ptr + (side * (T + 1) + side) * cells_stride  # c_{t-1} stands at index t of it
     current_ptr = cells_ptr + (side * (T + 1) + 1 - side) * cells_stride  # and c_t at index t of this
     if HAS_GRAD_OUTPUT:
-        grad_output_ptr += side * H
+        grad_output_ptr += side * P
     if HAS_GRAD_CELLS:
         grad_cells_ptr += side * H
     if HAS_GRAD_H_N:
-        grad_h_n_ptr += side * cells_stride
+        grad_h_n_ptr += side * states_stride
     if HAS_GRAD_C_N:
         grad_c_n_ptr += side * cells_stride
     dc_ptr += side * cells_stride
+    if PROJECTED:
+        d_hidden_ptr += side * T * states_stride
     counters_ptr += side * row_blocks * COUNTER_STRIDE
 
     block = tl.program_id(1)
     in_block = tl.arange(0, BLOCK_B)
     row, row_mask, length = rows_of_block(in_block, block, rows, B, lengths_ptr, T, HAS_LENGTHS)
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
+    hidden_mask = row_mask[:, None] & (unit < P)[None, :]
     state = row[:, None] * H + unit[None, :]
     dc = tl.zeros((BLOCK_B, BLOCK_U), ELEMENT)
     if ALONE:
@@ -120,11 +141,13 @@ def persistent_backward_kernel(
             place = d_gates_ptr + gates_stride * n + row[:, None] * G * H + unit[None, :]
             for g in tl.static_range(G):
                 tl.store(place + g * H, 0.0, mask=tile_mask)
+            if PROJECTED:
+                tl.store(d_hidden_ptr + states_stride * n + row[:, None] * P + unit[None, :], 0.0, mask=hidden_mask)
 
     # What the forward pass saved does not depend on other programs: it is loaded an iteration ahead.
     saved_next, c_next, grads_next = load_saved(
         gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1, row, row_mask, length, unit, B,
-        H, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+        H, P, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
     )  # fmt: skip
 
     for iteration in range(steps * blocks):
@@ -133,11 +156,11 @@ def persistent_backward_kernel(
         if not ONE_BLOCK:
             row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
+            hidden_mask = row_mask[:, None] & (unit < P)[None, :]
             state = row[:, None] * H + unit[None, :]
             dc = tl.load(dc_ptr + state, mask=tile_mask, other=0.0)
         t = time_of_step(n, length, reverse)
         step_mask = row_mask & (n < length)
-        step_tile_mask = tile_mask & step_mask[:, None]
 
         saved, c_read, grads = saved_next, c_next, grads_next
         done_next, next_block = step_of(iteration + 1, block, blocks)
@@ -146,14 +169,15 @@ def persistent_backward_kernel(
         )
         saved_next, c_next, grads_next = load_saved(
             gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
-            next_row_mask, next_length, unit, B, H, H, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
+            next_row_mask, next_length, unit, B, H, P, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
         )  # fmt: skip
 
-        last_mask = step_tile_mask & row_values(n == length - 1, HAS_LENGTHS)
+        last = step_mask[:, None] & row_values(n == length - 1, HAS_LENGTHS)
         if HAS_GRAD_H_N:
-            d_h_n = tl.load(grad_h_n_ptr + state, mask=last_mask, other=0.0)
+            place = grad_h_n_ptr + row[:, None] * P + unit[None, :]
+            d_h_n = tl.load(place, mask=hidden_mask & last, other=0.0)
         if HAS_GRAD_C_N:
-            d_c_n = tl.load(grad_c_n_ptr + state, mask=last_mask, other=0.0)
+            d_c_n = tl.load(grad_c_n_ptr + state, mask=tile_mask & last, other=0.0)
         # Step n + 1 of a row, which read the state that step n left: not where there is none, or where it was reset.
         after = time_of_step(n + 1, length, reverse)
         carry_mask = row_mask & (n + 1 < length)
@@ -173,7 +197,7 @@ def persistent_backward_kernel(
                     dh = multiply_add(dh, d, w[g])
                 else:
                     dh_odd = multiply_add(dh_odd, d, w[g])
-                if FULL and g != G - 2:
+                if FULL and g != G - 2 and not (OUTPUT_CURRENT and g == G - 1):
                     dc = multiply_add(dc, d, v_full[peephole_block(g, G)])
             dh += dh_odd
         else:
@@ -209,9 +233,36 @@ def persistent_backward_kernel(
         c_previous, c = c_read[0], c_read[1]
         if HAS_RESETS:
             c_previous = tl.where(reset[:, None], 0.0, c_previous)
+        d_now = at_time(d_gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
+        if PROJECTED:
+            d_hidden = at_time(d_hidden_ptr, t, states_stride, HAS_LENGTHS) + row[:, None] * P
+            if ALONE:
+                tl.store(d_hidden + unit[None, :], dh, mask=hidden_mask)
+                dh = multiply_add(tl.zeros((BLOCK_B, BLOCK_U), ELEMENT), dh, w_r)
+            else:
+                projection_counter = counter_ptr + 2 * D * row_blocks * COUNTER_STRIDE
+                exchange_store(d_hidden + unit[None, :], dh, hidden_mask, WAIT)
+                exchange_arrive(projection_counter, WAIT)
+                dh, max_polls = exchanged_product(
+                    d_hidden, P, row_mask[:, None], w_r, projection_counter, done + 1, pause, max_polls,
+                    error_ptr, WAIT, PROJECTION_CHUNKS, PROJECTION_PIECES, PARTS, WARPS, BLOCK_B, BLOCK_U, BLOCK_K,
+                )  # fmt: skip
         by_o, by_c = output_derivatives(o, c)
         d_o = dh * by_o
         dc += dh * by_c
+        if CURRENT:
+            if ALONE:
+                dc = multiply_add(dc, d_o, v_full[Q - 1])
+            else:
+                peephole_counter = counter_ptr + D * row_blocks * COUNTER_STRIDE
+                exchange_store(d_now + (G - 1) * H, d_o, tile_mask, WAIT)
+                exchange_arrive(peephole_counter, WAIT)
+                every_d_o = at_time(d_gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + (G - 1) * H
+                of_o, max_polls = exchanged_product(
+                    every_d_o, H, row_mask[:, None], w_o, peephole_counter, done + 1, pause, max_polls,
+                    error_ptr, WAIT, PEEPHOLE_CHUNKS, PEEPHOLE_PIECES, PARTS, WARPS, BLOCK_B, BLOCK_U, BLOCK_K,
+                )  # fmt: skip
+                dc += of_o
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v[Q - 1] * d_o
         by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
@@ -221,7 +272,6 @@ def persistent_backward_kernel(
             dc = tl.where(reset[:, None], 0.0, dc)
 
         # A row that does not have this step has zero gradients and zero dc: its loads were masked.
-        d_now = at_time(d_gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
         if ALONE:
             store_gates(d_now, d_i, d_f, d_g, H, tile_mask, COUPLED)
             tl.store(d_now + (G - 1) * H, d_o, mask=tile_mask)
@@ -230,7 +280,8 @@ def persistent_backward_kernel(
                 exchange_store(d_now, d_i, tile_mask, WAIT)
             exchange_store(d_now + (G - 3) * H, d_f, tile_mask, WAIT)
             exchange_store(d_now + (G - 2) * H, d_g, tile_mask, WAIT)
-            exchange_store(d_now + (G - 1) * H, d_o, tile_mask, WAIT)
+            if not CURRENT:
+                exchange_store(d_now + (G - 1) * H, d_o, tile_mask, WAIT)
             exchange_arrive(counters_ptr + b * COUNTER_STRIDE, WAIT)
         if not ONE_BLOCK:
             tl.store(dc_ptr + state, dc, mask=tile_mask)

@@ -11,6 +11,10 @@ h_t, and one for h_0 behind the last, so that the first step waits and reads as 
 c_{t-1} of all units, too: c is published beside h. Where one program holds all units (ALONE) it waits for nobody, and h
 stays in its registers.
 
+A full peephole of the output gate on c_t, and a projection h_t = W_hr (o tanh(c_t)), need a product within the step: of
+what all programs publish in the same step, c_t or o tanh(c_t). A program has the rows of W_hr with the numbers of its
+units, as far as there are so many.
+
 With `lengths`, row b ends after lengths[b] steps (the second direction starts there): it leaves its state in h_n and
 c_n, and writes zeros for the steps beyond. With `resets` (T, B), the state is zero before such a step.
 
@@ -33,7 +37,10 @@ from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
     divided_by,
+    exchanged_product,
     load_gate_tiles,
+    load_second_tile,
+    load_second_tiles,
     load_stacked_tiles,
     multiply_add,
     peephole_block,
@@ -53,26 +60,31 @@ from lstm_triton_kernels.time_loop import cell_places, load_gate_inputs, rows_in
 
 @triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def persistent_forward_kernel(
-    gates_ptr, hidden_ptr, cells_ptr, h_n_ptr, c_n_ptr, h_0_ptr, c_0_ptr, w_hh_ptr, w_ch_ptr, lengths_ptr, resets_ptr,
-    counters_ptr, error_ptr,
-    T, B, H, padded_H, rows, row_blocks, max_polls, pause,
+    gates_ptr, hidden_ptr, unprojected_ptr, cells_ptr, h_n_ptr, c_n_ptr, h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr,
+    lengths_ptr, resets_ptr, counters_ptr, error_ptr,
+    T, B, H, P, padded_H, padded_P, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     SAVE_GATES: tl.constexpr, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
-    ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr, WARPS: tl.constexpr, H_DIVISOR: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PROJECTED: tl.constexpr, ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr, PEEPHOLE_CHUNKS: tl.constexpr, PEEPHOLE_PIECES: tl.constexpr, PROJECTION_CHUNKS: tl.constexpr,
+    PROJECTION_PIECES: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, H_DIVISOR: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
 
-    - hidden: (T + 1, B, D, padded_H) out, zero beyond H; slot T is that of h_0
+    - hidden: (T + 1, B, D, padded_P) out, zero beyond P, the size of h: of a projected one, else H; slot T is that of
+      h_0; unprojected: (T, B, D, padded_H) out, o tanh(c_t), zero beyond H; None unless PROJECTED or where ALONE
     - cells: (D, T + 1, B, H) out, slot t the state before step t, in the second direction after it (CELLS == "all"); or
       (D, 1, B, H), the state between two steps (CELLS == "one"); or None (CELLS == "none": c stays in registers)
-    - h_n, c_n: (D, B, H) out; h_0, c_0: (D, B, H); w_hh: (D, G·H, H); w_ch: (D, Q·H) diagonal, (D, Q·H, H) full
-    - lengths: (B,) int32 or int64; resets: (T, B) uint8; counters: one a direction and row block, zero; error: int32
+    - h_n (D, B, P), c_n (D, B, H) out; h_0, c_0: likewise; w_hh: (D, G·H, P); w_hr: (D, P, H) or None; w_ch: (D, Q·H)
+      diagonal, (D, Q·H, H) full
+    - lengths: (B,) int32 or int64; resets: (T, B) uint8; counters: one a direction and row block,
+      zero, then as many for V_o, and as many for W_hr, if the step has a product with one of these; error: int32
 
-    The output gate of a full peephole reads c_{t-1}. ONE_BLOCK: no program has a second row block.
+    ONE_BLOCK: no program has a second row block.
     CHUNKS, PARTS, BLOCK_K: how the columns of the product are cut (resident.py); GROUP chunks, a divisor of CHUNKS, are
-    read at once. WARPS: of the program. H_DIVISOR: a power of two, divides H.
+    read at once; PEEPHOLE and PROJECTION: the same of the products within a step, in PIECES groups. WARPS: of the
+    program. H_DIVISOR: a power of two, divides H.
     """
     G: tl.constexpr = 3 if COUPLED else 4
     Q: tl.constexpr = 2 if COUPLED else 3
@@ -81,34 +93,49 @@ def persistent_forward_kernel(
     reverse = direction == 1
     D = tl.num_programs(2)
     H = divided_by(H, H_DIVISOR)
+    if not PROJECTED:
+        P = H
+    CURRENT: tl.constexpr = FULL and OUTPUT_CURRENT
     side = direction.to(tl.int64)
     unit_from = tl.program_id(0) * BLOCK_U
     unit = unit_from + tl.arange(0, BLOCK_U)
-    w_hh_ptr += side * G * H * H
+    w_hh_ptr += side * G * H * P
     v = load_peephole(w_ch_ptr + side * Q * H if DIAGONAL else w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     if FULL:
         w_ch_ptr += side * Q * H * H
     if ALONE:
-        w = load_gate_tiles(w_hh_ptr, unit, H, G, False, BLOCK_K)
+        w = load_gate_tiles(w_hh_ptr, unit, H, P, G, False, BLOCK_K)
         if FULL:
-            v_full = load_gate_tiles(w_ch_ptr, unit, H, Q, False, BLOCK_K)
+            v_full = load_gate_tiles(w_ch_ptr, unit, H, H, Q, False, BLOCK_K)
+        if PROJECTED:
+            w_r = load_second_tile(w_hr_ptr + side * P * H, unit, P, H, H, 1, BLOCK_K)
     else:
-        w = load_stacked_tiles(w_hh_ptr, unit_from, H, G, False, CHUNKS, PARTS, BLOCK_U, BLOCK_K)
+        w = load_stacked_tiles(w_hh_ptr, unit_from, H, P, G, False, True, CHUNKS, PARTS, BLOCK_U, BLOCK_K)
         if FULL:
-            v_full = load_stacked_tiles(w_ch_ptr, unit_from, H, G, True, CHUNKS, PARTS, BLOCK_U, BLOCK_K)
+            v_full = load_stacked_tiles(
+                w_ch_ptr, unit_from, H, H, G, True, not OUTPUT_CURRENT, CHUNKS, PARTS, BLOCK_U, BLOCK_K
+            )
+        if CURRENT:
+            w_o = load_second_tiles(w_ch_ptr + (Q - 1) * H * H, unit, H, H, H, 1, PEEPHOLE_CHUNKS, PARTS, BLOCK_K)
+        if PROJECTED:
+            w_r = load_second_tiles(w_hr_ptr + side * P * H, unit, P, H, H, 1, PROJECTION_CHUNKS, PARTS, BLOCK_K)
 
     gates_stride = B.to(tl.int64) * G * H
-    hidden_stride = B.to(tl.int64) * D * padded_H
+    hidden_stride = B.to(tl.int64) * D * padded_P
+    unprojected_stride = B.to(tl.int64) * D * padded_H
+    states_stride = B.to(tl.int64) * P
     cells_stride = B.to(tl.int64) * H
     gates_ptr += side * T * gates_stride
-    hidden_ptr += side * padded_H
+    hidden_ptr += side * padded_P
+    if PROJECTED and not ALONE:
+        unprojected_ptr += side * padded_H
     if CELLS == "all":
         cells_ptr += side * (T + 1) * cells_stride
     if CELLS == "one":
         cells_ptr += side * cells_stride
-    h_0_ptr += side * cells_stride
+    h_0_ptr += side * states_stride
     c_0_ptr += side * cells_stride
-    h_n_ptr += side * cells_stride
+    h_n_ptr += side * states_stride
     c_n_ptr += side * cells_stride
     counters_ptr += side * row_blocks * COUNTER_STRIDE
 
@@ -131,16 +158,18 @@ def persistent_forward_kernel(
             else:
                 tl.store(place, c, mask=tile_mask)
         if not ALONE:
-            h = tl.load(h_0_ptr + state, mask=tile_mask, other=0.0)
-            place = hidden_ptr + T * hidden_stride + row[:, None] * D * padded_H + unit[None, :]
-            exchange_store(place, h, tile_mask, WAIT)
+            hidden_mask = row_mask[:, None] & (unit < P)[None, :]
+            h = tl.load(h_0_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
+            place = hidden_ptr + T * hidden_stride + row[:, None] * D * padded_P + unit[None, :]
+            exchange_store(place, h, hidden_mask, WAIT)
             exchange_arrive(counters_ptr + b * COUNTER_STRIDE, WAIT)
 
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
+    hidden_mask = row_mask[:, None] & (unit < P)[None, :]
     state = row[:, None] * H + unit[None, :]
     c = tl.load(c_0_ptr + state, mask=tile_mask, other=0.0)
     if ALONE:
-        h = tl.load(h_0_ptr + state, mask=tile_mask, other=0.0)
+        h = tl.load(h_0_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
     steps = T
     blocks = 1
     if not ONE_BLOCK:
@@ -157,6 +186,7 @@ def persistent_forward_kernel(
         if not ONE_BLOCK:
             row, row_mask, length = rows_of_block(in_block, b, rows, B, lengths_ptr, T, HAS_LENGTHS)
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
+            hidden_mask = row_mask[:, None] & (unit < P)[None, :]
             state = row[:, None] * H + unit[None, :]
         t = time_of_step(n, length, reverse)
         step_mask = row_mask & (n < length)
@@ -187,19 +217,19 @@ def persistent_forward_kernel(
             left = tl.where(carry_mask[:, None], h, 0.0)
             for g in tl.static_range(G):
                 acc = multiply_add(tl.zeros((BLOCK_B, BLOCK_U), ELEMENT), left, w[g])
-                if FULL and g != G - 2:
+                if FULL and g != G - 2 and not (OUTPUT_CURRENT and g == G - 1):
                     acc = multiply_add(acc, c, v_full[peephole_block(g, G)])
                 sums = sums + (a[g] + acc,)  # noqa: RUF005
         else:
             acc = tl.zeros((PARTS, 4 * BLOCK_U, BLOCK_B), ELEMENT)
             before = tl.where(n == 0, T, tl.where(reverse, t + 1, t - 1))
             read_mask = carry_mask[:, None]
-            h_before = at_time(hidden_ptr, before, hidden_stride, HAS_LENGTHS) + row[:, None] * D * padded_H
+            h_before = at_time(hidden_ptr, before, hidden_stride, HAS_LENGTHS) + row[:, None] * D * padded_P
             counter_ptr = counters_ptr + b * COUNTER_STRIDE
             exchange_pause(pause, WAIT)
             max_polls = exchange_wait(counter_ptr, (n + 1) * tl.num_programs(0), max_polls, error_ptr, WAIT)
             for first in tl.static_range(0, CHUNKS, GROUP):
-                pointers, masks = chunk_pointers(h_before, padded_H, read_mask, first, GROUP, PARTS, BLOCK_K)
+                pointers, masks = chunk_pointers(h_before, padded_P, read_mask, first, GROUP, PARTS, BLOCK_K)
                 read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
                 for m in tl.static_range(GROUP):
                     acc = multiply_add(acc, w[first + m], as_right(read[m], PARTS))
@@ -216,28 +246,58 @@ def persistent_forward_kernel(
 
         c_previous = c
         i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
-        o = output_gate(sums[G - 1], v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
+        a_o = sums[G - 1]  # type: ignore[var-annotated]
+        if CURRENT:
+            if ALONE:
+                a_o = multiply_add(a_o, c, v_full[Q - 1])
+            else:
+                peephole_counter = counter_ptr + D * row_blocks * COUNTER_STRIDE
+                slot = tl.where(n < length, t + 1 - direction, n + 1)
+                c_now = at_time(cells_ptr, slot, cells_stride, HAS_LENGTHS) + row[:, None] * H
+                exchange_store(cells_now, tl.where(step_mask[:, None], c, 0.0), tile_mask, WAIT)
+                exchange_arrive(peephole_counter, WAIT)
+                of_c, max_polls = exchanged_product(
+                    c_now, H, row_mask[:, None], w_o, peephole_counter, n + 1, pause, max_polls,
+                    error_ptr, WAIT, PEEPHOLE_CHUNKS, PEEPHOLE_PIECES, PARTS, WARPS, BLOCK_B, BLOCK_U, BLOCK_K,
+                )  # fmt: skip
+                a_o += of_c
+        o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
         h_now = o * tanh(c)
+        if PROJECTED:
+            if ALONE:
+                h_now = multiply_add(tl.zeros((BLOCK_B, BLOCK_U), ELEMENT), h_now, w_r)
+            else:
+                projection_counter = counter_ptr + 2 * D * row_blocks * COUNTER_STRIDE
+                all_units = at_time(unprojected_ptr, t, unprojected_stride, HAS_LENGTHS) + row[:, None] * D * padded_H
+                exchange_store(all_units + unit[None, :], h_now, tile_mask, WAIT)
+                exchange_arrive(projection_counter, WAIT)
+                if unit_from < P:
+                    h_now, max_polls = exchanged_product(
+                        all_units, padded_H, row_mask[:, None], w_r, projection_counter, n + 1, pause, max_polls,
+                        error_ptr, WAIT, PROJECTION_CHUNKS, PROJECTION_PIECES, PARTS, WARPS, BLOCK_B, BLOCK_U, BLOCK_K,
+                    )  # fmt: skip
 
         # What others wait for goes first.
-        hidden_now = at_time(hidden_ptr, t, hidden_stride, HAS_LENGTHS) + row[:, None] * D * padded_H + unit[None, :]
+        hidden_now = at_time(hidden_ptr, t, hidden_stride, HAS_LENGTHS) + row[:, None] * D * padded_P + unit[None, :]
         if ALONE:
-            tl.store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0), mask=tile_mask)
+            tl.store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0), mask=hidden_mask)
             h = h_now
         else:
-            exchange_store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0), tile_mask, WAIT)
-            if FULL:
+            exchange_store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0), hidden_mask, WAIT)
+            if FULL and not CURRENT:
                 exchange_store(cells_now, tl.where(step_mask[:, None], c, 0.0), tile_mask, WAIT)
             exchange_arrive(counters_ptr + b * COUNTER_STRIDE, WAIT)
         if CELLS != "none" and (ALONE or not FULL):
             tl.store(cells_now, tl.where(step_mask[:, None], c, 0.0), mask=tile_mask)
         store_step(
-            gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h_now, c, n, t, length, row, unit, state, state, H, gates_stride,
-            step_tile_mask, step_tile_mask, G, COUPLED, SAVE_GATES, HAS_LENGTHS,
+            gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h_now, c, n, t, length, row, unit, state,
+            row[:, None] * P + unit[None, :], H, gates_stride, step_tile_mask, hidden_mask & step_mask[:, None], G,
+            COUPLED, SAVE_GATES, HAS_LENGTHS,
         )  # fmt: skip
 
     if HAS_LENGTHS and ONE_BLOCK:
         for n in range(steps, T):
-            tl.store(hidden_ptr + hidden_stride * n + row[:, None] * D * padded_H + unit[None, :], 0.0, mask=tile_mask)
+            place = hidden_ptr + hidden_stride * n + row[:, None] * D * padded_P + unit[None, :]
+            tl.store(place, 0.0, mask=hidden_mask)
             if CELLS == "all":
                 tl.store(cells_ptr + cells_stride * (n + 1) + state, 0.0, mask=tile_mask)

@@ -96,7 +96,8 @@ class PersistentPlan:
 
         Units of a program, rows used of its tile's, columns of a part x parts x chunks (`by` so many where not all are
         read at once, `kept` so many where not all are in registers), the grid (`of` so many row blocks where a program
-        has several), and the wait, or `alone`; `V_o` or `W_hr` before the columns of such a product; `in pairs` where two programs share a multiprocessor.
+        has several), and the wait, or `alone`; `V_o` or `W_hr` before the columns of such a product; `in pairs` where
+        two programs share a multiprocessor.
         """
         columns = f"K{self.block_k}x{self.parts}x{self.chunks}"
         columns += f" by {self.group}" if self.group < self.chunks else ""
@@ -104,9 +105,9 @@ class PersistentPlan:
         grid = f"{self.unit_programs}x{self.row_programs}x{self.directions}"
         grid += f" of {self.row_blocks}" if self.blocks_per_program > 1 else ""
         wait = f"{self.wait or 'alone'}{' in pairs' * (self.together > 1)}"
-        names = {"V_o": self.peephole, "W_hr": self.projection}
-        seconds = "".join(f" {name} K{self.block_k}x{self.parts}x{second.chunks}" for name, second in names.items() if second)
-        return f"U{self.block_u} R{self.rows}/{self.block_b} {columns}{seconds} {grid} {wait}"
+        for name, second in (("V_o", self.peephole), ("W_hr", self.projection)):
+            columns += f" {name} K{self.block_k}x{self.parts}x{second.chunks}" if second else ""
+        return f"U{self.block_u} R{self.rows}/{self.block_b} {columns} {grid} {wait}"
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,6 @@ def _ranked_plans(layer: Layer, backward: bool, gpu: GPU, preference: Preference
 
 def why_not(layer: Layer) -> str | None:
     """Return what rules out a persistent plan on any GPU; None if nothing does."""
-    if layer.P and layer.exact:
-        return "a projection needs a product within the step, which the kernels of exact float32 do not have"
-    if layer.output_current and layer.exact:
-        return "a full peephole on c_t needs a product within the step, which the kernels of exact float32 do not have"
     if layer.dtype not in PERSISTENT_DTYPES:
         return f"{str(layer.dtype).removeprefix('torch.')} has no persistent kernel: its products would spill"
     if layer.B < 1:

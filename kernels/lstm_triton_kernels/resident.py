@@ -22,6 +22,8 @@ Where one program holds all units there are no parts: the warps share the units,
 import triton
 import triton.language as tl
 
+from lstm_triton_kernels.sync import exchange_load, exchange_pause, exchange_wait
+
 
 @triton.constexpr_function
 def peephole_block(gate, gates):
@@ -36,27 +38,29 @@ def multiply_add(acc, left, right):
 
 
 @triton.jit
-def load_gate_tiles(w_ptr, unit, H, BLOCKS: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load one tile (BLOCK_K, BLOCK_U) of each block of w (BLOCKS·H, H), where one program holds all units.
+def load_gate_tiles(w_ptr, unit, H, width, BLOCKS: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load one tile (BLOCK_K, BLOCK_U) of each block of w (BLOCKS·H, width), where one program holds all units.
 
     A unit is a row of its block and the columns of the product are the block's; TRANSPOSED: the other way round.
     """
     k, u = tl.arange(0, BLOCK_K)[:, None], unit[None, :]
     tiles = ()
     for block in tl.static_range(BLOCKS):
-        place = (block * H + k) * H + u if TRANSPOSED else (block * H + u) * H + k
-        tiles = tiles + (tl.load(w_ptr + place, mask=(u < H) & (k < H), other=0.0),)  # noqa: RUF005
+        row, column = (k, u) if TRANSPOSED else (u, k)
+        place = (block * H + row) * width + column
+        tiles = tiles + (tl.load(w_ptr + place, mask=(row < H) & (column < width), other=0.0),)  # noqa: RUF005
     return tiles
 
 
 @triton.jit
 def load_stacked_tiles(
-    w_ptr, unit_from, H, GATES: tl.constexpr, PEEPHOLE: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    w_ptr, unit_from, H, width, GATES: tl.constexpr, PEEPHOLE: tl.constexpr, OUTPUT: tl.constexpr,
+    CHUNKS: tl.constexpr, PARTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Load the CHUNKS tiles of stacked gates of w (GATES·H, H) for BLOCK_U units; the fourth gate of three is zero.
+    """Load the CHUNKS tiles of stacked gates of w (GATES·H, width) for BLOCK_U units; the fourth gate of three is zero.
 
-    PEEPHOLE: w is a full peephole (Q·H, H), which has no block for the gate g; that gate's columns are zero.
+    PEEPHOLE: w is a full peephole (Q·H, H), which has no block for the gate g; that gate's columns are zero, and
+    without OUTPUT those of o.
     """
     n = tl.arange(0, 4 * BLOCK_U)
     gate = n % 4
@@ -64,12 +68,14 @@ def load_stacked_tiles(
     row_mask = (gate < GATES) & (u < H)
     if PEEPHOLE:
         row_mask = row_mask & (gate != GATES - 2)
+        if not OUTPUT:
+            row_mask = row_mask & (gate != GATES - 1)
         gate = tl.where(gate == GATES - 1, GATES - 2, gate)
-    w_row = w_ptr + ((gate * H + u) * H)[:, None]
+    w_row = w_ptr + ((gate * H + u) * width)[:, None]
     tiles = ()
     for chunk in tl.static_range(CHUNKS):
         k = chunk * PARTS * BLOCK_K + tl.arange(0, PARTS * BLOCK_K)[None, :]
-        tile = tl.load(w_row + k, mask=row_mask[:, None] & (k < H), other=0.0)
+        tile = tl.load(w_row + k, mask=row_mask[:, None] & (k < width), other=0.0)
         tile = tl.permute(tl.reshape(tile, (4 * BLOCK_U, PARTS, BLOCK_K)), (1, 0, 2))
         tiles = tiles + (tile,)  # noqa: RUF005
     return tiles
@@ -77,12 +83,13 @@ def load_stacked_tiles(
 
 @triton.jit
 def load_transposed_tiles(
-    w_ptr, unit, H, GATES: tl.constexpr, PEEPHOLE: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    w_ptr, unit, H, width, GATES: tl.constexpr, PEEPHOLE: tl.constexpr, OUTPUT: tl.constexpr, CHUNKS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Load the CHUNKS tiles of w (GATES·H, H) for these units: a unit is a column, K goes through all rows.
+    """Load the CHUNKS tiles of w (GATES·H, width) for these units: a unit is a column, K goes through all rows.
 
-    PEEPHOLE: w is a full peephole (Q·H, H), which has no block for the gate g; those rows of the tile are zero.
+    PEEPHOLE: w is a full peephole (Q·H, H), which has no block for the gate g; those rows of the tile are zero, and
+    without OUTPUT those of o.
     """
     n = tl.arange(0, PARTS * BLOCK_K)
     if BLOCK_U > 8:  # the rows of the load go through the parts in turn: then a thread's registers hold one part
@@ -93,15 +100,64 @@ def load_transposed_tiles(
         k = chunk * PARTS * BLOCK_K + n
         row_mask = k < GATES * H
         if PEEPHOLE:
-            row_mask = row_mask & ((k < (GATES - 2) * H) | (k >= (GATES - 1) * H))
+            reads_o = (k >= (GATES - 1) * H) if OUTPUT else (k < 0)
+            row_mask = row_mask & ((k < (GATES - 2) * H) | reads_o)
             k = tl.where(k < (GATES - 2) * H, k, k - H)
-        tile = tl.load(w_ptr + (k * H)[:, None] + u, mask=row_mask[:, None] & (u < H), other=0.0)
+        tile = tl.load(w_ptr + (k * width)[:, None] + u, mask=row_mask[:, None] & (u < width), other=0.0)
         if BLOCK_U > 8:
             tile = tl.permute(tl.reshape(tile, (BLOCK_K, PARTS, BLOCK_U)), (1, 2, 0))
         else:
             tile = tl.permute(tl.reshape(tile, (PARTS, BLOCK_K, BLOCK_U)), (0, 2, 1))
         tiles = tiles + (tile,)  # noqa: RUF005
     return tiles
+
+
+@triton.jit
+def load_second_tile(w_ptr, unit, last, K, stride_unit, stride_k, BLOCK_K: tl.constexpr):
+    """Load the tile (BLOCK_K, BLOCK_U) of a product within a step, where one program holds all units.
+
+    Of units below `last` and K columns, so far from each other.
+    """
+    k, u = tl.arange(0, BLOCK_K)[:, None], unit[None, :]
+    return tl.load(w_ptr + u * stride_unit + k * stride_k, mask=(u < last) & (k < K), other=0.0)
+
+
+@triton.jit
+def load_second_tiles(
+    w_ptr, unit, last, K, stride_unit, stride_k, CHUNKS: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Load the CHUNKS tiles (PARTS, BLOCK_U, BLOCK_K) of the same, where programs hold parts of the units."""
+    tiles = ()
+    for chunk in tl.static_range(CHUNKS):
+        k = chunk * PARTS * BLOCK_K + tl.arange(0, PARTS * BLOCK_K)
+        place = unit[:, None] * stride_unit + k[None, :] * stride_k
+        tile = tl.load(w_ptr + place, mask=(unit < last)[:, None] & (k < K)[None, :], other=0.0)
+        tile = tl.permute(tl.reshape(tile, (unit.shape[0], PARTS, BLOCK_K)), (1, 0, 2))
+        tiles = tiles + (tile,)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def exchanged_product(
+    ptr, K, row_mask, w, counter_ptr, step, pause, max_polls, error_ptr, WAIT: tl.constexpr, CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Wait for rows of K elements of a step, the step-th from 1 on, and multiply them with tiles of units.
+
+    ptr, row_mask: as of `chunk_pointers`; counter_ptr: of these rows alone, since a program that does not wait for them
+    may be ahead of others in other exchanges. Returns the block (BLOCK_B, BLOCK_U) and the next wait's max_polls.
+    """
+    exchange_pause(pause, WAIT)
+    max_polls = exchange_wait(counter_ptr, step * tl.num_programs(0), max_polls, error_ptr, WAIT)
+    GROUP: tl.constexpr = CHUNKS // PIECES
+    acc = tl.zeros((PARTS, BLOCK_U, BLOCK_B), ptr.dtype.element_ty)
+    for first in tl.static_range(0, CHUNKS, GROUP):
+        pointers, masks = chunk_pointers(ptr, K, row_mask, first, GROUP, PARTS, BLOCK_K)
+        read, max_polls = exchange_load(pointers, masks, max_polls, error_ptr, WAIT)
+        for m in tl.static_range(GROUP):
+            acc = multiply_add(acc, w[first + m], as_right(read[m], PARTS))
+    return sum_units(acc, WARPS), max_polls
 
 
 @triton.jit

@@ -79,7 +79,6 @@ class Launch(NamedTuple):
         arguments = self.inputs | results | common_arguments(self, plan)
         if plan.exact:
             prepare_exchange(results, self, plan)
-            del arguments["w_hr_ptr"]
             return arguments | plain_arguments(self, plan)
         return arguments | exchanged_arguments(self, plan)
 
@@ -174,9 +173,11 @@ def forward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     )
     if not plan.exact:
         return results | dict(output_ptr=torch.empty(T, B, D, layer.hidden, dtype=layer.dtype, device=device))
-    width = H if plan.alone else padded_row(H)
+    exchanged = not plan.alone
+    width, units = (padded_row(n) if exchanged else n for n in (layer.hidden, H))
     hidden = torch.empty(T + 1, B, D, width, dtype=layer.dtype, device=device)
-    return results | dict(hidden_ptr=hidden, padded_H=width)
+    unprojected = hidden.new_empty(T, B, D, units) if layer.P and exchanged else None
+    return results | dict(hidden_ptr=hidden, unprojected_ptr=unprojected, padded_H=units, padded_P=width)
 
 
 def backward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
@@ -189,19 +190,18 @@ def backward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     gates, cells = launch.inputs["gates_ptr"], launch.inputs["cells_ptr"]
     dc = torch.zeros if plan.blocks_per_program > 1 else torch.empty
     layer = launch.layer
-    found = dict(
+    return dict(
         d_gates_ptr=torch.empty_like(gates),
+        d_hidden_ptr=gates.new_empty(layer.D, layer.T, layer.B, layer.P) if layer.P else None,
         dc_ptr=dc(layer.D, layer.B, layer.H, dtype=cells.dtype, device=launch.device),
     )
-    if plan.exact:
-        return found
-    return found | dict(d_hidden_ptr=gates.new_empty(layer.D, layer.T, layer.B, layer.P) if layer.P else None)
 
 
 def hidden_of(found: dict[str, Any], layer: Layer) -> Tensor:
     """Return every h_t, (T, B, D·P) contiguous, of a forward launch that ran."""
-    hidden: Tensor = found["output_ptr"] if "output_ptr" in found else found["hidden_ptr"][: layer.T, ..., : layer.H]
-    return hidden.reshape(layer.T, layer.B, layer.D * layer.hidden).contiguous()
+    P = layer.hidden
+    hidden: Tensor = found["output_ptr"] if "output_ptr" in found else found["hidden_ptr"][: layer.T, ..., :P]
+    return hidden.reshape(layer.T, layer.B, layer.D * P).contiguous()
 
 
 def layer_of(gates: Tensor, H: int, spec: LSTMSpec, order: Order, P: int = 0) -> Layer:
@@ -318,32 +318,48 @@ def common_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
         FULL=layer.spec.full,
         OUTPUT_CURRENT=layer.spec.output_current,
         CHUNKS=plan.chunks,
+        **second_cuts(plan),
         WARPS=plan.num_warps,
         num_warps=plan.num_warps,
         launch_cooperative_grid=not plan.alone,
     )
 
 
+def second_cuts(plan: PersistentPlan) -> dict[str, int]:
+    """Return the chunks of the products within a step and in how many pieces they are read; 0 where there is none."""
+    cuts = dict(PEEPHOLE=plan.peephole, PROJECTION=plan.projection)
+    chunks = {f"{name}_CHUNKS": cut.chunks if cut else 0 for name, cut in cuts.items()}
+    return chunks | {f"{name}_PIECES": cut.chunks // cut.group if cut else 0 for name, cut in cuts.items()}
+
+
 def prepare_exchange(results: dict[str, Any], launch: Launch, plan: PersistentPlan) -> None:
     """Fill the results through which programs of the plain kernels exchange values, as they must be before a launch."""
     layer = launch.layer
+    if plan.alone:
+        return
     if plan.wait == "data":
         cells = ("cells_ptr",) if layer.spec.full else ()
-        for name in ("d_gates_ptr",) if launch.backward else ("hidden_ptr", *cells):
+        projected = ("d_hidden_ptr" if launch.backward else "unprojected_ptr",) if layer.P else ()
+        for name in ("d_gates_ptr", *projected) if launch.backward else ("hidden_ptr", *cells, *projected):
             unpublish(results[name])
-    if not launch.backward and results["padded_H"] > layer.H:
-        results["hidden_ptr"][..., layer.H :] = 0
+    if not launch.backward:
+        for name, size in (("hidden_ptr", layer.hidden), ("unprojected_ptr", layer.H)):
+            if results[name] is not None and results[name].shape[-1] > size:
+                results[name][..., size:] = 0
 
 
 def plain_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     """Return what only the kernels in plain Triton are given."""
     if plan.wait == "counter":
-        count = plan.directions * plan.row_blocks * COUNTER_STRIDE.value
+        exchanges = 1 if plan.peephole is plan.projection is None else 3
+        count = exchanges * plan.directions * plan.row_blocks * COUNTER_STRIDE.value
         counters = torch.zeros(count, dtype=torch.int32, device=launch.device)
     else:
         counters = torch.empty(1, dtype=torch.int32, device=launch.device)  # nobody counts
     return dict(
         counters_ptr=counters,
+        P=launch.layer.hidden,
+        PROJECTED=launch.layer.P > 0,
         ALONE=plan.alone,
         WAIT=plan.wait,
         GROUP=plan.group,
@@ -360,13 +376,10 @@ def exchanged_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     """Return what only the kernels in Gluon are given; they exchange values through a buffer of their own."""
     layer, first = launch.layer, exchanged_columns(launch.layer, launch.backward)
     peephole, projection = second_columns(layer, launch.backward)
-    cuts = dict(PEEPHOLE=plan.peephole, PROJECTION=plan.projection)
     return dict(
         exchange_ptr=exchange_buffer(launch, plan, layer.T + 1, plan.chunks, first),
         peephole_exchange_ptr=second_buffer(launch, plan, plan.peephole, peephole),
         projection_exchange_ptr=second_buffer(launch, plan, plan.projection, projection),
-        **{f"{name}_CHUNKS": cut.chunks if cut else 0 for name, cut in cuts.items()},
-        **{f"{name}_PIECES": cut.chunks // cut.group if cut else 0 for name, cut in cuts.items()},
         PROJECTION=layer.P,
         KEPT=plan.kept,
         PIECES=plan.chunks // plan.group,

@@ -229,7 +229,8 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[Per
         second_rows = second_sets(units) * units
         second_bytes = sum(
             parts * second_rows * (second.chunks * CHUNK_BYTES + (tile_rows * 4 if parts > 1 else 0))
-            for second in seconds if second is not None
+            for second in seconds
+            if second is not None
         )
         if not fits(together, kept_bytes + sums_bytes + second_bytes, gpu):
             continue

@@ -54,7 +54,8 @@ def cell_places(cells_ptr, n, t, length, state, direction, stride, CELLS: tl.con
 @triton.jit
 def store_step(
     gates_ptr, h_n_ptr, c_n_ptr, i, f, g, o, h, c, n, t, length, row, unit, state, hidden_state, H, stride,
-    step_tile_mask, step_hidden_mask, G: tl.constexpr, COUPLED: tl.constexpr, SAVE_GATES: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    step_tile_mask, step_hidden_mask, G: tl.constexpr, COUPLED: tl.constexpr, SAVE_GATES: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """Store the activated gates of step n, and h and c of the rows that end with it.
 

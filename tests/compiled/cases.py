@@ -18,7 +18,6 @@ from lstm_triton_kernels.sizes import Layer
 from benchmarks import suites
 from lstm_triton import VARIANTS, estimates
 from tests.compiled.layers import DTYPES, Case, Plans
-from tests.support.persistent import SERVED
 
 TENSOR_CORES = ("bf16", "fp16", "tf32")
 """The types whose kernels are in Gluon; programs wait by the data there, and by either way in exact float32."""
@@ -32,12 +31,12 @@ def quick() -> Iterator[Case]:
     Each flag, type, kind of memory, way to cut the columns and layout of the exchange buffer somewhere.
     """
     types = list(DTYPES)
-    for n, spec in enumerate(SERVED):
+    for n, spec in enumerate(VARIANTS):
         dtype = types[(n + 1) % 4]
         flags = FLAGS[(n + n // 4) % 4]
         H, block_u = (8, 16) if dtype == "fp32" else (24, 32)  # so wide a block has all units
         yield Case(spec.name, dtype, 2, (5, 1)[n // 4 % 2], H, 1 + n % 2, block_u=block_u, **flags)
-    for n, (spec, wait) in enumerate(itertools.product(SERVED, ("data", "counter"))):
+    for n, (spec, wait) in enumerate(itertools.product(VARIANTS, ("data", "counter"))):
         flags = FLAGS[(n // 2 + n // 8) % 4]
         yield Case(spec.name, "fp32", 2, (1, 5, 11)[n % 3], 136, 1 + (n in (3, 10)), wait, **flags)
         flags, H = FLAGS[(n + n // 4) % 4], (136, 100, 72)[n // 2 % 3]
@@ -88,7 +87,7 @@ def shared_rows() -> Iterator[Case]:
 def alone() -> Iterator[Case]:
     """Few units: one program has them all (where the plan is several programs after all, that)."""
     heights, rows = (8, 24, 64), (5, 16, 33, 1)
-    for n, (spec, dtype) in enumerate(itertools.product(SERVED, DTYPES)):
+    for n, (spec, dtype) in enumerate(itertools.product(VARIANTS, DTYPES)):
         k = n + n // 4
         H, B = heights[(k + n // 4) % 3], rows[k % 4]
         yield Case(spec.name, dtype, 3, B, H, 1 + k % 2, **FLAGS[(k // 2) % 4])
@@ -98,7 +97,7 @@ def together() -> Iterator[Case]:
     """Programs that wait for each other."""
     heights, rows = (136, 256, 384), (5, 16, 1, 33)
     engines = [*itertools.product(TENSOR_CORES, ("data",)), ("fp32", "data"), ("fp32", "counter")]
-    for n, (spec, (dtype, wait)) in enumerate(itertools.product(SERVED, engines * 2)):
+    for n, (spec, (dtype, wait)) in enumerate(itertools.product(VARIANTS, engines * 2)):
         k = n + n // 10
         H, B = heights[k % 3], rows[(k // 2) % 4]
         D = 2 if H < 384 and k % 4 == 0 else 1

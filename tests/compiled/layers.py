@@ -111,8 +111,8 @@ class Case:
     def layer(self) -> Layer:
         """Its sizes and types."""
         ragged = self.lengths or self.resets
-        sizes = (self.T, self.B, self.H, self.D)
-        return Layer(self.spec, *sizes, DTYPES[self.dtype], self.precision, P=self.P, training=not self.infer, ragged=ragged)
+        sizes, types = (self.T, self.B, self.H, self.D), (DTYPES[self.dtype], self.precision)
+        return Layer(self.spec, *sizes, *types, P=self.P, training=not self.infer, ragged=ragged)
 
     def plan(self, backward: bool) -> PersistentPlan:
         """Return the first of the ranked plans. Raises LookupError with the sentence why there is none."""

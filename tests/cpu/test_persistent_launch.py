@@ -70,7 +70,8 @@ def launch_of(layer, backward, T=2):
             layer, gates, state, state, w_hh, None, w_ch, Order(T), save=True, save_gates=True
         )
     cells = torch.zeros(D, T + 1, B, H)
-    return sequence_persistent.backward_launch(layer, None, None, state, state, gates, cells, w_hh, None, w_ch, Order(T))
+    given = (None, None, state, state, gates, cells)
+    return sequence_persistent.backward_launch(layer, *given, w_hh, None, w_ch, Order(T))
 
 
 @pytest.mark.parametrize("wait, counters", [("counter", 2 * 3 * 32), ("data", 1)])

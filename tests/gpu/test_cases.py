@@ -11,7 +11,7 @@ from lstm_triton_kernels.sizes import Layer
 
 from lstm_triton import VARIANTS, LSTMSpec, routing
 from tests.gpu import test_parity as parity
-from tests.support.gpu import SERVED, TYPES, Pass
+from tests.support.gpu import TYPES, Pass
 from tests.support.parity import call, random_inputs
 
 if not routing.TRITON_INSTALLED:
@@ -31,7 +31,7 @@ def test_parity_has_every_variant_shape_and_type_and_the_persistent_kernels_of_t
     assert len(stepwise) == len(set(stepwise)) == len(VARIANTS) * len(parity.SHAPES) * len(TYPES)
     auto = {(case.spec, case.H, case.cell, case.proj_size > 0) for _, case in cases if case.strategy == "auto"}
     shapes = [s for s in parity.SHAPES.values() if not s.get("cell") and not s.get("proj_size") and s["T"] > 1]
-    assert auto == {(spec, shape["H"], False, False) for spec in SERVED for shape in shapes}
+    assert auto == {(spec, shape["H"], False, False) for spec in VARIANTS for shape in shapes}
 
 
 def test_each_shape_has_the_plan_that_it_is_for():
@@ -42,10 +42,10 @@ def test_each_shape_has_the_plan_that_it_is_for():
              for precision, case, _ in (parameters.values for parameters in persistent.cases())}  # fmt: skip
     shapes = {**persistent.TOGETHER, **persistent.ALONE}.values()
     every = {(spec, shape["H"], shape["B"], shape["T"], precision)
-             for spec in SERVED for shape in shapes for precision in persistent.SERVED_TYPES}  # fmt: skip
+             for spec in VARIANTS for shape in shapes for precision in persistent.VARIANTS_TYPES}  # fmt: skip
     alone = [shape for shape in persistent.ALONE.values() if shape["H"] == 64]
     without = [(LSTMSpec(peephole="full"), shape) for shape in alone]
-    without += [(spec, persistent.TOGETHER["many units"]) for spec in SERVED if spec.full]
+    without += [(spec, persistent.TOGETHER["many units"]) for spec in VARIANTS if spec.full]
     assert every - found == {(spec, shape["H"], shape["B"], shape["T"], persistent.EXACT) for spec, shape in without}
     for parameters in persistent.cases():
         precision, case, wanted = parameters.values
@@ -87,8 +87,8 @@ def test_the_other_tests_have_plans_too():
                 assert not isinstance(plans, str), plans
                 assert all((plan.unit_programs == 1) == (wait is None) for plan in plans)
                 assert wait is None or {plan.wait for plan in plans} == {wait}
-    for spec in SERVED:
-        for precision, dtype in persistent.SERVED_TYPES.items():
+    for spec in VARIANTS:
+        for precision, dtype in persistent.VARIANTS_TYPES.items():
             case = replace(persistent.ODD, spec=spec, dtype=dtype, H=130, bidirectional=True)
             for wait in persistent.WAITS[precision]:
                 assert not persistent.no_plan(case, precision, persistent.preference(precision, wait, 130))

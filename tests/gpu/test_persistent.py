@@ -26,11 +26,10 @@ from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import next_power_of_2
 
 import lstm_triton
-from lstm_triton import LSTMSpec, functional
+from lstm_triton import VARIANTS, LSTMSpec, functional
 from tests.support import persistent as layers
 from tests.support.gpu import (
     NEEDS_GPU,
-    SERVED,
     TYPES,
     Pass,
     assert_as_near_as_cudnn,
@@ -105,7 +104,7 @@ def cases():
     """
     for precision, dtype in SERVED_TYPES.items():
         for shape, sizes in {**TOGETHER, **ALONE}.items():
-            for spec in SERVED:
+            for spec in VARIANTS:
                 case = Case(spec, dtype=dtype, device="cuda", strategy="persistent", **sizes)
                 for wait in waits(precision, shape):
                     wanted = preference(precision, wait, case.H, shape == "several row blocks")
@@ -161,7 +160,7 @@ def of_way(case: Case, precision: str, wait: str | None) -> tuple[Case, Preferen
 
 
 @each_way
-@pytest.mark.parametrize("spec", SERVED, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
 def test_the_same_bits_from_run_to_run(spec, precision, wait):
     case, wanted = of_way(replace(ODD, spec=spec), precision, wait)
     with planned(case, precision, wanted):
@@ -332,7 +331,7 @@ def test_a_launch_that_times_out_ends_and_is_named(precision, wait, monkeypatch)
 
 
 @pytest.mark.parametrize("precision, wait", [*WAYS, ("float32 tf32", "data")], indirect=["precision"])
-@pytest.mark.parametrize("spec", SERVED, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
 def test_rows_of_their_own_length_and_resets(spec, precision, wait):
     """With every c_t; the bound is the largest that `bounds` has for the same sizes, whichever result it is of."""
     T, B, H, D = 17, 12, 130, 2
@@ -367,7 +366,7 @@ def call_recomputing(case, x, h_0, c_0, *weights):
 
 
 @pytest.mark.parametrize("precision", SERVED_TYPES, indirect=True)
-@pytest.mark.parametrize("spec", SERVED, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
 def test_with_gates_that_are_computed_again(spec, precision):
     case = Case(
         spec, T=17, B=12, I=33, H=130, bidirectional=True, dtype=TYPES[precision], device="cuda", strategy="persistent"

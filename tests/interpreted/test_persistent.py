@@ -20,10 +20,9 @@ from lstm_triton_kernels.sync import arrive, publish, wait_for_count
 from lstm_triton_kernels.watch import check_launches
 
 import lstm_triton
-from lstm_triton import LSTMSpec
+from lstm_triton import VARIANTS, LSTMSpec
 from tests.support.concurrent import ProgramFailed
 from tests.support.persistent import (
-    SERVED,
     LayerCase,
     assert_right,
     computed,
@@ -37,11 +36,28 @@ from tests.support.persistent import (
 STANDARD = LSTMSpec()
 ALONE = [
     LayerCase(spec, plan_of(B, H, D, wait=None), T, B, H, **options)
-    for spec in SERVED
+    for spec in VARIANTS
     for T, B, H, D, options in (
         (4, 19, 11, 2, dict(lengths=True, resets=True)),
         (1, 3, 17, 1, dict(bias=False)),
         (5, 2, 1, 2, dict(recompute=True, lengths=True, resets=True, gradients=(True, False, False, True))),
+    )
+]
+
+
+PROJECTED = [
+    LSTMSpec(),
+    LSTMSpec(True, "diagonal", "current"),
+    LSTMSpec(False, "full"),
+    LSTMSpec(True, "full", "current"),
+]
+ALONE += [
+    LayerCase(spec, plan_of(B, H, D, wait=None), T, B, H, P=P, **options)
+    for spec in PROJECTED
+    for T, B, H, P, D, options in (
+        (4, 19, 11, 5, 2, dict(lengths=True, resets=True)),
+        (1, 3, 17, 16, 1, dict(bias=False)),
+        (3, 2, 3, 1, 1, dict(recompute=True, resets=True, gradients=(True, False, False, True))),
     )
 ]
 
@@ -53,13 +69,24 @@ def test_one_program_with_all_units(case):
 
 WAITING = [
     LayerCase(spec, plan_of(B, H, D, wait=wait, **cut), T, B, H, **options)
-    for spec in SERVED
+    for spec in VARIANTS
     for wait in ("counter", "data")
     for T, B, H, D, cut, options in (
         # three parts of the units, two row blocks in one program, columns shared among warps
         (3, 9, 19, 1, dict(rows=5, row_programs=1, parts=8), dict(lengths=True, resets=True)),
         # both directions, two parts, two programs of rows, several chunks
         (4, 20, 13, 2, dict(row_programs=2, block_u=8), dict(bias=False)),
+    )
+]
+
+
+WAITING += [
+    LayerCase(spec, plan_of(B, H, D, wait=wait, **cut), T, B, H, P=P, **options)
+    for spec in PROJECTED
+    for wait in ("counter", "data")
+    for T, B, H, P, D, cut, options in (
+        (3, 9, 19, 7, 1, dict(rows=5, row_programs=1, parts=8), dict(lengths=True, resets=True)),
+        (3, 20, 13, 10, 2, dict(row_programs=2, block_u=8), dict(bias=False)),
     )
 ]
 
@@ -120,7 +147,7 @@ def test_any_shape(data):
     D, flags = data.draw(st.integers(1, 2)), {name: data.draw(st.booleans()) for name in ("lengths", "resets", "bias")}
     plan = plan_of(B, H, D, wait=None, rows=data.draw(st.integers(1, 16)))
     assert_right(
-        LayerCase(data.draw(st.sampled_from(SERVED)), plan, T, B, H, seed=data.draw(st.integers(0, 9)), **flags)
+        LayerCase(data.draw(st.sampled_from(VARIANTS)), plan, T, B, H, seed=data.draw(st.integers(0, 9)), **flags)
     )
 
 

@@ -14,7 +14,7 @@ from lstm_triton_kernels.sizes import Layer, ceil_div, matmul_precision
 from torch import Tensor
 
 import lstm_triton
-from lstm_triton import VARIANTS, LSTMSpec, routing
+from lstm_triton import LSTMSpec, routing
 from tests.support.parity import Case, call_reference, expected_results, laid_out, random_inputs, results
 from tests.support.rounding import rounded_results
 
@@ -45,9 +45,6 @@ LIKE = {"weight_ch": "weight_hh", "states": "c_n"}
 The gradients of both weights are sums of the same gradients of the gates. In half types these, and the gates, have been
 stored in the type, which rounding the operands alone does not know of.
 """
-
-SERVED = [spec for spec in VARIANTS if not (spec.full and spec.output_current)]
-"""The variants that have persistent kernels."""
 
 
 def cudnn(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 from lstm_triton_kernels import sequence_persistent
+from lstm_triton_kernels.float32_plan import second_columns
 from lstm_triton_kernels.order import Order
-from lstm_triton_kernels.plan import PersistentPlan
+from lstm_triton_kernels.plan import PersistentPlan, Second
 from lstm_triton_kernels.spec import LSTMWeights
 from torch import Tensor
 
-from lstm_triton import VARIANTS, LSTMSpec, layer, persistent, reference
-
-SERVED = [spec for spec in VARIANTS if not (spec.full and spec.output_current)]
-"""The variants that have persistent kernels."""
+from lstm_triton import LSTMSpec, layer, persistent, reference
 
 
 def plan_of(
@@ -173,13 +171,22 @@ def both_passes(case: LayerCase, inputs: Inputs) -> list[Tensor]:
 
 @contextmanager
 def planned(plan: PersistentPlan) -> Iterator[None]:
-    """Both passes on this plan; backward the columns of the product are those of all gates, in as many more chunks."""
+    """Both passes on this plan; backward the columns of the product are those of all gates, in as many more chunks.
+
+    Products within a step are cut in the same way.
+    """
+
+    def chunks_of(columns: int) -> tuple[int, int]:
+        chunks = -(-columns // (plan.parts * plan.block_k))
+        return chunks, chunks if plan.group == plan.chunks else 1
 
     def plan_of_pass(launch: sequence_persistent.Launch) -> PersistentPlan:
+        seconds = [Second(*chunks_of(n)) if n else None for n in second_columns(launch.layer, launch.backward)]
+        own = replace(plan, peephole=seconds[0], projection=seconds[1])
         if plan.alone or not launch.backward:
-            return plan
-        chunks = -(-launch.layer.gates * launch.layer.H // (plan.parts * plan.block_k))
-        return replace(plan, chunks=chunks, group=chunks if plan.group == plan.chunks else 1)
+            return own
+        chunks, group = chunks_of(launch.layer.gates * launch.layer.H)
+        return replace(own, chunks=chunks, group=group)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sequence_persistent, "plan_of", plan_of_pass)
