@@ -50,6 +50,7 @@ def quick() -> Iterator[Case]:
         yield cut.with_fields(tiled=n != 0, group=1)
         yield replace(cut, weak=True).with_fields(tiled=n == 0, kept=n // 2)
     yield from shared_rows()
+    yield from within_a_step()
     for n, spec in enumerate(VARIANTS):
         yield Case(spec.name, types[n % 4], 2, (5, 17)[n % 2], 24, 1 + n % 2, stepwise=True, resets=n % 3 == 0, I=7)
     yield Case("standard", "bf16", 1, 64, 128, stepwise=True)  # by wgmma
@@ -82,6 +83,23 @@ def shared_rows() -> Iterator[Case]:
             B, flags = (tile_rows - 5, 2 * tile_rows - 3)[m % 2], FLAGS[(m + k) % 4]
             case = Case(variant, TENSOR_CORES[m % 3], 2, B, (40, 72)[k % 2], 1 + (m == 4), "data", weak=m == 3, **flags)
             yield case.with_shared_rows(16 if variant == "full" else units, tile_rows, warps)
+
+
+def within_a_step() -> Iterator[Case]:
+    """Products within a step: projections, and full peepholes on c_t."""
+    variants = ("standard", "full+current", "coupled+diagonal+current", "full", "coupled+full+current")
+    for n, variant in enumerate(variants):
+        P, dtype, flags = (40, 0, 24, 16, 20)[n], TENSOR_CORES[n % 3], FLAGS[(n + 1) % 4]
+        yield Case(variant, dtype, 2, (5, 19)[n % 2], (72, 40)[n % 2], 1 + (n == 2), "data", P=P, **flags)
+        case = Case(variant, TENSOR_CORES[(n + 1) % 3], 2, 7, 136, wait="data", P=P, weak=n == 4, **flags)
+        yield case.with_blocks_of(3, row_programs=2) if n % 2 else case.with_fields(tiled=n == 2)
+    for n, (variant, P) in enumerate((("standard", 24), ("full+current", 40), ("coupled+full+current", 0))):
+        many = Case(variant, TENSOR_CORES[n], 2, (27, 61, 27)[n], 72, wait="data", P=P, lengths=n == 1)
+        yield many.with_shared_rows(16, 32, 4)
+    for wait in ("data", "counter"):
+        yield Case("full+current", "fp32", 2, 5, 72, wait=wait, resets=True)
+        yield Case("coupled", "fp32", 2, 5, 72, wait=wait, P=20, lengths=True)
+    yield Case("full+current", "fp32", 2, 3, 8, block_u=16, P=5)
 
 
 def alone() -> Iterator[Case]:

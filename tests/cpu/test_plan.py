@@ -301,8 +301,6 @@ def test_on_tensor_cores_programs_wait_by_the_data(layer, backward):
 REFUSED = [
     (dict(dtype=torch.float64), "float64 has no persistent kernel"),
     (dict(B=0), "there are no rows"),
-    (dict(P=3), "a projection needs a product between two steps"),
-    (dict(spec=LSTMSpec(False, "full", "current")), "a full peephole on c_t needs a product within the step"),
 ]
 
 
@@ -675,7 +673,7 @@ def test_a_triton_without_what_the_kernels_need_of_gluon_is_a_reason(missing, sa
             assert ranked_plans(layer, backward, H100) == reason and not any(candidates(layer, backward, H100))
         assert ranked_plans(EXACT, False, H100)[0].exact
         assert routing.why_not_persistent(ANCHOR, H100) == reason
-        assert ranked_plans(ANCHOR._replace(P=3), False, H100).startswith("a projection")
+        assert ranked_plans(ANCHOR._replace(dtype=torch.float64), False, H100).startswith("float64")
 
 
 def test_without_triton_plans_are_made_as_with_it(asked_again, monkeypatch):
@@ -751,8 +749,10 @@ def test_what_follows_from_the_sizes(spec):
     assert layer.gates == (3 if spec.coupled else 4)
     assert layer.matrices == (0 if spec.peephole != "full" else 2 if spec.coupled else 3)
     assert exchanged_bytes(layer, True) == layer.gates * 5 * 4
-    assert exchanged_bytes(layer, False) == 5 * (8 if spec.full else 4)
-    elements = layer.gates * 5 * 2 + layer.matrices * 5 * 5
+    assert exchanged_bytes(layer, False) == 4 * (2 + 5 * spec.full)
+    assert layer.hidden == 2 and layer._replace(P=0).hidden == 5
+    assert layer.output_current == (spec.name in ("full+current", "coupled+full+current"))
+    elements = layer.gates * 5 * 2 + 2 * 5 + layer.matrices * 5 * 5
     assert layer.recurrent_bytes == 4 * elements and layer.recurrent_operations == 2 * 3 * elements
     assert layer._replace(P=0).recurrent_elements == (layer.gates + layer.matrices) * 25
 

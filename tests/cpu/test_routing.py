@@ -108,9 +108,6 @@ def test_a_layer_without_obstacle_has_plans_for_every_pass(layer, gpu):
 
 
 OBSTACLES = [
-    (dict(P=5), "a projection needs a product between two steps, which no persistent kernel has"),
-    (dict(spec=FULL_CURRENT, H=64), "a full peephole on c_t needs a product within the step"),
-    (dict(spec=replace(FULL_CURRENT, coupled=True), H=64), "a full peephole on c_t needs a product within the step"),
     (dict(dtype=torch.float64), "float64 has no persistent kernel"),
     (dict(H=2560), r".*the recurrent weights, 50\.0 MiB"),
     (dict(H=2048, dtype=torch.float32), r".*the recurrent weights, 64\.0 MiB"),
@@ -142,8 +139,8 @@ def test_where_auto_does_without_them_they_can_be_had(fields, reason):
 @pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
 def test_auto_takes_the_persistent_kernels_where_a_plan_fits(spec):
     layer = of(dict(spec=spec, H=256, training=True))
-    none = spec.full and spec.output_current
-    assert routing.kernels("auto", layer, H100).name == ("stepwise" if none else "persistent")
+    assert routing.kernels("auto", layer, H100).name == "persistent"
+    assert routing.kernels("auto", layer._replace(P=100), H100).name == "persistent"
 
 
 def test_a_pass_without_a_plan_is_named(monkeypatch):
@@ -444,7 +441,8 @@ def test_auto_on_a_gpu(capability, cudnn):
         assert routed(asked=(asked,), **FEW) == "persistent"
     assert routed(**FEW) == routed(packed=True, **FEW) == routed("torch") == "operator"
     assert routed(**HALF) == routed(packed=True, **HALF) == "persistent"
-    assert routed(T=1) == routed(dtype=torch.float64) == routed(H=3000) == routed(P=3) == "operator"
+    assert routed(T=1) == routed(dtype=torch.float64) == routed(H=3000) == "operator"
+    assert routed(P=300) == "persistent"
     assert routed("triton", T=1) == routed(T=1, B=0) == routed(T=1, spec=DIAGONAL) == "stepwise"
     assert routed("torch", spec=DIAGONAL) == "eager" and routed("torch", T=1, spec=DIAGONAL) == "reference"
     # Of 150 units cuDNN has a persistent kernel forward, and none backward.

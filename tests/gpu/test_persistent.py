@@ -70,6 +70,8 @@ TOGETHER = {
     "one row": dict(T=17, B=1, I=33, H=130),
     "one step": dict(T=1, B=12, I=33, H=130),
     "two steps": dict(T=2, B=12, I=33, H=130),
+    "projected": dict(T=17, B=12, I=33, H=260, proj_size=100),
+    "projected, both directions": dict(T=9, B=33, I=33, H=130, proj_size=50, bidirectional=True),
 }
 """Shapes whose programs wait for each other."""
 
