@@ -16,6 +16,7 @@ def rows(layer: Layer, backward: bool, plan: PersistentPlan, gpu: GPU) -> list[t
         ("tile", tile(layer, plan)),
         ("batch rows", batch_rows(layer, plan)),
         ("product", product(layer, backward, plan)),
+        *within_the_step(backward, plan),
         ("weights", weights(layer, plan)),
         ("wait", wait(layer, backward, plan)),
         ("threads", f"{plural(plan.num_warps, 'warp')}, {32 * plan.num_warps} threads in a thread block"),
@@ -62,17 +63,37 @@ def batch_rows(layer: Layer, plan: PersistentPlan) -> str:
 def product(layer: Layer, backward: bool, plan: PersistentPlan) -> str:
     """Describe how the columns of the recurrent product are split, and what multiplies."""
     how = "in float32 without tensor cores" if plan.exact else "on tensor cores"
+    of_h = f"P = {layer.P}" if layer.P else f"H = {layer.H}"
     if plan.alone:
         each = " for each gate" if backward else ""
-        return f"{plan.columns} columns at once (H = {layer.H}){each}; the warps share the units; {how}"
-    summed = f"{layer.gates} gates of H = {layer.H}" if backward else f"H = {layer.H}"
+        of = f"H = {layer.H}" if backward else of_h
+        return f"{plan.columns} columns at once ({of}){each}; the warps share the units; {how}"
+    summed = f"{layer.gates} gates of H = {layer.H}" if backward else of_h
     if layer.matrices and not (backward or plan.exact):
-        summed += " of h and of c"
-    parts = f"{plural(plan.chunks, 'chunk')} x {plural(plan.parts, 'part')} x {plan.block_k}"
-    text = f"{parts} = {plan.columns} columns ({summed})"
-    if plan.chunks > 1:
-        text += ", all chunks loaded at once" if plan.group == plan.chunks else f", {plan.group} loaded at a time"
-    return f"{text}; {how}"
+        summed += f" of h and H = {layer.H} of c" if layer.P else " of h and of c"
+    return f"{columns(plan, plan.chunks, plan.group, summed)}; {how}"
+
+
+def columns(plan: PersistentPlan, chunks: int, group: int, of: str = "") -> str:
+    """Describe how the columns of a product are split; of: what they are."""
+    text = f"{plural(chunks, 'chunk')} x {plural(plan.parts, 'part')} x {plan.block_k} = "
+    text += f"{chunks * plan.parts * plan.block_k} columns" + (f" ({of})" if of else "")
+    if chunks > 1:
+        text += ", all chunks loaded at once" if group == chunks else f", {group} loaded at a time"
+    return text
+
+
+def within_the_step(backward: bool, plan: PersistentPlan) -> list[tuple[str, str]]:
+    """Describe the products within a step, if there are any, each with a name."""
+    found = []
+    for name, second, what in (
+        ("and with V_o", plan.peephole, "the gradients of the output gates" if backward else "c_t"),
+        ("and with W_hr", plan.projection, "the gradient of h_t" if backward else "o tanh(c_t)"),
+    ):
+        if second is not None:
+            cut = columns(plan, second.chunks, second.group)
+            found.append((name, f"{what} of the same step: {cut}; weights in shared memory"))
+    return found
 
 
 def weights(layer: Layer, plan: PersistentPlan) -> str:

@@ -121,14 +121,14 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
     seconds = [_second(columns, block_k, parts) for columns in second_columns(layer, backward)]
     if any(second is not None and second.chunks > MOST_CHUNKS for second in seconds):
         return
-    tiles += sum(second.chunks * parts * block_k * block_u * layer.element_bytes for second in seconds if second)
+    of_seconds = sum(second.chunks * parts * block_k * block_u * layer.element_bytes for second in seconds if second)
     rows = min(block_b, ceil_div(layer.B, row_room))
     row_blocks = ceil_div(layer.B, rows)
     row_programs = min(row_room, row_blocks)
     blocks = ceil_div(row_blocks, row_programs)
     row_bytes = exchanged_bytes(layer, backward)
     outputs = block_u * block_b / threads
-    traffic = TRAFFIC[backward] * (tiles + 2 * row_bytes * block_b)
+    traffic = TRAFFIC[backward] * (tiles + of_seconds + 2 * row_bytes * block_b)
     block_us = REST_US + OUTPUT_US[backward] * outputs + _product_us(layer, gpu, traffic, block_b, block_u)
     reads = unit_programs * layer.D * layer.B * row_bytes / blocks  # of all programs, in one of their row blocks
     reads_us = reads / (gpu.multiprocessors * L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
@@ -141,7 +141,7 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
         "data": POLL_US + (per_kib + squared * kib) * kib,
     }
     operand = block_b * parts * block_k * layer.element_bytes
-    shared_bytes = tiles + max(operand, num_warps * width * block_b * 4) + 1024
+    shared_bytes = tiles + of_seconds + max(operand, num_warps * width * block_b * 4) + 1024
     if shared_bytes > gpu.shared_bytes:
         return
     most = max(n for n in range(1, chunks + 1) if chunks % n == 0 and n * operand <= READ_BYTES * threads)

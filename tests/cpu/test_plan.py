@@ -18,7 +18,7 @@ from lstm_triton_kernels import float32_plan, gpus, planner, tensor_core_plan
 from lstm_triton_kernels.float32_plan import MOST_CHUNKS, exchanged_bytes
 from lstm_triton_kernels.gpus import GPU, GPUS, INTERPRETER, KIB, gpu_of, nominal_constants
 from lstm_triton_kernels.limit import least_us_per_step
-from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference
+from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference, Second
 from lstm_triton_kernels.planner import PERSISTENT_DTYPES, WAITING_MARGIN, candidates, ranked_plans, why_not
 from lstm_triton_kernels.sizes import Layer
 from lstm_triton_kernels.tensor_core_plan import exchanged_columns, no_gluon, thread_registers
@@ -37,9 +37,9 @@ layers = st.builds(
     spec=st.sampled_from(VARIANTS), T=st.integers(1, 1000),
     B=st.one_of(st.integers(1, 64), st.integers(1, 5000)),
     H=st.one_of(st.integers(1, 140), st.integers(1, 1100), st.integers(1, 5000)), D=st.sampled_from((1, 2)),
-    dtype=st.sampled_from(PERSISTENT_DTYPES), precision=st.sampled_from(("ieee", "tf32")), I=st.just(0), P=st.just(0),
-    training=st.booleans(), ragged=st.booleans(), L=st.integers(1, 4),
-)  # fmt: skip
+    dtype=st.sampled_from(PERSISTENT_DTYPES), precision=st.sampled_from(("ieee", "tf32")), I=st.just(0),
+    P=st.one_of(st.just(0), st.integers(1, 800)), training=st.booleans(), ragged=st.booleans(), L=st.integers(1, 4),
+).map(lambda layer: layer if layer.P < layer.H else layer._replace(P=0))  # fmt: skip
 passes = st.booleans()
 machines = st.sampled_from((*GPUS.values(), INTERPRETER))
 thorough = settings(max_examples=250, deadline=None, derandomize=True)
@@ -77,22 +77,50 @@ def rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) -> dict[
         ),
         "exact": plan.exact == (layer.dtype == torch.float32 and layer.precision == "ieee"),
         "estimate": 0 < plan.estimate_us < math.inf,
+        "within a step": seconds_keep_the_rules(plan, layer, backward),
     }
     return of_all | (plain_rules if plan.exact else gluon_rules)(plan, layer, backward, gpu)
+
+
+def seconds_keep_the_rules(plan: PersistentPlan, layer: Layer, backward: bool) -> bool:
+    """Whether there is a product within a step where one is needed; it has all columns, in whole groups of chunks."""
+    of_program = plan.parts * plan.block_k
+    needed = (layer.H if layer.output_current else 0, (layer.P if backward else layer.H) if layer.P else 0)
+    for second, columns in zip((plan.peephole, plan.projection), needed, strict=True):
+        if plan.alone or not columns:
+            if second is not None:
+                return False
+        elif second is None or second.group < 1 or second.chunks % second.group or second.chunks * of_program < columns:
+            return False
+    return True
+
+
+def second_bytes(plan: PersistentPlan, layer: Layer) -> int:
+    """Shared memory for the weights of products within a step; in Gluon also for their sums."""
+    chunks = sum(second.chunks for second in (plan.peephole, plan.projection) if second is not None)
+    if plan.exact:
+        return chunks * plan.parts * plan.block_k * plan.block_u * layer.element_bytes
+    sums = sum(second is not None for second in (plan.peephole, plan.projection)) * (plan.parts > 1)
+    return plan.parts * max(16, plan.block_u) * (chunks * 64 + sums * plan.block_b * 4)
 
 
 def plain_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) -> dict[str, bool]:
     """Those of the kernels in plain Triton."""
     chunk = plan.parts * plan.block_k
-    needed = layer.H * layer.gates if backward and not plan.alone else layer.H
-    weights = plan.block_u * layer.H * (layer.gates + layer.matrices) * layer.element_bytes
+    width = layer.H if backward else layer.hidden
+    weights = plan.block_u * (width * layer.gates + layer.H * layer.matrices) * layer.element_bytes
+    if plan.alone:
+        needed = layer.H
+    else:
+        needed = layer.H * layer.gates if backward else layer.H if layer.spec.full else layer.hidden
     return {
         "large enough for a product": plan.block_k >= 16 and min(plan.block_b, plan.block_u) >= 8,
         "columns": needed <= plan.columns < needed + chunk,
         "chunks": plan.chunks <= MOST_CHUNKS,
         "warps": 1 <= plan.num_warps <= 8
         and plan.parts in ((1,) if plan.alone else [n * plan.num_warps for n in (1, 2, 4)]),
-        "shared memory": weights <= plan.tile_bytes < plan.shared_bytes <= gpu.shared_bytes,
+        "shared memory": weights <= plan.tile_bytes < plan.shared_bytes - second_bytes(plan, layer)
+        and plan.shared_bytes <= gpu.shared_bytes,
         "resident": plan.alone or plan.programs <= gpu.multiprocessors,
         "waits": plan.wait in ("counter", "data") if plan.unit_programs > 1 else plan.wait is None,
         # Fewer elements than threads are loaded by several, see `sync.any_missing`.
@@ -110,8 +138,10 @@ def gluon_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) ->
     """Those of the kernels in Gluon."""
     chunk = plan.parts * plan.block_k
     M, N = left_rows(plan, layer, backward), plan.block_b
-    needed = 8 * math.ceil(layer.H / 8) * (layer.gates if backward else 2 if layer.spec.full else 1)
-    weights = plan.block_u * layer.H * (layer.gates + layer.matrices) * layer.element_bytes
+    of_h, of_c = (8 * math.ceil(n / 8) for n in (layer.hidden, layer.H))
+    needed = of_c * layer.gates if backward else of_h + of_c * layer.spec.full
+    width = layer.H if backward else layer.hidden
+    weights = plan.block_u * (width * layer.gates + layer.H * layer.matrices) * layer.element_bytes
     chunks, pieces = math.ceil(needed / chunk), math.ceil(plan.chunks / max(1, plan.group))
     threads = 32 * plan.num_warps
     sharing = max(1, plan.num_warps // plan.parts)  # warps that share the rows: all, or none
@@ -119,6 +149,7 @@ def gluon_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) ->
     held, operands = (plan.chunks - plan.kept) * M * 64 // (4 * 32), plan.group * N // sharing * 64 // (4 * 32)
     registers = plan.register_bytes // 4
     kept_bytes, part_bytes = plan.kept * plan.parts * M * 64, (plan.parts > 1) * plan.parts * M * N * 4
+    kept_bytes += second_bytes(plan, layer)
     of_multiprocessor = gpu.shared_bytes + 1024  # a program can have all but what the driver takes for it
     return {
         "units": plan.block_u % 8 == 0,
@@ -185,6 +216,7 @@ OF_ALL = [
     (dict(group=2), "group"), (dict(group=0), "group"), (dict(group=6), "group"), (dict(directions=2), "directions"),
     (dict(row_programs=2), "no idle program"), (dict(unit_programs=97), "no idle program"), (dict(pause=0), "pause"),
     (dict(row_blocks=2), "pause"), (dict(estimate_us=math.inf), "estimate"), (dict(estimate_us=0.0), "estimate"),
+    (dict(projection=Second(3, 3)), "within a step"), (dict(peephole=Second(3, 1)), "within a step"),
 ]  # fmt: skip
 WRONG = {
     "plain": [
@@ -741,6 +773,24 @@ def test_a_program_with_several_row_blocks_takes_as_many_times_as_long():
     one, two = (ranked_plans(EXACT._replace(B=B), False, H100, Preference("counter", 8, 16))[0] for B in (16, 32))
     assert (one.blocks_per_program, two.blocks_per_program) == (1, 2) and one.wait == two.wait
     assert two.estimate_us == pytest.approx(2 * one.estimate_us, rel=1e-12)
+
+
+def test_products_within_a_step_are_planned():
+    projected = ANCHOR._replace(P=300, spec=LSTMSpec(False, "full", "current"))
+    for layer, backward in ((projected, False), (projected, True), (projected._replace(dtype=torch.float32), False)):
+        plan = ranked_plans(layer, backward, H100)[0]
+        assert not broken_rules(plan, layer, backward, H100)
+        for name in ("peephole", "projection"):
+            second = getattr(plan, name)
+            for wrong in (
+                None,
+                Second(second.chunks, 0),
+                Second(2 * second.chunks + 1, 2),
+                Second(second.chunks // 2, 1),
+            ):
+                assert "within a step" in broken_rules(replace(plan, **{name: wrong}), layer, backward, H100)
+    one = ranked_plans(ANCHOR, False, H100)[0]
+    assert ranked_plans(ANCHOR._replace(P=300), False, H100)[0].estimate_us > one.estimate_us
 
 
 @pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
