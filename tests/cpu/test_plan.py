@@ -777,7 +777,11 @@ def test_a_program_with_several_row_blocks_takes_as_many_times_as_long():
 
 def test_products_within_a_step_are_planned():
     projected = ANCHOR._replace(P=300, spec=LSTMSpec(False, "full", "current"))
-    for layer, backward in ((projected, False), (projected, True), (projected._replace(dtype=torch.float32), False)):
+    for layer, backward in (
+        (projected, False),
+        (projected, True),
+        (projected._replace(dtype=torch.float32, H=512), False),
+    ):
         plan = ranked_plans(layer, backward, H100)[0]
         assert not broken_rules(plan, layer, backward, H100)
         for name in ("peephole", "projection"):
