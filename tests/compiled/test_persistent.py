@@ -137,16 +137,43 @@ def test_a_plan_keeps_its_weights_on_the_chip_and_waits_as_it_says(cuts, part):
     some = chosen(cuts)[part::PARTS]
     assert some
     for first in some:
-        kernel = first if first.plan.exact else first._replace(plan=taken(first))
-        found = compiled(kernel)
-        assert stays(found.asm["ttgir"], side_of_weights(kernel.plan)), kernel
-        assert found.metadata.shared <= kernel.gpu.shared_bytes, kernel
-        assert tensor_core(found.asm["ptx"]) != (kernel.layer.rate == "float32"), kernel
-        assert bool(found.metadata.launch_cooperative_grid) == (kernel.plan.wait is not None), kernel
-        if not kernel.plan.exact:
-            spilled = usage(kernel, kernel.plan).spilled  # ahead of the loop that costs nothing
-            assert spilled == 0 or spills_of_a_step(found.asm["cubin"]) <= MOST_ACCESSES, kernel
-            assert 0 <= found.metadata.shared - kernel.plan.shared_bytes <= 256, kernel
+        assert_as_planned(first if first.plan.exact else first._replace(plan=taken(first)))
+
+
+def assert_as_planned(kernel: Kernel) -> None:
+    """The weights stay on the chip; tensor cores, cooperative launch, shared memory and spills are as planned."""
+    found = compiled(kernel)
+    assert stays(found.asm["ttgir"], side_of_weights(kernel.plan)), kernel
+    assert found.metadata.shared <= kernel.gpu.shared_bytes, kernel
+    assert tensor_core(found.asm["ptx"]) != (kernel.layer.rate == "float32"), kernel
+    assert bool(found.metadata.launch_cooperative_grid) == (kernel.plan.wait is not None), kernel
+    if not kernel.plan.exact:
+        spilled = usage(kernel, kernel.plan).spilled  # ahead of the loop that costs nothing
+        assert spilled == 0 or spills_of_a_step(found.asm["cubin"]) <= MOST_ACCESSES, kernel
+        assert 0 <= found.metadata.shared - kernel.plan.shared_bytes <= 256, kernel
+
+
+WITHIN_A_STEP = [
+    Layer(LSTMSpec.parse(variant), 64, B, H, D, dtype, precision, P=P, training=True, ragged=ragged)
+    for variant, B, H, D, dtype, precision, P, ragged in (
+        ("standard", 16, 1024, 1, torch.bfloat16, "ieee", 512, False),
+        ("standard", 16, 2048, 1, torch.float16, "ieee", 640, False),
+        ("coupled+diagonal+current", 64, 768, 1, torch.float32, "tf32", 256, True),
+        ("full+current", 16, 512, 2, torch.bfloat16, "ieee", 0, True),
+        ("full+current", 256, 256, 1, torch.float32, "tf32", 100, False),
+        ("full+current", 8, 256, 1, torch.float32, "ieee", 64, False),
+    )
+]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "layer", WITHIN_A_STEP, ids=lambda layer: f"{layer.spec.name} {layer.rate} {layer.H} {layer.P}"
+)
+def test_products_within_a_step_keep_their_weights_on_the_chip(layer, backward):
+    first = Kernel(layer, backward, GPUS["h100"], ranked_plans(layer, backward, GPUS["h100"])[0])
+    assert first.plan.peephole or first.plan.projection
+    assert_as_planned(first if first.plan.exact else first._replace(plan=taken(first)))
 
 
 @pytest.mark.parametrize("name", [spec.name for spec in VARIANTS if not spec.full])
