@@ -13,8 +13,7 @@ CASES = [case for spec in VARIANTS for case in odd_cases(spec)]
 CASES += [
     Case(spec, T=4, B=5, I=3, H=9, bidirectional=True, dtype=torch.float32, strategy="persistent", **ragged)
     for spec in VARIANTS
-    if not (spec.full and spec.output_current)
-    for ragged in (dict(lengths=True, states=True), dict(lengths=True, resets=True, states=True))
+    for ragged in (dict(lengths=True, states=True), dict(lengths=True, resets=True, states=True, proj_size=4))
 ]
 
 
