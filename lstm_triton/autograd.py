@@ -26,7 +26,7 @@ from lstm_triton_kernels.spec import LSTMWeights
 from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 
-from lstm_triton import aten, layer, onnx_node, routing, second_order, transforms
+from lstm_triton import aten, double_backward, layer, onnx_node, routing, second_order, transforms
 from lstm_triton.batching import one_by_one
 from lstm_triton.directions import OneByOne
 from lstm_triton.layer import Call, Gradients, LayerGradients, LayerResult, Needs
@@ -36,6 +36,12 @@ LOOPS = {
     "eager": "lstm_triton.eager",
 }  # fmt: skip
 """Engine to the module that computes the steps, of all directions or of one; imported when first used."""
+
+TANGENTS = {
+    "persistent": "lstm_triton_kernels.sequence_tangents", "stepwise": "lstm_triton_kernels.sequence_tangents",
+    "eager": "lstm_triton.eager_tangents",
+}  # fmt: skip
+"""Engine to the module that computes tangents of the steps, for the second derivative; imported when first used."""
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Types of tensors whose operators nothing else looks at."""
@@ -74,10 +80,14 @@ def passes(engine: str) -> tuple[Callable[..., LayerResult], Callable[..., Layer
     """
     if engine == "operator inside":
         return aten.forward, aten.backward
-    loop: Any = import_module(LOOPS[engine])
-    if engine != "persistent":
-        loop = OneByOne(loop)
+    loop = loop_of(engine)
     return partial(layer.forward, loop=loop), partial(layer.backward, loop=loop)
+
+
+def loop_of(engine: str) -> layer.Loop:
+    """Return what computes the steps of all directions by an engine of LOOPS."""
+    steps = import_module(LOOPS[engine])
+    return steps if engine == "persistent" else OneByOne(steps)
 
 
 def lstm_layer(
@@ -124,6 +134,12 @@ def unwatched(tensors: Sequence[Tensor]) -> bool:
         and not torch.jit.is_tracing()
         and all(type(t) in PLAIN for t in tensors)
     )
+
+
+def plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether nothing but autograd looks at what is called, and no tensor is a batch or has a tangent."""
+    present = [t for t in tensors if t is not None]
+    return unwatched(present) and not transforms.forward_mode() and not transforms.batched(present)
 
 
 @contextmanager
@@ -173,21 +189,30 @@ def backward_pass(
     given = Inputs(arguments)
     inputs = (given.x, given.h_0, given.c_0)
     call = resolved(given.call._replace(save=True), *inputs, given.order.ragged)
+    grads = Gradients(grad_output, grad_h_n, grad_c_n, grad_states)
+    saved = (output, gates, cells, given.order, call, needs_of(call, needs))
+    with computing_on(given.x.device):
+        return distinct(passes(call.engine)[1](grads, *inputs, call.group(given.weights), *saved), call)
+
+
+def needs_of(call: Call, needs: Sequence[bool]) -> Needs:
+    """Return which gradients are wanted, from one answer for each of x, h_0, c_0 and the weights."""
     names = call.spec.parameter_names(call.bias, call.projection)
     needed = [needs[n : n + len(names)] for n in range(3, len(needs), len(names))]
-    wanted = Needs(needs[0], needs[1], needs[2], [list(compress(names, part)) for part in needed])
-    grads = Gradients(grad_output, grad_h_n, grad_c_n, grad_states)
-    saved = (output, gates, cells, given.order, call, wanted)
-    with computing_on(given.x.device):
-        gradients = passes(call.engine)[1](grads, *inputs, call.group(given.weights), *saved)
+    return Needs(needs[0], needs[1], needs[2], [list(compress(names, part)) for part in needed])
+
+
+def distinct(gradients: LayerGradients, call: Call) -> list[Tensor]:
+    """Return the gradients that there are in one list, no tensor twice."""
+    names = call.spec.parameter_names(call.bias, call.projection)
     flat = [gradients.x, gradients.h_0, gradients.c_0]
     flat += [direction.get(name) for direction in gradients.weights for name in names]
-    distinct: list[Tensor] = []
+    found: list[Tensor] = []
     for gradient in flat:
         if gradient is not None:
             # Both biases have the same gradient, and an operator's outputs may not be the same tensor.
-            distinct.append(gradient.clone() if any(gradient is other for other in distinct) else gradient)
-    return distinct
+            found.append(gradient.clone() if any(gradient is other for other in found) else gradient)
+    return found
 
 
 layer_backward = torch.library.custom_op(
@@ -234,9 +259,13 @@ class LSTMLayerFunction(torch.autograd.Function):
         if all(grad is None for grad in given):
             return (None,) * len(ctx.needs_input_grad)
         if transforms.beyond_operators((*inputs, *given), hidden, ctx.recorder):
-            layers, order = (1, len(inputs[1])), Order(len(inputs[0]), lengths, resets)
-            again = second_order.backward(given, inputs, needs, ctx.call, layers, order)
-            return None, None, None, *again
+            if routing.double_backward(ctx.call.engine, inputs[0].dtype, plain((*inputs, *given))).name == "reference":
+                layers, order = (1, len(inputs[1])), Order(len(inputs[0]), lengths, resets)
+                again = second_order.backward(given, inputs, needs, ctx.call, layers, order)
+                return None, None, None, *again
+            constants = (ctx.call, needs, lengths, resets, hidden.detach(), gates, cells)
+            found = iter(LayerGradientsFunction.apply(*constants, *given, *inputs))
+            return None, None, None, *(next(found) if needed else None for needed in needs)
         run: Callable[..., list[Tensor]] = layer_backward
         if unwatched([t for t in (*inputs, *given) if t is not None]):
             run = backward_pass
@@ -245,6 +274,67 @@ class LSTMLayerFunction(torch.autograd.Function):
             arguments = (x, h_0, c_0, weights, lengths, resets, *ctx.call)
             computed = iter(run(*given, hidden, gates, cells, needs, *arguments))
         return None, None, None, *(next(computed) if needed else None for needed in needs)
+
+
+class LayerGradientsFunction(torch.autograd.Function):
+    """apply(call, needs, lengths, resets, output, gates, cells, *grads, x, h_0, c_0, *weights) -> gradients.
+
+    The backward pass of a layer where it is differentiated itself: the gradients that `needs` names. grads: the fields
+    of `layer.Gradients`. What the forward pass saved is a constant here: `backward` knows on what that depends.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, needs: Sequence[bool], lengths: Tensor | None, resets: Tensor | None, output: Tensor,
+        gates: Tensor, cells: Tensor, *tensors: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        check_launches()
+        grads, (x, h_0, c_0, *weights) = Gradients(*tensors[:4]), tensors[4:]
+        order, grouped = Order(len(x), lengths, resets), call.group(weights)
+        call = resolved(call._replace(save=True), x, h_0, c_0, order.ragged)
+        with computing_on(x.device):
+            activated = layer.activated_gates(x, h_0, grouped, output, gates, cells, order, call)
+            steps = loop_of(call.engine).backward(grads, activated, cells, grouped, order, call)
+            read = (x, h_0, grouped, output, activated, cells, order, call)
+            found = distinct(layer.gradients(steps, *read, needs_of(call, needs)), call)
+        ctx.call, ctx.needs = call, needs
+        ctx.set_materialize_grads(False)
+        # Where the gates were not kept for the first backward pass, the second does without kept gradients of them.
+        d_gates, d_hidden = (None, None) if call.recompute else steps[:2]
+        ctx.save_for_backward(lengths, resets, output, gates, cells, d_gates, d_hidden, *tensors)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        lengths, resets, output, gates, cells, d_gates, d_hidden, *tensors = ctx.saved_tensors
+        grads, inputs = Gradients(*tensors[:4]), tensors[4:]
+        call, wanted = ctx.call, list(ctx.needs_input_grad[7:])
+        constants = (None,) * 7
+        if all(v is None for v in cotangents):
+            return *constants, *[None] * len(tensors)
+        order = Order(len(inputs[0]), lengths, resets)
+        given = (*tensors, *cotangents)
+        if transforms.beyond_operators(given, output, None) or not unwatched([t for t in given if t is not None]):
+            again = second_order.double_backward(cotangents, grads, inputs, ctx.needs, wanted, call, order)
+            return *constants, *again
+        check_launches()
+        x, h_0, c_0, *weights = inputs
+        grouped, loop = call.group(weights), loop_of(call.engine)
+        v = iter(cotangents)
+        v_x, v_h_0, v_c_0, *v_weights = (next(v) if needed else None for needed in ctx.needs)
+        with torch.no_grad(), computing_on(x.device):
+            activated = layer.activated_gates(x, h_0, grouped, output, gates, cells, order, call)
+            if d_gates is None:
+                d_gates, d_hidden, _ = loop.backward(grads, activated, cells, grouped, order, call)
+            saved = (output, activated, cells, grads, d_gates, d_hidden)
+            first = double_backward.First(x, h_0, c_0, grouped, order, *saved)
+            along = double_backward.Cotangents(v_x, v_h_0, v_c_0, call.group(v_weights))
+            steps = import_module(TANGENTS[call.engine])
+            of_inputs, of_grads = needs_of(call, wanted[4:]), any(wanted[:4])
+            found = double_backward.backward(first, along, call, of_inputs, of_grads, loop, steps)
+            flat = iter(distinct(found.inputs, call))
+        of_results = (grad if needed else None for grad, needed in zip(found.grads, wanted[:4], strict=True))
+        return *constants, *of_results, *(next(flat) if needed else None for needed in wanted[4:])
 
 
 def compute(

@@ -179,14 +179,35 @@ def backward(
     gates: Tensor, cells: Tensor, order: Order, call: Call, needs: Needs, loop: Loop,
 ) -> LayerGradients:  # fmt: skip
     """Return the gradients that `needs` names, from those of the results and what `forward` saved."""
+    gates = activated_gates(x, h_0, weights, output, gates, cells, order, call)
+    steps = loop.backward(grads, gates, cells, weights, order, call)
+    return gradients(steps, x, h_0, weights, output, gates, cells, order, call, needs)
+
+
+def activated_gates(
+    x: Tensor, h_0: Tensor, weights: Sequence[LSTMWeights], output: Tensor, gates: Tensor, cells: Tensor, order: Order,
+    call: Call,
+) -> Tensor:  # fmt: skip
+    """Return the activated gates (D, T, B, G·H): those that `forward` saved, or the same computed again."""
+    if gates.numel() > 0:
+        return gates
+    P = h_0.shape[2]  # not saved, or of no rows
+    again = []
+    for n, w in enumerate(weights):
+        own = output[:, :, n * P : (n + 1) * P]
+        again.append(gemms.activated_gates(x, h_0[n], own, cells[n], w, call.spec, order.direction(n)))
+    return together(again)
+
+
+def gradients(
+    steps: StepGradients, x: Tensor, h_0: Tensor, weights: Sequence[LSTMWeights], output: Tensor, gates: Tensor,
+    cells: Tensor, order: Order, call: Call, needs: Needs,
+) -> LayerGradients:  # fmt: skip
+    """Return the gradients that `needs` names, from those of the steps; gates as of `activated_gates`."""
     spec, P = call.spec, h_0.shape[2]
     orders = [order.direction(n) for n in range(len(weights))]
     outputs = [output[:, :, n * P : (n + 1) * P] for n in range(len(weights))]
-    if gates.numel() == 0:  # not saved, or of no rows
-        gates = together(
-            [gemms.activated_gates(x, h_0[n], outputs[n], cells[n], w, spec, orders[n]) for n, w in enumerate(weights)]
-        )
-    d_gates, d_hidden, grad_c_0 = loop.backward(grads, gates, cells, weights, order, call)
+    d_gates, d_hidden, grad_c_0 = steps
     grad_h_0, grad_weights = [], []
     for n, w in enumerate(weights):
         if needs.h_0:

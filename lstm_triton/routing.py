@@ -428,6 +428,23 @@ def now(engine: str, layer: Layer, device: torch.device) -> str:
     return kernels(strategy, layer, gpu_of(device)).name
 
 
+def double_backward(engine: str, dtype: torch.dtype, plain: bool) -> Choice:
+    """Return what computes a backward pass that is differentiated itself: the engine of the layer, or the reference.
+
+    engine: of the layer, resolved or not; plain: whether nothing but autograd looks at the tensors, which are no batch
+    and have no tangents.
+    """
+    if not plain:
+        return Choice("reference", "torch.func, a mode or a tracer is at work, or the gradients are a batch")
+    if engine == "operator inside":
+        return Choice("reference", "PyTorch's operator leaves nothing to go on from")
+    if (obstacle := why_not_dtype(dtype)) is not None:
+        return Choice("reference", obstacle)
+    if engine == "eager" and dtype.itemsize == 2:
+        return Choice("reference", f"it rounds to {dtype} at the end alone, and the CPU gains nothing from {dtype}")
+    return Choice(engine, "the second derivative goes on from what the first one saved")
+
+
 def cell(layer: Layer, device: torch.device, plain: bool) -> Choice:
     """Return the engine of one step of an LSTMCell: "operator" is PyTorch's own cell then. Raises as `route`.
 

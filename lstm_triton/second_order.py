@@ -98,6 +98,24 @@ def backward(
         return gradients_where_needed(results(*wanted), wanted_grads, wanted, needs, create_graph=again)
 
 
+def double_backward(
+    cotangents: Sequence[Tensor | None], grads: Gradients, inputs: Sequence[Tensor], needs: Sequence[bool],
+    wanted: Sequence[bool], call: Call, order: Order,
+) -> list[Tensor | None]:  # fmt: skip
+    """Return the gradients of <cotangents, gradients that `backward` returns> by grads and inputs, by the reference.
+
+    - cotangents: of the gradients that `needs` names; of one layer
+    - wanted: of which of the four grads, x, h_0, c_0 and the weights a gradient is wanted
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+        own = [t if t is None else t.view_as(t) for t in (*grads, *inputs)]
+        first = backward(Gradients(*own[:4]), own[4:], needs, call, (1, len(inputs[1])), order)  # type: ignore[arg-type]
+        results = [gradient for gradient, needed in zip(first, needs, strict=True) if needed]
+        leaves = [t for t, needed in zip(own, wanted, strict=True) if needed]
+        return gradients_where_needed(results, cotangents, leaves, wanted, create_graph=again)
+
+
 def gradients_where_needed(
     results: Sequence[Any], grads: Sequence[Tensor | None], wanted: Sequence[Any], needs: Sequence[bool],
     **options: bool,

@@ -104,8 +104,11 @@ def beyond_operators(tensors: Sequence[Tensor | None], result: Tensor, own: int 
     The batch of `is_grads_batched=True` and of `torch.autograd.functional` with `vectorize=True` is PyTorch's older
     vmap, which asks no operator for its batching rule.
     """
-    if differentiated_again(tensors, result, own):
-        return True
+    return differentiated_again(tensors, result, own) or batched(tensors)
+
+
+def batched(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether any of the tensors is a batch of PyTorch's older vmap."""
     return not torch.compiler.is_compiling() and any(
         t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors
     )
