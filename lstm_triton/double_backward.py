@@ -325,7 +325,7 @@ def result_tangents(tangents: Sequence[Tangents], first: First) -> Gradients:
         None if output is None else torch.cat([one.output for one in tangents], -1),
         None if h_n is None else torch.stack([own.last(one.output) for own, one in zip(orders, tangents, strict=True)]),
         None if c_n is None else torch.stack([own.last(c) for own, c in zip(orders, every_c, strict=True)]).to(dtype),
-        None if states is None else torch.cat(every_c, -1).to(dtype),
+        None if states is None else order.zero_beyond(torch.cat(every_c, -1).to(dtype)),
     )
 
 
