@@ -312,7 +312,7 @@ def of_direction(
         of_states = own.add_to_last(of_states, of_c_n, first.cells.dtype)
         of_h_n = of_c_n = None
     given = direction.sources(found, see(of_output), see(of_states), of_h_n, of_c_n)
-    return tangents, Sources(see(given.output), see(given.cells), see(given.gates), given.c_0)
+    return tangents, Sources(see(given.output), see(given.cells).to(first.x.dtype), see(given.gates), given.c_0)
 
 
 def result_tangents(tangents: Sequence[Tangents], first: First) -> Gradients:
