@@ -46,7 +46,10 @@ def matmul_blocks(B: int, K: int, dtype: torch.dtype) -> Blocks:
     return Blocks(block_b, block_u=32, num_warps=4, block_k=min(block_k, 64))
 
 
-def elementwise_blocks(H: int) -> Blocks:
-    """Return blocks of 512 elements, 4 a thread: one 16-byte access of float32. Few rows leave part of a block idle."""
+def elementwise_blocks(H: int, elements: int = 512) -> Blocks:
+    """Return blocks of 512 elements, 4 a thread: one 16-byte access of float32. Few rows leave part of a block idle.
+
+    elements: fewer where a kernel keeps so many values of each that it would spill.
+    """
     block_u = min(128, next_power_of_2(H))
-    return Blocks(512 // block_u, block_u, num_warps=4)
+    return Blocks(elements // block_u, block_u, num_warps=4)

@@ -131,12 +131,12 @@ def cell_tangents_kernel(
         tl.store(gates_dot_ptr + saved + (F + 2) * H, o_dot.to(gates_dot_ptr.dtype.element_ty), mask=tile_mask)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
-def gradient_sources_kernel(
+@triton.jit(do_not_specialize=["T", "B", "reverse"])
+def cell_sources_kernel(
     of_gates_ptr, of_cells_ptr, of_c_0_ptr, gates_ptr, gates_dot_ptr, cells_ptr, cells_dot_ptr, dh_ptr, dh_dot_ptr,
-    d_cells_ptr, dc_ptr, resets_ptr, T, B, H,
-    COUPLED: tl.constexpr, REVERSE: tl.constexpr, HAS_DH_DOT: tl.constexpr, HAS_D_CELLS: tl.constexpr,
-    HAS_RESETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
+    d_cells_ptr, dc_ptr, resets_ptr, T, B, H, reverse,
+    COUPLED: tl.constexpr, HAS_DH_DOT: tl.constexpr, HAS_D_CELLS: tl.constexpr, HAS_RESETS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """Compute what the tangents of a backward pass have beside its own products, of all steps: they are elementwise.
 
@@ -144,7 +144,7 @@ def gradient_sources_kernel(
     - gates, gates_dot (T, B, G·H) activated; cells, cells_dot (T + 1, B, H)
     - dh (T, B, H): the gradients of o tanh(c_t); dh_dot (T, B, H): the part of their tangents known before
     - d_cells (T, B, H), dc (B, H): of c_t and of the last one, but for what comes through h_t and c_{t+1}
-    - resets: (T, B) uint8
+    - resets: (T, B) uint8; reverse: 1 where the steps run from the last to the first, else 0
 
     The gradient of c_t is computed again on the way back through the steps. Program: (row block, unit block).
     """
@@ -160,9 +160,9 @@ def gradient_sources_kernel(
     ACC: tl.constexpr = dc.dtype
     through_f = tl.zeros_like(dc)
     for n in range(T):
-        t = n if REVERSE else T - 1 - n
+        t = tl.where(reverse != 0, n, T - 1 - n)
         now = t.to(tl.int64)
-        previous, current = (now + 1, now) if REVERSE else (now, now + 1)
+        previous, current = now + reverse, now + 1 - reverse
         step, saved = now * size + state, now * (F + 3) * size + gate
         carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
         c_previous = tl.load(cells_ptr + previous * size + state, mask=carried, other=0.0)
@@ -237,20 +237,20 @@ def cell_tangents(
     )
 
 
-def gradient_sources(
+def cell_sources(
     of_gates: Tensor, of_cells: Tensor, of_c_0: Tensor, gates: Tensor, gates_dot: Tensor, cells: Tensor,
     cells_dot: Tensor, dh: Tensor, dh_dot: Tensor | None, d_cells: Tensor | None, dc: Tensor, spec: LSTMSpec,
     reverse: bool, resets: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launch `gradient_sources_kernel` for all steps; all tensors contiguous.
+    """Launch `cell_sources_kernel` for all steps; all tensors contiguous.
 
     of_cells, d_cells (T, B, H), of_c_0, dc (B, H), cells, cells_dot (T + 1, B, H) accumulator type; of_gates, gates,
     gates_dot (T, B, G·H), dh, dh_dot (T, B, H); resets (T, B) uint8 or None; reverse: the steps run from the last to
     the first.
     """
     T, B, H = dh.shape
-    blocks = elementwise_blocks(H)
-    gradient_sources_kernel[blocks.grid(B, H)](
+    blocks = elementwise_blocks(H, elements=256)
+    cell_sources_kernel[blocks.grid(B, H)](
         of_gates_ptr=of_gates,
         of_cells_ptr=of_cells,
         of_c_0_ptr=of_c_0,
@@ -266,8 +266,8 @@ def gradient_sources(
         T=T,
         B=B,
         H=H,
+        reverse=int(reverse),
         COUPLED=spec.coupled,
-        REVERSE=reverse,
         HAS_DH_DOT=dh_dot is not None,
         HAS_D_CELLS=d_cells is not None,
         HAS_RESETS=resets is not None,

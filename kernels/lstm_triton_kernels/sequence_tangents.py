@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lstm_triton_kernels.cell_tangents import cell_tangents, gradient_sources
+from lstm_triton_kernels.cell_tangents import cell_sources, cell_tangents
 from lstm_triton_kernels.gates import add_output_peephole, gate_preactivations
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
@@ -79,5 +79,5 @@ def sources(
     of_c_0 = torch.empty_like(dc)
     given = (dh.contiguous(), *(t if t is None else t.contiguous() for t in (dh_dot, d_cells)), dc.contiguous())
     saved = (gates, gates_dot, cells, cells_dot)
-    gradient_sources(of_gates, of_cells, of_c_0, *saved, *given, spec, order.reverse, order.reset_bytes)
+    cell_sources(of_gates, of_cells, of_c_0, *saved, *given, spec, order.reverse, order.reset_bytes)
     return of_gates, of_cells, of_c_0

@@ -1,4 +1,7 @@
-"""The launches of the stepwise strategy, as the compiler sees them: every combination of flags, every block size."""
+"""The launches of steps, as the compiler sees them: every combination of flags, every block size.
+
+Those of the stepwise strategy, and those of second derivatives.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lstm_triton_kernels import cell, gates, sequence_stepwise
+from lstm_triton_kernels import cell, cell_tangents, gates, sequence_stepwise, sequence_tangents
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.sizes import accumulator_dtype
 
-from lstm_triton import VARIANTS, LSTMSpec, layer
+from lstm_triton import VARIANTS, LSTMSpec, double_backward, layer
 from lstm_triton.directions import OneByOne
 from tests.support.compiling import Launch, record_launches
 
@@ -20,6 +24,8 @@ KERNELS = {
     "output_peephole_kernel": gates.output_peephole_kernel,
     "cell_forward_kernel": cell.cell_forward_kernel,
     "cell_backward_kernel": cell.cell_backward_kernel,
+    "cell_tangents_kernel": cell_tangents.cell_tangents_kernel,
+    "cell_sources_kernel": cell_tangents.cell_sources_kernel,
 }
 TYPES = [
     (torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"),
@@ -47,6 +53,26 @@ def launch_layer(
         layer.backward(grads, x, state, state, weights, *saved, order, call, needs, loop)
 
 
+def launch_second_derivative(
+    spec: LSTMSpec, dtype: torch.dtype, B: int, H: int, *, projection: bool = False, resets: bool = False
+) -> None:
+    """Run the steps of the second derivative of a layer through the launchers; the values are of no interest."""
+    T, D = 2, 2
+    shapes = spec.parameter_shapes(H, H, True, H if projection else 0)
+    call = layer.Call(spec.name, True, projection, "stepwise", save=True)
+    weights = call.group([torch.zeros(shape, dtype=dtype) for _ in range(D) for shape in shapes.values()])
+    x, state = torch.zeros(T, B, H, dtype=dtype), torch.zeros(D, B, H, dtype=dtype)
+    order = Order(T, None, torch.zeros(T, B, dtype=torch.bool) if resets else None)
+    output, gates = torch.zeros(T, B, D * H, dtype=dtype), torch.zeros(D, T, B, len(spec.gates) * H, dtype=dtype)
+    cells = torch.zeros(D, T + 1, B, H, dtype=accumulator_dtype(dtype))
+    grads = layer.Gradients(output, None, None, None)
+    saved = (output, gates, cells, grads, gates, torch.zeros(D, T, B, H, dtype=dtype) if projection else None)
+    first = double_backward.First(x, state, state, weights, order, *saved)
+    for n in range(D):
+        along = double_backward.Cotangents(x, None, None, weights)
+        double_backward.of_direction(n, first, along, spec, sequence_tangents, of_inputs=True)
+
+
 @functools.cache
 def launches_of(dtype: torch.dtype, precision: str) -> frozenset[Launch]:
     """For a storage type: every combination of flags with the largest blocks, and every block size, aligned or not."""
@@ -55,6 +81,7 @@ def launches_of(dtype: torch.dtype, precision: str) -> frozenset[Launch]:
     modules = {
         gates: ["gate_preactivations_kernel", "output_peephole_kernel"],
         cell: ["cell_forward_kernel", "cell_backward_kernel"],
+        cell_tangents: ["cell_tangents_kernel", "cell_sources_kernel"],
     }
     try:
         switch.fp32_precision = precision
@@ -64,6 +91,8 @@ def launches_of(dtype: torch.dtype, precision: str) -> frozenset[Launch]:
                     for grad in (True, False):
                         launch_layer(spec, dtype, T, B=64, H=128, bias=bias, save=save, grad=grad)
                 launch_layer(spec, dtype, 2, B=64, H=128, bias=True, save=True, grad=True, resets=True)
+                for more in (False, True):
+                    launch_second_derivative(spec, dtype, 64, 128, projection=more, resets=more)
             for B, H in ((1, 1), (17, 24), (32, 48), (300, 130)):
                 launch_layer(
                     LSTMSpec(peephole="full", output_peephole="current"),
@@ -78,6 +107,7 @@ def launches_of(dtype: torch.dtype, precision: str) -> frozenset[Launch]:
                 launch_layer(
                     LSTMSpec(coupled=True, peephole="diagonal"), dtype, 2, B, H, bias=True, save=True, grad=True
                 )
+                launch_second_derivative(LSTMSpec(), dtype, B, H)
     finally:
         switch.fp32_precision = before
     return frozenset(launches)
