@@ -1,7 +1,8 @@
 """PyTorch's own LSTM operator: the standard variant, and the coupled one, which is a standard LSTM with other weights.
 
 On a CPU the operator is called as `torch.nn.LSTM` calls it, and autograd does the rest. cuDNN has no second derivative;
-there a Function behind the operator differentiates the reference under `create_graph=True`.
+there a Function behind the operator computes the layers again by the kernels, or by the reference, under
+`create_graph=True`.
 
 Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), L layers,
 D directions, N the steps of all rows of a packed batch together.
@@ -9,7 +10,7 @@ D directions, N the steps of all rows of a packed batch together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from lstm_triton_kernels.sizes import accumulator_dtype
 from lstm_triton_kernels.spec import STANDARD, LSTMSpec, LSTMWeights
 from torch import Tensor
 
-from lstm_triton import second_order, transforms
+from lstm_triton import routing, second_order, transforms
 from lstm_triton.layer import Call, Gradients, LayerGradients, LayerResult, Needs
 from lstm_triton.ragged import Packing
 from lstm_triton.second_order import gradients_where_needed
@@ -105,7 +106,8 @@ class SecondDerivative(torch.autograd.Function):
     """apply(options, output, h_n, c_n, x, h_0, c_0, *weights) -> output, h_n, c_n, as they are.
 
     It stands behind the operator in the graph. A gradient passes through it to the operator; one that is to be
-    differentiated again, or that is a batch of gradients, goes to the operator's inputs instead, by the reference.
+    differentiated again, or that is a batch of gradients, goes to the operator's inputs instead, which the layers are
+    computed from again.
     """
 
     @staticmethod
@@ -131,9 +133,19 @@ class SecondDerivative(torch.autograd.Function):
         call = Call(STANDARD.name, options.bias, projection, "operator")
         layers, order = (options.num_layers, 2 if options.bidirectional else 1), Order(len(inputs[0]))
         again = second_order.backward(
-            Gradients(grads[0], grads[1], grads[2], None), inputs, needs, call, layers, order, options.packing
-        )
+            Gradients(grads[0], grads[1], grads[2], None), inputs, needs, call, layers, order, options.packing,
+            differentiable_stack((*inputs, *given)),
+        )  # fmt: skip
         return None, None, None, None, *again
+
+
+def differentiable_stack(tensors: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return what computes the operator's stack again so that it can be differentiated twice: kernels or reference."""
+    from lstm_triton import autograd  # which imports this module
+
+    x = tensors[0]
+    chosen = routing.double_backward("operator", x.device, x.dtype, not autograd.plain(tensors)).name
+    return second_order.forward if chosen == "reference" else autograd.stack_by_kernels
 
 
 def forward(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.sizes import Layer, matmul_precision
-from lstm_triton_kernels.spec import LSTMWeights
+from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 
@@ -123,6 +123,20 @@ def differentiable_layer(*arguments: Any) -> Any:
         return function.apply(call, given.order.lengths, given.order.resets, *tensors)[:4]
     run = forward_pass if unwatched(tensors) else layer_forward
     return run(*arguments)[:4]
+
+
+def stack_by_kernels(
+    x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], spec: LSTMSpec, order: Order
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute a stack by the kernels, differentiable twice; arguments and results of `second_order.forward`."""
+    D, last_h, last_c = len(layers[0]), [], []
+    for n, weights in enumerate(layers):
+        w, own = weights[0], slice(n * D, (n + 1) * D)
+        call = Call(spec.name, w.bias_ih is not None, w.weight_hr is not None, "kernels", states=n == len(layers) - 1)
+        x, h_n, c_n, states = lstm_layer(x, h_0[own], c_0[own], weights, order, call)
+        last_h.append(h_n)
+        last_c.append(c_n)
+    return x, torch.cat(last_h), torch.cat(last_c), states
 
 
 def unwatched(tensors: Sequence[Tensor]) -> bool:
@@ -259,7 +273,11 @@ class LSTMLayerFunction(torch.autograd.Function):
         if all(grad is None for grad in given):
             return (None,) * len(ctx.needs_input_grad)
         if transforms.beyond_operators((*inputs, *given), hidden, ctx.recorder):
-            if routing.double_backward(ctx.call.engine, inputs[0].dtype, plain((*inputs, *given))).name == "reference":
+            x = inputs[0]
+            if (
+                routing.double_backward(ctx.call.engine, x.device, x.dtype, plain((*inputs, *given))).name
+                == "reference"
+            ):
                 layers, order = (1, len(inputs[1])), Order(len(inputs[0]), lengths, resets)
                 again = second_order.backward(given, inputs, needs, ctx.call, layers, order)
                 return None, None, None, *again

@@ -428,20 +428,25 @@ def now(engine: str, layer: Layer, device: torch.device) -> str:
     return kernels(strategy, layer, gpu_of(device)).name
 
 
-def double_backward(engine: str, dtype: torch.dtype, plain: bool) -> Choice:
-    """Return what computes a backward pass that is differentiated itself: the engine of the layer, or the reference.
+def double_backward(engine: str, device: torch.device, dtype: torch.dtype, watched: bool) -> Choice:
+    """Return what computes a backward pass that is differentiated itself: an engine that a layer has, or "reference".
 
-    engine: of the layer, resolved or not; plain: whether nothing but autograd looks at the tensors, which are no batch
-    and have no tangents.
+    - engine: of the forward pass, that of a layer or "operator"
+    - watched: whether something beside autograd looks at the tensors, or they are a batch or have tangents
     """
-    if not plain:
+    if watched:
         return Choice("reference", "torch.func, a mode or a tracer is at work, or the gradients are a batch")
-    if engine == "operator inside":
-        return Choice("reference", "PyTorch's operator leaves nothing to go on from")
     if (obstacle := why_not_dtype(dtype)) is not None:
         return Choice("reference", obstacle)
+    if engine == "operator":  # asked of cuDNN's alone: on a CPU the operator is differentiated by autograd
+        backend = choose_backend(device, dtype)
+        if backend.name == "triton":
+            return Choice("kernels", "cuDNN has no second derivative")
+        return Choice("reference", f"PyTorch's operator has no second derivative, and of the kernels: {backend.reason}")
+    if engine == "operator inside":
+        return Choice("reference", "PyTorch's operator saved nothing to go on from")
     if engine == "eager" and dtype.itemsize == 2:
-        return Choice("reference", f"it rounds to {dtype} at the end alone, and the CPU gains nothing from {dtype}")
+        return Choice("reference", f"it rounds to {dtype} at the end alone, and a CPU gains nothing from {dtype}")
     return Choice(engine, "the second derivative goes on from what the first one saved")
 
 

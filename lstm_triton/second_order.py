@@ -6,7 +6,7 @@ D directions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,13 +61,14 @@ def cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) 
 
 def backward(
     grads: Gradients, inputs: Sequence[Tensor], needs: Sequence[bool], call: Call, layers: tuple[int, int],
-    order: Order, packing: Packing | None = None,
+    order: Order, packing: Packing | None = None, compute: Callable[..., tuple[Tensor, ...]] = forward,
 ) -> list[Tensor | None]:  # fmt: skip
     """Return gradients that can be differentiated again, or in a batch: those of the reference, recomputed.
 
     - inputs: x, h_0, c_0 and the flat weights; `needs` says whose gradient is wanted
     - layers: how many there are, and how many directions each has
     - packing: how x and output are packed, if they are
+    - compute: what takes the place of the reference, with the arguments and results of `forward`
     """
     given = [n for n, grad in enumerate(grads) if grad is not None]
     wanted_grads = [grads[n] for n in given]
@@ -82,7 +83,7 @@ def backward(
         if packing is not None:
             x, own = packing.pad(x), Order(packing.T, packing.lengths)
         stack = [grouped[n : n + D] for n in range(0, L * D, D)]
-        output, h_n, c_n, cells = forward(x, h_0, c_0, stack, call.spec, own)
+        output, h_n, c_n, cells = compute(x, h_0, c_0, stack, call.spec, own)
         every = (packing.pack(output) if packing is not None else output, h_n, c_n, cells)
         return [every[n] for n in given]
 

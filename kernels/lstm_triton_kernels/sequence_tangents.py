@@ -77,7 +77,7 @@ def sources(
     of_gates = torch.empty_like(gates)
     of_cells = torch.empty(dh.shape, dtype=cells.dtype, device=cells.device)
     of_c_0 = torch.empty_like(dc)
-    given = (dh.contiguous(), *(t if t is None else t.contiguous() for t in (dh_dot, d_cells)), dc.contiguous())
-    saved = (gates, gates_dot, cells, cells_dot)
-    cell_sources(of_gates, of_cells, of_c_0, *saved, *given, spec, order.reverse, order.reset_bytes)
+    dh_dot, d_cells = (None if t is None else t.contiguous() for t in (dh_dot, d_cells))
+    given = (gates, gates_dot, cells, cells_dot, dh.contiguous(), dh_dot, d_cells, dc.contiguous())
+    cell_sources(of_gates, of_cells, of_c_0, *given, spec, order.reverse, order.reset_bytes)
     return of_gates, of_cells, of_c_0
