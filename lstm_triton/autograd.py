@@ -273,11 +273,8 @@ class LSTMLayerFunction(torch.autograd.Function):
         if all(grad is None for grad in given):
             return (None,) * len(ctx.needs_input_grad)
         if transforms.beyond_operators((*inputs, *given), hidden, ctx.recorder):
-            x = inputs[0]
-            if (
-                routing.double_backward(ctx.call.engine, x.device, x.dtype, plain((*inputs, *given))).name
-                == "reference"
-            ):
+            x, watched = inputs[0], not plain((*inputs, *given))
+            if routing.double_backward(ctx.call.engine, x.device, x.dtype, watched).name == "reference":
                 layers, order = (1, len(inputs[1])), Order(len(inputs[0]), lengths, resets)
                 again = second_order.backward(given, inputs, needs, ctx.call, layers, order)
                 return None, None, None, *again
