@@ -1,4 +1,4 @@
-"""The reference as an engine, for what differentiates in other ways than the operators do: again, or in a batch.
+"""The reference as an engine, for what differentiates in ways that no other is made for: often, or in a batch.
 
 Shapes: T time steps, B batch rows, I input features, H hidden units, P hidden size after projection (else H), L layers,
 D directions.
