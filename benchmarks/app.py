@@ -22,7 +22,7 @@ from lstm_triton_kernels.spec import VARIANTS
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import ROOT, micro, regressions, results_folder, rows, run, steps, suites, warm
+from benchmarks import ROOT, micro, regressions, results_folder, rows, run, second, steps, suites, warm
 from benchmarks.console import console, constants_table, line_of, means_table, providers_table, suites_table
 from benchmarks.environment import environment, machine
 from benchmarks.providers import BASELINES, PROVIDERS, Provider
@@ -233,6 +233,32 @@ def steps_command(
     steps.compile_all(asked, str(device), processes or os.cpu_count() or 1)
     path.write_text(json.dumps(here) + "\n")
     for row in steps.run(asked, device, path):
+        out.print(str(row), markup=False, soft_wrap=True)
+    out.print(str(path), soft_wrap=True)
+
+
+@app.command(name="second")
+def second_command(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="One layer, as T=128,B=16,H=768,variant=coupled; repeat.", show_default="a list of its own"),
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    row_seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for the timing of a row.")] = 2.0,
+    device: Device = "auto",  # type: ignore[assignment]
+    results: Results = None,
+) -> None:
+    """Time a gradient penalty: the gradient of a gradient, beside PyTorch without cuDNN and the reference equations.
+
+    Example: python -m benchmarks second --shape T=128,B=16,H=768 --dtype bf16
+    """
+    out, here = console(), environment(device)
+    shapes = [parse_own_shape(text) for text in shape or ()]
+    own = [replace(one, suite="second", dtype=dtype, mode=suites.TRAINING) for one in shapes]
+    cases = own or [second.case_of(*sizes) for sizes in second.SHAPES]
+    path = rows.new_file(folder(results), machine(device), here["date"], "second", "jsonl")
+    path.write_text(json.dumps(here) + "\n")
+    for row in second.run(cases, device, row_seconds, path):
         out.print(str(row), markup=False, soft_wrap=True)
     out.print(str(path), soft_wrap=True)
 

@@ -1,8 +1,8 @@
 """One layer as a differentiable function: torch.library operators with fakes, and the autograd.Function on them.
 
 `layer_forward` and `layer_backward` know nothing of gradients; the Function joins them. Where a gradient is itself to
-be differentiated (`create_graph=True`) the backward pass is a Function of its own; where that is in a way that the steps
-are not made for (a third derivative, a batch), it differentiates the reference instead. For torch.compile and
+be differentiated (`create_graph=True`) the backward pass is a Function of its own; where nothing but the reference is
+made for that (a third derivative, a batch), it differentiates the reference instead. For torch.compile and
 torch.export all of it is one operator, `layer`, which they decompose when they differentiate: so an exported program
 can be trained. A plain call, which nothing but autograd watches, runs what the operators run, without them: an operator
 costs more than a step of a small layer.

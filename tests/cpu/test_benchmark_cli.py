@@ -12,7 +12,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import app, results_folder, rows, suites
+from benchmarks import app, check, results_folder, rows, second, suites
 from benchmarks.providers import PROVIDERS
 
 RECORDED = Path(__file__).parent.parent / "data" / "cpu-recorded.csv"
@@ -96,7 +96,7 @@ def test_a_shape_is_rows_times_units(text):
         app.parse_shape(text)
 
 
-@pytest.mark.parametrize("command", ["run", "micro", "steps", "warm", "report", "floors", "gpu", "simulate"])
+@pytest.mark.parametrize("command", ["run", "micro", "steps", "second", "warm", "report", "floors", "gpu", "simulate"])
 def test_the_help_of_every_command_has_an_example(command):
     code, output = call(command, "--help")
     assert code == 0 and f"Example: python -m benchmarks {command}" in output
@@ -113,7 +113,7 @@ def test_results_go_outside_of_the_checkout_if_no_folder_is_named(tmp_path, monk
             results_folder() == app.folder(None) == folder / "lstm_triton" / "benchmarks" and app.folder(None).is_dir()
         )
     assert app.folder(tmp_path / "named") == tmp_path / "named"
-    for command in ("run", "micro", "steps", "report", "floors", "gpu"):
+    for command in ("run", "micro", "steps", "second", "report", "floors", "gpu"):
         assert "benchmarks in lstm_triton in $XDG_DATA_HOME, else in ~/.local/share" in call(command, "--help")[1]
 
 
@@ -198,3 +198,32 @@ def test_a_report_of_a_recorded_run_names_what_is_damaged_and_leaves_it_alone(tm
     text = readme.read_bytes().decode()
     assert text.startswith("# before\n") and text.endswith("-->\nafter\r\n") and "was here" not in text
     assert "No GPU has been measured" in text
+
+
+def test_a_gradient_penalty_is_compared_and_timed_each_way(tmp_path):
+    shapes = ("--shape", "T=3,B=2,H=5", "--shape", "T=3,B=2,H=5,variant=diagonal,resets=0.1")
+    options = ("--dtype", "fp32", "--device", "cpu", "--row-seconds", 0.01, "--results", tmp_path)
+    code, output = call("second", *shapes, *options)
+    assert code == 0, output
+    (path,) = tmp_path.iterdir()
+    here, *found = map(json.loads, path.read_text().splitlines())
+    assert here["torch"] == torch.__version__
+    assert [row["way"] for row in found] == [*second.WAYS] * 2
+    timed = [row["way"] for row in found if row["ms"] is not None]
+    assert timed == ["reference", "torch.nn.LSTM without cuDNN", "lstm_triton", "reference", "lstm_triton"]
+    assert all(row["speed"] > 0 and row["error"] < 1e-4 for row in found if row["ms"] is not None)
+    assert "has the standard variant alone" in found[4]["error"] and found[4]["error"] in output
+    assert torch.backends.cudnn.enabled
+
+
+def test_a_gradient_penalty_that_is_wrong_has_no_time(tmp_path, monkeypatch):
+    def wrong(problem):
+        model = check.Reference(problem)
+        for weight in model.weights.values():
+            weight.data *= 1.01
+        return model
+
+    monkeypatch.setitem(second.WAYS, "lstm_triton", wrong)
+    shape = ("--shape", "T=3,B=2,H=5", "--dtype", "fp32", "--device", "cpu", "--row-seconds", 0.01)
+    code, output = call("second", *shape, "--results", tmp_path)
+    assert code == 0 and "wrong: weight_" in output
