@@ -39,7 +39,7 @@ LOOPS = {
 """Engine to the module that computes the steps, of all directions or of one; imported when first used."""
 
 TANGENTS = {
-    "persistent": "lstm_triton_kernels.sequence_tangents", "stepwise": "lstm_triton_kernels.sequence_tangents",
+    "persistent": "lstm_triton_kernels.tangents_replayed", "stepwise": "lstm_triton_kernels.tangents_replayed",
     "eager": "lstm_triton.eager_tangents",
 }  # fmt: skip
 """Engine to the module that computes tangents of the steps, for the second derivative; imported when first used."""

@@ -2,14 +2,21 @@
 
 import pytest
 import torch
-from lstm_triton_kernels import sequence_tangents
+from lstm_triton_kernels import sequence_replayed, sequence_tangents, tangents_replayed
 
 import lstm_triton
 from lstm_triton import VARIANTS, LSTMSpec, aten, autograd, eager_tangents, second_order
 from tests.cpu.test_twice_differentiable import CASES, Problem
 from tests.support.composes import close, loss
-from tests.support.double_backward import BOUND, assert_right, cases_of
-from tests.support.parity import Case
+from tests.support.double_backward import (
+    BOUND,
+    assert_right,
+    cases_of,
+    expected_second_gradients,
+    second_gradients,
+    without_reference,
+)
+from tests.support.parity import Case, call, errors, random_inputs
 
 COUPLED = LSTMSpec(coupled=True)
 FULL = LSTMSpec(peephole="full", output_peephole="current")
@@ -75,13 +82,45 @@ def test_a_step_takes_two_launches_and_the_sources_one_for_all(monkeypatch):
     assert launched == ["gate_preactivations", "cell_tangents"] * 4 + ["cell_sources"]
 
 
+@pytest.fixture
+def captures(monkeypatch):
+    """Chunks of two steps, "captured" without CUDA: the function itself. Yields the captured functions."""
+    captured = []
+    monkeypatch.setattr(sequence_replayed, "STEPS", 2)
+    monkeypatch.setattr(sequence_replayed, "capture", lambda function: (captured.append(function), (function, None))[1])
+    monkeypatch.setattr(sequence_replayed, "pays", lambda layer, device: layer.T >= 2)
+    monkeypatch.setattr(sequence_replayed, "_chunks", type(sequence_replayed._chunks)())
+    return captured
+
+
+@pytest.mark.parametrize(
+    "spec, options, chunks",
+    [(COUPLED, dict(T=5, lengths=True), 3), (FULL, dict(T=3, proj_size=3, bias=False, resets=True), 4)],
+    ids=["lengths", "full+current, projection, resets"],
+)
+def test_replayed_chunks_give_the_same_bits(spec, options, chunks, captures):
+    """In both directions, of an odd number of steps."""
+    case = Case(spec, B=2, I=3, H=4, bidirectional=True, strategy="stepwise", **options)
+    inputs = random_inputs(case)
+
+    def found():
+        with without_reference():
+            return second_gradients(case, inputs, call)
+
+    first, second, third = found(), found(), found()
+    # Of each direction: forward, the tangents, and the backward pass, without lengths also that without gradients of c_t.
+    assert len(captures) == chunks * case.D
+    assert all(torch.equal(t, second[name]) and torch.equal(t, third[name]) for name, t in first.items())
+    assert max(errors(third, expected_second_gradients(case, inputs)).values()) < 1e-12
+
+
 @pytest.mark.parametrize("spec", [LSTMSpec(), COUPLED, FULL], ids=lambda spec: spec.name)
 def test_kernels_and_pytorchs_operators_leave_the_same_tangents(spec, monkeypatch):
     """Also where a sequence is reset, step by step."""
     computed = []
 
     def compared(name):
-        kernels, operators = getattr(sequence_tangents, name), getattr(eager_tangents, name)
+        kernels, operators = getattr(tangents_replayed, name), getattr(eager_tangents, name)
 
         def both(*arguments):
             again = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -95,7 +134,7 @@ def test_kernels_and_pytorchs_operators_leave_the_same_tangents(spec, monkeypatc
         return both
 
     for name in ("forward", "sources"):
-        monkeypatch.setattr(sequence_tangents, name, compared(name))
+        monkeypatch.setattr(tangents_replayed, name, compared(name))
     case = Case(spec, T=3, B=2, I=2, H=5, bidirectional=True, resets=True)
     assert_right(case, "triton", 1e-12)
     assert computed == ["forward", "sources"] * 2
