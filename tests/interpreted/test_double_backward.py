@@ -108,7 +108,7 @@ def test_replayed_chunks_give_the_same_bits(spec, options, chunks, captures):
             return second_gradients(case, inputs, call)
 
     first, second, third = found(), found(), found()
-    # Of each direction: forward, the tangents, and the backward pass, without lengths also that without gradients of c_t.
+    # Of each direction: forward, tangents, and the backward pass; without lengths also that without gradients of c_t.
     assert len(captures) == chunks * case.D
     assert all(torch.equal(t, second[name]) and torch.equal(t, third[name]) for name, t in first.items())
     assert max(errors(third, expected_second_gradients(case, inputs)).values()) < 1e-12
