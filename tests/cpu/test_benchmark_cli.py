@@ -200,7 +200,17 @@ def test_a_report_of_a_recorded_run_names_what_is_damaged_and_leaves_it_alone(tm
     assert "No GPU has been measured" in text
 
 
-def test_a_gradient_penalty_is_compared_and_timed_each_way(tmp_path):
+@pytest.fixture
+def precision_as_before():
+    """The command runs in this process, and leaves PyTorch's switches as its last row wanted them."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
+    before = [switch.fp32_precision for switch in switches]
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.fp32_precision = value
+
+
+def test_a_gradient_penalty_is_compared_and_timed_each_way(tmp_path, precision_as_before):
     shapes = ("--shape", "T=3,B=2,H=5", "--shape", "T=3,B=2,H=5,variant=diagonal,resets=0.1")
     options = ("--dtype", "fp32", "--device", "cpu", "--row-seconds", 0.01, "--results", tmp_path)
     code, output = call("second", *shapes, *options)
@@ -216,7 +226,7 @@ def test_a_gradient_penalty_is_compared_and_timed_each_way(tmp_path):
     assert torch.backends.cudnn.enabled
 
 
-def test_a_gradient_penalty_that_is_wrong_has_no_time(tmp_path, monkeypatch):
+def test_a_gradient_penalty_that_is_wrong_has_no_time(tmp_path, monkeypatch, precision_as_before):
     def wrong(problem):
         model = check.Reference(problem)
         for weight in model.weights.values():
