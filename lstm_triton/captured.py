@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from lstm_triton import functional, routing, transforms
 from lstm_triton.autograd import computing_on, unwatched
 from lstm_triton.functional import Lengths, States, autocast_dtype
 from lstm_triton.session import basis_of, has_graphs, stay
+from lstm_triton.stack import overlapping
 
 if TYPE_CHECKING:
     from lstm_triton.modules import LSTM
@@ -40,19 +42,19 @@ MOST_GRAPHS = 8
 class Captured:
     """Call an LSTM by CUDA graphs where they can compute the call, else as usual. See `LSTM.captured`."""
 
-    def __init__(self, module: LSTM) -> None:
+    def __init__(self, module: LSTM, overlap: bool = False) -> None:
         """Capture nothing yet."""
-        self.module = module
+        self.module, self.overlap = module, overlap
         self._graphs: OrderedDict[tuple[Any, ...], Graph | None] = OrderedDict()
         self._basis: tuple[Any, ...] = ()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles have graphs of their own, of the copied module."""
-        return Captured, (self.module,)
+        return Captured, (self.module, self.overlap)
 
     def __repr__(self) -> str:
-        return f"Captured({self.module!r})"
+        return f"Captured({self.module!r}{', overlap=True' * self.overlap})"
 
     def __call__(
         self,
@@ -94,7 +96,8 @@ class Captured:
             stack = Stack(options | dict(return_cell_states=return_cell_states), len(given), states)
             stack.check(given, weights, self.module)
             try:
-                self._graphs[key] = Graph(stack, given, weights)
+                with overlapping() if self.overlap else nullcontext():
+                    self._graphs[key] = Graph(stack, given, weights)
             except RuntimeError as error:
                 self._graphs[key] = None
                 warnings.warn(f"an LSTM is computed without CUDA graphs: capturing it failed: {error}", stacklevel=3)

@@ -23,7 +23,7 @@ from lstm_triton_kernels.planner import MOST_SPILLED, MOST_TRIES, ranked_plans
 from lstm_triton_kernels.sizes import Layer, matmul_precision
 from lstm_triton_kernels.tensor_core_plan import fits
 
-from lstm_triton import estimates, plan_words, routing
+from lstm_triton import estimates, overlap, plan_words, routing
 from lstm_triton.plan_words import plural, size, time
 from lstm_triton.routing import Choice, Facts
 
@@ -90,6 +90,7 @@ class Report:
     - cudnn: the algorithm that PyTorch asks cuDNN for, by pass; empty where cuDNN cannot compute the call: no_cudnn
       says why
     - plans: the persistent plans by pass
+    - layers: whether layers are computed at the same time, in words; None of a single layer, and of other kernels
     """
 
     device: str
@@ -100,6 +101,7 @@ class Report:
     cudnn: Mapping[str, str]
     no_cudnn: str | None
     plans: Mapping[str, PassPlan]
+    layers: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,18 +151,19 @@ def targets(names: Sequence[str]) -> tuple[list[Target], str | None]:
 
 
 def explanation(
-    layer: Layer, device: torch.device, strategy: str, asked: tuple[str, ...], packed: bool, gpu: str | None
-) -> Explanation:
+    layer: Layer, device: torch.device, strategy: str, asked: tuple[str, ...], packed: bool, gpu: str | None,
+    recompute: bool = False,
+) -> Explanation:  # fmt: skip
     """Return what computes a call: the arguments of `routing.route`, on its device or on the GPU of that name.
 
-    Raises ValueError for an unknown GPU.
+    recompute: as of `lstm`. Raises ValueError for an unknown GPU.
     """
     if gpu is None:
         found = [Target(gpu_of(device) if device.type == "cuda" else None, device)]
     else:
         found, _ = targets([gpu])
     precise = layer._replace(precision=matmul_precision())
-    return explain(precise, found, strategy=strategy, asked=asked, packed=packed)
+    return explain(precise, found, strategy=strategy, asked=asked, packed=packed, recompute=recompute)
 
 
 def explain(
@@ -170,22 +173,23 @@ def explain(
     strategy: str = "auto",
     asked: tuple[str, ...] = (),
     packed: bool = False,
+    recompute: bool = False,
     compiling: bool = False,
     note: str | None = None,
 ) -> Explanation:
     """Return what computes a layer on each of the devices.
 
-    - strategy, asked, packed: as in `routing.route`
+    - strategy, asked, packed: as in `routing.route`; recompute: as of `lstm`
     - compiling: compile the ranked plans for the GPU, which need not be here; takes some seconds
 
     Raises RuntimeError where `compiling` is asked for and Triton, or a tool of it, is missing.
     """
-    reports = [_report(layer, target, strategy, asked, packed, compiling) for target in devices]
+    reports = [_report(layer, target, strategy, asked, packed, recompute, compiling) for target in devices]
     return Explanation(layer, tuple(reports), note)
 
 
 def _report(
-    layer: Layer, target: Target, strategy: str, asked: tuple[str, ...], packed: bool, compiling: bool
+    layer: Layer, target: Target, strategy: str, asked: tuple[str, ...], packed: bool, recompute: bool, compiling: bool
 ) -> Report:
     gpu = target.gpu
     choice = _choice(layer, target, strategy, asked, packed)
@@ -202,7 +206,19 @@ def _report(
     plans = {
         name: _pass_plan(layer, backward, gpu, choice, compiling) for name, backward in estimates.passes(layer).items()
     }
-    return Report(gpu.name, gpu, choice, _step_us(layer, gpu, bool(cudnn)), call_us, cudnn, no_cudnn, plans)
+    layers = None
+    if layer.L > 1 and choice.name == "persistent":
+        layers = _layers(layer, gpu, ("lengths",) * packed + asked, recompute)
+    return Report(gpu.name, gpu, choice, _step_us(layer, gpu, bool(cudnn)), call_us, cudnn, no_cudnn, plans, layers)
+
+
+def _layers(layer: Layer, gpu: GPU, asked: tuple[str, ...], recompute: bool) -> str:
+    """Return in words whether the layers of a stack are computed at the same time."""
+    obstacle = overlap.why_not(layer, asked, recompute)
+    if obstacle is not None:
+        return f"one after another: {obstacle}"
+    passes = estimates.passes(layer).items()
+    return plan_words.layers({name: overlap.overlap_of(layer, backward, gpu) for name, backward in passes})
 
 
 def _choice(layer: Layer, target: Target, strategy: str, asked: tuple[str, ...], packed: bool) -> Choice:
@@ -305,6 +321,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "cudnn_algorithm": report.cudnn,
         "no_cudnn": report.no_cudnn,
         "plans": plans,
+        "layers": report.layers,
     }
 
 
@@ -330,6 +347,8 @@ def report_text(layer: Layer, report: Report, width: int) -> str:
     rows = [("chosen", f"{report.choice.name}: {ENGINES[report.choice.name]}"), ("why", report.choice.reason)]
     if gpu is None:
         rows.append(("on a GPU", f"explain(..., gpu={ASSUMED_GPU!r}) says how a GPU would compute it"))
+    if report.layers is not None:
+        rows.append(("layers", report.layers))
     parts = [facts_text(title, rows, width)]
     if report.step_us:
         parts.append(estimates_text(layer, report))

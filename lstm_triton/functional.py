@@ -24,7 +24,7 @@ from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import aten, autograd, checks, parameters, routing, second_order, transforms
+from lstm_triton import aten, autograd, checks, parameters, routing, second_order, stack, transforms
 from lstm_triton.layer import Call
 from lstm_triton.layout import Layout
 from lstm_triton.ragged import Packing, all_full, checked_lengths, without_waiting
@@ -324,7 +324,8 @@ def run_layers(
     x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], order: Order,
     packing: Packing | None, call: Call, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute a stack layer by layer: output, h_n, c_n as in `lstm`, and every c_t of the last layer if asked for.
+    """Compute a stack layer by layer, or by `stack.lstm` where that is asked for: output, h_n, c_n as in `lstm`, and
+    every c_t of the last layer if asked for.
 
     x is (T, B, I), or with a packing (N, I), and so is the output if PyTorch's operator computes it; else it is padded.
     """
@@ -332,6 +333,11 @@ def run_layers(
         x, order = packing.pad(x), order._replace(lengths=packing.lengths)
     if len(layers) == 1:
         return run_layer(x, h_0, c_0, layers[0], order, packing, call)
+    if packing is None and not torch.compiler.is_compiling():
+        how = stack.how_of(x, h_0, c_0, layers, order, call, dropout)
+        if how is not None:
+            x, h_n, c_n = stack.lstm(x, h_0, c_0, layers, order, how)
+            return x, h_n, c_n, x
     D = len(layers[0])
     last_h, last_c = [], []
     for n, weights in enumerate(layers):

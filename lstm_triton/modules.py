@@ -373,7 +373,7 @@ class LSTM(VariantModule, nn.RNNBase):
             input, hx, self._current_weights(), self.spec, self.num_layers, directions, self.bias, self.batch_first,
             self.proj_size, self.strategy, lengths, resets, return_cell_states,
         )  # fmt: skip
-        return explanation(*taken.question, gpu=gpu)
+        return explanation(*taken.question, gpu=gpu, recompute=self.recompute)
 
     def session(self, batch_size: int, *, graphs: bool = True) -> Session:
         """Return a session for streaming: `session(x)` computes the next time steps of `batch_size` rows.
@@ -397,11 +397,15 @@ class LSTM(VariantModule, nn.RNNBase):
         """
         return Session(self, batch_size, graphs=graphs)
 
-    def captured(self) -> Captured:
+    def captured(self, *, overlap: bool = False) -> Captured:
         """Return what is called like this module, and replays each kind of call from CUDA graphs.
 
         The graphs are of the whole stack, forward and backward: for training and inference on few shapes, where the
         time of the host is what counts.
+
+        - overlap: whether several layers of one direction may be computed at the same time, in chunks of time steps on
+          a share of the GPU each: where the persistent kernels compute the call, rows have their full length, and it
+          gains by simulation (`explain` says). For few rows or units, which do not fill the GPU. No GPU has measured it
 
         The first call of each kind on a CUDA device is captured by `torch.cuda.make_graphed_callables`, which computes
         it four times and waits for the GPU. Of one kind are calls with the same shapes and types of input, states and
@@ -426,8 +430,11 @@ class LSTM(VariantModule, nn.RNNBase):
           capture_error_mode
 
         A copy or pickle of the result has no graphs yet, and is of the copied module.
+
+        Raises TypeError if overlap is no bool.
         """
-        return Captured(self)
+        checks.flag("overlap", overlap)
+        return Captured(self, overlap)
 
     def _options(self) -> dict[str, Any]:
         """Return the arguments of `functional.lstm` that are options of this module."""

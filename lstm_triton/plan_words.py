@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lstm_triton_kernels.float32_plan import ALONE_REGISTER_BYTES, REGISTER_BYTES
 from lstm_triton_kernels.gpus import GPU
 from lstm_triton_kernels.plan import PersistentPlan
 from lstm_triton_kernels.sizes import Layer
 from lstm_triton_kernels.tensor_core_plan import thread_registers
+
+from lstm_triton.overlap import Overlap
 
 
 def rows(layer: Layer, backward: bool, plan: PersistentPlan, gpu: GPU) -> list[tuple[str, str]]:
@@ -135,6 +139,20 @@ def registers(plan: PersistentPlan) -> str:
         )
     limit = ALONE_REGISTER_BYTES if plan.alone else REGISTER_BYTES
     return f"{plan.register_bytes} bytes of accumulators and gate inputs in a thread, of {limit} at most, as estimated"
+
+
+def layers(passes: Mapping[str, Overlap | str]) -> str:
+    """Describe how the layers of a stack are computed, by pass: how they overlap, or why they do not."""
+    if all(isinstance(found, str) for found in passes.values()):
+        return f"one after another: {'; '.join(f'{name}, {found}' for name, found in passes.items())}"
+    words = []
+    for name, found in passes.items():
+        if isinstance(found, str):
+            words.append(f"{name} one after another: {found}")
+        else:
+            gain = f"{found.us / found.apart_us:.2f} of the time of one after another, simulated"
+            words.append(f"{name} {found.lanes} at a time in chunks of {plural(found.chunk, 'step')}: {gain}")
+    return f"by captured(overlap=True) {'; '.join(words)}; else one after another"
 
 
 def plural(count: int, noun: str) -> str:

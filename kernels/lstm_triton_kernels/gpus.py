@@ -109,6 +109,11 @@ def product_us(layer: Layer, gpu: GPU) -> float:
     return layer.recurrent_operations / (0.5 * gpu.tflop_per_s[layer.rate] * 1e6)
 
 
+def share_of(gpu: GPU, lanes: int) -> GPU:
+    """Return the GPU that one of so many lanes has: its share of the multiprocessors, see schedule.py."""
+    return gpu if lanes < 2 else replace(gpu, multiprocessors=max(1, gpu.multiprocessors // lanes))
+
+
 @functools.lru_cache
 def gpu_of(device: torch.device) -> GPU:
     """Return the GPU that a CUDA device is; limits as the driver tells them, rates of the nearest in the table.

@@ -7,14 +7,15 @@ H), D directions, G gate blocks, Q peephole blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lstm_triton_kernels.gpus import GPU, gpu_of
+from lstm_triton_kernels.gpus import GPU, gpu_of, share_of
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
@@ -60,6 +61,10 @@ class Launch(NamedTuple):
 
     - inputs: what the kernels of both engines are given of it, by their names: tensors, and flags of what there is
     - save: whether a forward pass keeps every c_t
+    - lanes: 0 of a launch by itself; else it is one of a schedule on so many lanes (schedule.py), which whoever
+      launches it orders as a whole, and has a lane's share of the multiprocessors
+    - results: of the results of `forward_results` and `backward_results`, what is to be written where; contiguous, dc
+      zero. The others get new buffers
     """
 
     layer: Layer
@@ -67,6 +72,18 @@ class Launch(NamedTuple):
     device: torch.device
     inputs: dict[str, Any]
     save: bool = False
+    lanes: int = 0
+    results: Mapping[str, Tensor] = MappingProxyType({})
+
+    @property
+    def gpu(self) -> GPU:
+        """The GPU that it has, or its share of it."""
+        return share_of(gpu_of(self.device), self.lanes)
+
+    def empty(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return the buffer for a result: that of `results`, else a new one."""
+        given = self.results.get(name)
+        return torch.empty(shape, dtype=dtype, device=self.device) if given is None else given
 
     @property
     def flags(self) -> tuple[bool, ...]:
@@ -164,15 +181,16 @@ def forward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     D, T, B, H = layer.D, layer.T, layer.B, layer.H
     every_cell = launch.save or (plan.exact and layer.spec.full and not plan.alone)  # the plain kernel exchanges them
     slots = T + 1 if every_cell else 1 if plan.blocks_per_program > 1 else 0
-    cells = torch.empty(D, slots, B, H, dtype=accumulator_dtype(layer.dtype), device=device) if slots else None
+    cells = launch.empty("cells_ptr", D, slots, B, H, dtype=accumulator_dtype(layer.dtype)) if slots else None
+    h_0, c_0 = launch.inputs["h_0_ptr"], launch.inputs["c_0_ptr"]
     results = dict(
         cells_ptr=cells,
-        h_n_ptr=torch.empty_like(launch.inputs["h_0_ptr"]),
-        c_n_ptr=torch.empty_like(launch.inputs["c_0_ptr"]),
+        h_n_ptr=launch.empty("h_n_ptr", *h_0.shape, dtype=h_0.dtype),
+        c_n_ptr=launch.empty("c_n_ptr", *c_0.shape, dtype=c_0.dtype),
         CELLS="all" if every_cell else "one" if slots else "none",
     )
     if not plan.exact:
-        return results | dict(output_ptr=torch.empty(T, B, D, layer.hidden, dtype=layer.dtype, device=device))
+        return results | dict(output_ptr=launch.empty("output_ptr", T, B, D, layer.hidden, dtype=layer.dtype))
     exchanged = not plan.alone
     width, units = (padded_row(n) if exchanged else n for n in (layer.hidden, H))
     hidden = torch.empty(T + 1, B, D, width, dtype=layer.dtype, device=device)
@@ -188,12 +206,14 @@ def backward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     - dc_ptr (D, B, H), that of c_0 in the accumulator type, without what a full peephole adds at the first step
     """
     gates, cells = launch.inputs["gates_ptr"], launch.inputs["cells_ptr"]
-    dc = torch.zeros if plan.blocks_per_program > 1 else torch.empty
-    layer = launch.layer
+    layer, dc = launch.layer, launch.results.get("dc_ptr")
+    if dc is None:
+        new = torch.zeros if plan.blocks_per_program > 1 else torch.empty
+        dc = new(layer.D, layer.B, layer.H, dtype=cells.dtype, device=launch.device)
     return dict(
-        d_gates_ptr=torch.empty_like(gates),
+        d_gates_ptr=launch.empty("d_gates_ptr", *gates.shape, dtype=gates.dtype),
         d_hidden_ptr=gates.new_empty(layer.D, layer.T, layer.B, layer.P) if layer.P else None,
-        dc_ptr=dc(layer.D, layer.B, layer.H, dtype=cells.dtype, device=launch.device),
+        dc_ptr=dc,
     )
 
 
@@ -216,10 +236,10 @@ def plan_of(launch: Launch) -> PersistentPlan:
     Raises RuntimeError with the reason where there is none.
     """
     wanted = preference()
-    plans = ranked_plans(launch.layer, launch.backward, gpu_of(launch.device), wanted)
+    plans = ranked_plans(launch.layer, launch.backward, launch.gpu, wanted)
     if isinstance(plans, str):
         raise RuntimeError(f"strategy 'persistent' cannot run here: {plans}")
-    key = (launch.layer.planned, launch.backward, wanted, launch.device, launch.flags)
+    key = (launch.layer.planned, launch.backward, wanted, launch.device, launch.flags, launch.lanes)
 
     def usage_of(plan: PersistentPlan) -> Usage | None:
         usage = usage_on_device(kernel_of(launch, plan), plan.grid, launch.arguments(plan))
@@ -229,9 +249,9 @@ def plan_of(launch: Launch) -> PersistentPlan:
 
 
 def plan_that_ran(layer: Layer, backward: bool, wanted: Preference = ANY) -> PersistentPlan | None:
-    """Return the plan that was last settled for such a launch in this process; None if there was none."""
+    """Return the plan that was last settled for such a launch by itself in this process; None if there was none."""
     key = (layer.planned, backward, wanted)
-    found = [plan for known, plan in SETTLED.items() if known[:3] == key]
+    found = [plan for known, plan in SETTLED.items() if known[:3] == key and known[-1] == 0]
     return found[-1] if found else None
 
 
@@ -269,12 +289,13 @@ def launch_without_data(layer: Layer, backward: bool) -> Launch:
 def run(launch: Launch) -> dict[str, Any]:
     """Launch the kernel on its plan and return its arguments, the buffers of its results among them.
 
-    Programs that wait for each other are launched after all such launches before. Raises RuntimeError as `plan_of`.
+    Programs that wait for each other are launched after all such launches before, but those of the same schedule.
+    Raises RuntimeError as `plan_of`.
     """
     plan = plan_of(launch)
     arguments = launch.arguments(plan)
-    with nullcontext() if plan.alone else one_at_a_time(launch.device):
-        kernel_of(launch, plan)[grid(plan, launch.device)](**arguments)
+    with nullcontext() if plan.alone or launch.lanes else one_at_a_time(launch.device):
+        kernel_of(launch, plan)[grid(plan, launch.device, launch.lanes)](**arguments)
     return arguments
 
 
@@ -285,16 +306,18 @@ def kernel_of(launch: Launch, plan: PersistentPlan) -> Any:
     return exchanged_backward_kernel if launch.backward else exchanged_forward_kernel
 
 
-def grid(plan: PersistentPlan, device: torch.device) -> tuple[int, int, int]:
+def grid(plan: PersistentPlan, device: torch.device, lanes: int = 0) -> tuple[int, int, int]:
     """Return the numbers of programs: parts of the units, groups of row blocks, directions.
 
-    Raises RuntimeError where programs that wait for each other could not all be resident.
+    Raises RuntimeError where programs that wait for each other could not all be resident, beside those of other lanes.
     """
-    if not plan.alone and device.type == "cuda" and plan.programs > plan.together * gpu_of(device).multiprocessors:
-        raise RuntimeError(
-            f"{plan.programs} programs that wait for each other do not fit the {gpu_of(device).multiprocessors} "
-            f"multiprocessors of {device}"
-        )
+    if not plan.alone and device.type == "cuda":
+        gpu = share_of(gpu_of(device), lanes)
+        if plan.programs > plan.together * gpu.multiprocessors:
+            raise RuntimeError(
+                f"{plan.programs} programs that wait for each other do not fit the {gpu.multiprocessors} "
+                f"multiprocessors of {device}" + (f" that each of {lanes} lanes has" if lanes > 1 else "")
+            )
     return plan.grid
 
 

@@ -111,9 +111,9 @@ def test_a_launch_that_lacks_a_program_ends_and_says_so(dtype, backward, monkeyp
     case, whole = replace(WAITING, dtype=dtype), sequence_persistent.grid
     seen = []
 
-    def grid(plan, device):
+    def grid(plan, device, lanes):
         seen.append(plan)
-        parts, *rest = whole(plan, device)
+        parts, *rest = whole(plan, device, lanes)
         return (parts - (len(seen) - 1 == backward), *rest)
 
     monkeypatch.setattr(sequence_persistent, "grid", grid)

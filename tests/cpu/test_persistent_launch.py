@@ -47,6 +47,32 @@ def test_as_many_programs_are_resident_as_share_the_multiprocessors(together, mo
         sequence_persistent.grid(replace(plan, unit_programs=133), torch.device("cuda"))
 
 
+def test_a_launch_on_a_lane_has_a_share_of_the_multiprocessors(monkeypatch):
+    """It is planned for that, and refused beyond it."""
+    monkeypatch.setattr(sequence_persistent, "gpu_of", lambda device: H100)
+    launch = sequence_persistent.launch_without_data(LAYER._replace(training=True), False)
+    monkeypatch.setattr(sequence_persistent, "settled", lambda key, plans, *_: plans[0])
+    for lanes in (0, 1, 2, 3):
+        found = sequence_persistent.plan_of(launch._replace(lanes=lanes))
+        assert found == ranked_plans(LAYER, False, replace(H100, multiprocessors=132 // max(lanes, 1)))[0]
+        assert sequence_persistent.grid(found, torch.device("cuda"), lanes) == found.grid
+    with pytest.raises(RuntimeError, match=r"96 programs .* do not fit the 66 multiprocessors of cuda that each of 2"):
+        sequence_persistent.grid(PLAN, torch.device("cuda"), 2)
+
+
+def test_results_are_written_where_they_are_given():
+    """The others get new buffers."""
+    layer = LAYER._replace(T=2, training=True)
+    launch = sequence_persistent.launch_without_data(layer, False)
+    given = {name: torch.empty(1) for name in ("output_ptr", "h_n_ptr", "c_n_ptr", "cells_ptr")}
+    assert sequence_persistent.forward_results(launch._replace(results=given), PLAN).items() >= given.items()
+    some = sequence_persistent.forward_results(launch._replace(results={"h_n_ptr": given["h_n_ptr"]}), PLAN)
+    assert some["h_n_ptr"] is given["h_n_ptr"] and some["output_ptr"].shape == (2, 16, 1, 768)
+    backward = sequence_persistent.launch_without_data(layer, True)
+    given = {name: torch.empty(1) for name in ("d_gates_ptr", "dc_ptr")}
+    assert sequence_persistent.backward_results(backward._replace(results=given), PLAN).items() >= given.items()
+
+
 def test_a_preference_holds_inside_its_block():
     wanted = Preference(wait="counter")
     with sequence_persistent.prefer(wanted):
