@@ -28,7 +28,7 @@ import lstm_triton
 from benchmarks.problem import Problem
 from benchmarks.rows import BASELINE
 from benchmarks.suites import OWN, STORAGE, TRAINING, VARIANTS, Case
-from lstm_triton import estimates, reference, routing
+from lstm_triton import estimates, overlap, plan_words, reference, routing
 from lstm_triton.dtypes import DTYPES
 
 Results = tuple[Tensor, ...]
@@ -186,6 +186,7 @@ class How(NamedTuple):
     - lengths: rows that differ are given by their lengths, not packed as for `torch.nn.LSTM`
     - compiler: the backend of `torch.compile` for the module; None: it is called as it is
     - graphs: the CUDA graphs that calls are replayed from, those of a session or of a captured stack; "" for none
+    - overlap: in these, layers are computed at the same time
     """
 
     strategy: str = "auto"
@@ -193,6 +194,7 @@ class How(NamedTuple):
     lengths: bool = False
     compiler: str | None = None
     graphs: Literal["", "session", "captured"] = ""
+    overlap: bool = False
 
 
 class LstmTritonModel(ModuleModel):
@@ -234,7 +236,7 @@ class CapturedModel(LstmTritonModel):
     def __init__(self, module: lstm_triton.LSTM, problem: Problem, how: How) -> None:
         super().__init__(module, problem, how)
         no_capture_is_an_error()
-        self.call = module.captured()
+        self.call = module.captured(overlap=how.overlap)
 
 
 def no_capture_is_an_error() -> None:
@@ -261,6 +263,7 @@ class LstmTriton(Provider):
         "torch.compile": How(compiler="inductor"),
         "session": How(graphs="session"),
         "captured": How(graphs="captured"),
+        "overlapped": How("persistent", graphs="captured", overlap=True),
     }
 
     def __init__(self, strategy: str) -> None:
@@ -280,6 +283,8 @@ class LstmTriton(Provider):
             return "is not measured on streams"
         if how.graphs == "session" and not case.stream:
             return "is for streams, where each call goes on from the last one"
+        if how.overlap:
+            return self.why_not_overlapped(case, device_type)
         if how.graphs == "captured":
             return self.why_not_captured(case, device_type)
         if how.strategy == "auto":
@@ -303,6 +308,24 @@ class LstmTriton(Provider):
             return "has no cell of one step"
         return None if case.suite in ("deepbench", "overhead", OWN) else "is measured where a call computes little"
 
+    def why_not_overlapped(self, case: Case, device_type: str) -> str | None:
+        """Return why a stack whose layers are computed at the same time has no row of the case; None if it has."""
+        if case.suite not in ("deep", "workloads", OWN):
+            return "is measured where there are several layers"
+        if device_type == "cpu" or case.ragged or case.cell:
+            return self.why_not_captured(case, device_type)
+        obstacle = overlap.why_not(case.layer) or routing.why_not_triton(torch.device(device_type), STORAGE[case.dtype])
+        if obstacle is not None:
+            return f"is `captured` here: {obstacle}"
+        found = self.overlaps(case, torch.device(device_type))
+        return plan_words.layers(found) if all(isinstance(of_pass, str) for of_pass in found.values()) else None
+
+    def overlaps(self, case: Case, device: torch.device) -> dict[str, overlap.Overlap | str]:
+        """Return by pass how the layers are computed at the same time, or why they are not."""
+        gpu = gpus.gpu_of(device)
+        passes = estimates.passes(case.layer).items()
+        return {name: overlap.overlap_of(case.layer, backward, gpu) for name, backward in passes}
+
     def plan(self, case: Case, device_type: str) -> str:
         device = torch.device(device_type)
         if device_type != "cuda" or case.cell or routing.why_not_triton(device, STORAGE[case.dtype]) is not None:
@@ -314,6 +337,8 @@ class LstmTriton(Provider):
                 return "cudnn" if engine == "operator" else engine
         elif self.how.strategy != "persistent":
             return ""
+        if self.how.overlap:
+            return plan_words.layers(self.overlaps(case, device))
         from lstm_triton_kernels import sequence_persistent  # needs triton
 
         words = []

@@ -291,12 +291,27 @@ def test_a_captured_stack_is_what_is_called(measured, monkeypatch, mode):
         ("lstm_triton:captured", dict(suite="overhead", variant="full", resets=0.1), None),
         ("lstm_triton:captured", dict(suite="overhead", ragged=True), "is `auto` where rows have different lengths"),
         ("lstm_triton:captured", dict(suite="overhead", cell=True), "has no cell of one step"),
+        ("lstm_triton:overlapped", dict(suite="overhead", L=2), "is measured where there are several layers"),
+        ("lstm_triton:overlapped", dict(suite="deep"), "is `captured` here: there is one layer"),
+        ("lstm_triton:overlapped", dict(suite="deep", D=2, L=2), "is `captured` here: a layer of both directions"),
     ],
 )
 def test_who_computes_from_graphs_and_who_streams(key, change, words):
     found = PROVIDERS[key].refuses(replace(CASE, **change), "cuda")
     assert found is None if words is None else found.startswith(words)
-    assert LstmTriton("captured").refuses(replace(CASE, suite="deepbench"), "cpu") == "is `auto` on a CPU"
+    for strategy, suite in (("captured", "deepbench"), ("overlapped", "deep")):
+        assert LstmTriton(strategy).refuses(replace(CASE, suite=suite), "cpu") == "is `auto` on a CPU"
+
+
+def test_a_stack_has_a_row_of_layers_at_the_same_time_where_that_gains(monkeypatch):
+    monkeypatch.setattr(routing, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(gpus, "gpu_of", lambda _: gpus.GPUS["h100"])
+    provider = LstmTriton("overlapped")
+    few = Case("deep", 512, 16, 512, 512, "float16", L=4)
+    assert provider.refuses(few, "cuda") is None
+    assert provider.plan(few, "cuda").startswith("by captured(overlap=True) forward 4 at a time in chunks of ")
+    found = provider.refuses(Case("workloads", 557, 32, 240, 1024, "float16", L=2), "cuda")
+    assert found is not None and found.startswith("one after another: forward, 2 layers at a time would take ")
 
 
 @pytest.mark.parametrize(
