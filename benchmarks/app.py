@@ -91,6 +91,9 @@ Suites = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(parser=parse_dtype, metavar="NAME", help="As bf16 or bfloat16.")]
+Projection = Annotated[
+    int | None, typer.Option(min=1, help="Size of a hidden state after projection.", show_default="no projection")
+]
 Processes = Annotated[int | None, typer.Option(min=1, help="Processes that compile.", show_default="one a core")]
 
 
@@ -103,7 +106,8 @@ def run_command(
             parser=parse_own_shape,
             metavar="SIZES",
             help="A shape of your own, as T=512,B=32,H=320; repeat for several. T, B and H are needed; also I, L, D, "
-            "variant=coupled, lengths (rows of different lengths), resets=0.03 (rows begin anew), name=WORDS.",
+            "P=160 (a projection), variant=coupled, lengths (rows of different lengths), resets=0.03 (rows begin "
+            "anew), name=WORDS.",
         ),
     ] = None,
     provider: Annotated[
@@ -207,6 +211,7 @@ def steps_command(
     ] = None,
     dtype: Dtype = "bfloat16",
     variant: Annotated[str, typer.Option(help="The cell, of the given shapes.")] = "standard",
+    proj: Projection = None,
     wait: Annotated[
         list[str] | None,
         typer.Option(
@@ -226,7 +231,11 @@ def steps_command(
         raise typer.BadParameter("times persistent kernels: needs a GPU")
     known("--variant", [variant], [spec.name for spec in VARIANTS])
     waits = known("--wait", wait or [], steps.WAITS)
-    cases = steps.cases([(*parse_shape(text), dtype, variant) for text in shape] if shape else steps.SHAPES)
+    sizes = [parse_shape(text) for text in shape or []]
+    if proj and not sizes:
+        raise typer.BadParameter("--proj is for --shape")
+    P = projection(proj, min((H for _, H in sizes), default=0))
+    cases = steps.cases([(B, H, dtype, variant) for B, H in sizes] if sizes else steps.SHAPES, P)
     asked = [(case, name) for case in cases for name in steps.waits(case, waits)]
     here = environment(device)
     path = rows.new_file(folder(results), machine(device), here["date"], "steps", "jsonl")
@@ -336,6 +345,7 @@ def simulate_command(
     dtype: Dtype = "bfloat16",
     variant: Annotated[str, typer.Option(help="Of the cell.")] = "standard",
     directions: Annotated[int, typer.Option(min=1, max=2, help="1, or 2 for a bidirectional layer.")] = 1,
+    proj: Projection = None,
     gpu: Annotated[str, typer.Option(help="The GPU that is simulated.")] = "h100",
     skew: Annotated[int, typer.Option(min=0, help="Cycles that the last other thread block publishes later.")] = 0,
     wait: Annotated[
@@ -370,7 +380,7 @@ def simulate_command(
         raise typer.BadParameter(f"--gpu: no model of {gpu!r}: there are {', '.join(MACHINES)}")
     if len(asked) > 1 or (asked and all_suites):
         raise typer.BadParameter(f"one of {', '.join([*asked, *(['--suites'] * all_suites)])}, not several")
-    if all_suites and (hidden or batch or wait or variant != "standard" or directions > 1):
+    if all_suites and (hidden or batch or wait or proj or variant != "standard" or directions > 1):
         raise typer.BadParameter("--suites has shapes of its own: of the options for a layer it takes --dtype alone")
     if not all_suites and (first or file):
         raise typer.BadParameter("--first and --out are for --suites")
@@ -389,11 +399,19 @@ def simulate_command(
         return
     if hidden is None or batch is None:
         raise typer.BadParameter("needs --hidden and --batch, or --suites")
-    case = Case(batch, hidden, wait=wait, variant=variant, dtype=dtype, D=directions)
+    P = projection(proj, hidden)
+    case = Case(batch, hidden, wait=wait, variant=variant, dtype=dtype, D=directions, P=P)
     for line in (views[asked[0]][1] if asked else passes.as_text)(case, model):
         typer.echo(line)
     if not passes.has_plan(case):
         raise typer.Exit(1)
+
+
+def projection(proj: int | None, hidden: int) -> int:
+    """Return the hidden size after projection, 0 without one. Raises BadParameter where it is not below the units."""
+    if proj and proj >= hidden:
+        raise typer.BadParameter(f"--proj: {proj} is not smaller than the {hidden} units of the layer")
+    return proj or 0
 
 
 def known(option: str, names: Sequence[str], there_are: Sequence[str]) -> tuple[str, ...]:

@@ -76,11 +76,11 @@ class Reference(Model):
 
     def run(self, x: Tensor) -> tuple[Tensor, ...]:
         case = self.case
-        zeros = x.new_zeros(case.L * case.D, x.shape[-2], case.H)
+        h_0, c_0 = (x.new_zeros(case.L * case.D, x.shape[-2], size) for size in (case.hidden, case.H))
         if case.cell:
-            return reference.cell(x, zeros[0], zeros[0], self.layers[0][0], case.spec)
+            return reference.cell(x, h_0[0], c_0[0], self.layers[0][0], case.spec)
         lengths = self.lengths.to(x.device) if self.lengths is not None else None
-        *found, _ = reference.lstm(x, zeros, zeros, self.layers, case.spec, lengths, self.resets)
+        *found, _ = reference.lstm(x, h_0, c_0, self.layers, case.spec, lengths, self.resets)
         return tuple(found)
 
     def parameters(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.rows import BASELINE, OURS, slug
+from benchmarks.rows import BASELINE, OURS, SHAPE, slug
 
 LABELS = {"H": "hidden units H", "B": "batch rows B"}
 COLOURS = {OURS: "#1f77b4", BASELINE: "#222222", "limit": "#999999"}
@@ -50,13 +50,13 @@ def largest_group(rows: pd.DataFrame, *sizes: str) -> tuple[str, pd.DataFrame]:
 
     I is shared, or everywhere equal to H. Of equal groups that with the most rows is taken.
     """
-    shared = ["suite", "variant", *(size for size in ("T", "B", "I", "H", "L", "D") if size not in sizes)]
+    shared = ["suite", "variant", *(size for size in SHAPE if size not in sizes)]
     inputs = rows.I.astype(object).where(rows.I != rows.H, "H") if "H" in sizes else rows.I
     groups = list(rows.assign(I=inputs).groupby(shared, sort=False))
     if not groups:
         return "", rows
     key, group = max(groups, key=lambda item: (len(item[1].drop_duplicates(list(sizes))), len(item[1])))
-    words = [f"{name}={value}" for name, value in list(zip(shared, key, strict=True))[2:]]
+    words = [f"{name}={value}" for name, value in list(zip(shared, key, strict=True))[2:] if name != "P" or value]
     return f"suite {key[0]}, {key[1]} cell, {' '.join(words)}", group
 
 

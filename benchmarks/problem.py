@@ -28,7 +28,7 @@ class Problem:
     - inputs: sets of x, (T, B, I), for a cell (B, I), of a stream its chunks; they require gradients in training
     - lengths: (B,) int64 on the CPU, for a ragged case, longest T; else None
     - resets: (T, B) bool, where a row begins anew, for a case with resets; else None
-    - grad_output: like the output, (T, B, D·H), for a cell (B, H)
+    - grad_output: like the output, (T, B, D·H), for a cell (B, H); with a projection (T, B, D·P)
     """
 
     case: Case
@@ -62,7 +62,7 @@ def make_problem(case: Case, device: torch.device, cache_bytes: int = 0, seed: i
     if case.resets:
         chance = torch.rand(case.T, case.B, generator=torch.Generator().manual_seed(seed))
         resets = (chance < case.resets).to(device)
-    grad_output = uniform(*steps, case.B, case.D * case.H, bound=1.0)
+    grad_output = uniform(*steps, case.B, case.D * case.hidden, bound=1.0)
     x = uniform(*steps, case.B, case.I, bound=1.0)
     x_bytes = x.numel() * x.element_size()
     sets = min(MOST_SETS, -(-2 * cache_bytes // x_bytes)) if cache_bytes > x_bytes else 1
@@ -81,7 +81,9 @@ def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
         state_dict_name(name, layer, direction): shape
         for layer in range(case.L)
         for direction in range(case.D)
-        for name, shape in case.spec.parameter_shapes(case.I if layer == 0 else case.D * case.H, case.H).items()
+        for name, shape in case.spec.parameter_shapes(
+            case.I if layer == 0 else case.D * case.hidden, case.H, proj_size=case.P
+        ).items()
     }
 
 
@@ -89,7 +91,7 @@ def layers_of(case: Case, weights: dict[str, Tensor]) -> list[list[LSTMWeights]]
     """Return the weights by layer and direction; a cell's as one layer."""
     if case.cell:
         return [[LSTMWeights(**weights)]]
-    names = case.spec.parameter_names()
+    names = case.spec.parameter_names(projection=case.P > 0)
     return [
         [LSTMWeights(**{name: weights[state_dict_name(name, layer, d)] for name in names}) for d in range(case.D)]
         for layer in range(case.L)

@@ -177,7 +177,7 @@ class TorchLSTM(Provider):
         case = problem.case
         if case.cell:
             return ModuleModel(nn.LSTMCell(case.I, case.H), problem)
-        return ModuleModel(nn.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2), problem)
+        return ModuleModel(nn.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2, proj_size=case.P), problem)
 
 
 class How(NamedTuple):
@@ -355,7 +355,7 @@ class LstmTriton(Provider):
         variant: dict[str, Any] = {name: getattr(spec, name) for name in ("coupled", "peephole", "output_peephole")}
         if case.cell:
             return LstmTritonModel(lstm_triton.LSTMCell(case.I, case.H, **variant), problem, self.how)
-        variant |= dict(bidirectional=case.D == 2, strategy=self.how.strategy)
+        variant |= dict(bidirectional=case.D == 2, proj_size=case.P, strategy=self.how.strategy)
         kinds = {"": LstmTritonModel, "session": SessionModel, "captured": CapturedModel}
         return kinds[self.how.graphs](lstm_triton.LSTM(case.I, case.H, case.L, **variant), problem, self.how)
 
@@ -365,15 +365,15 @@ class CompiledReference(Provider):
 
     name = "reference"
     strategy = "torch.compile"
-    leaves_out = "layers, directions, lengths"
+    leaves_out = "layers, directions, lengths, projection"
     detour = 2
 
     def __init__(self, **options: Any) -> None:
         self.compile_step = partial(torch.compile, dynamic=False, **options)
 
     def refuses(self, case: Case, device_type: str) -> str | None:
-        if case.L > 1 or case.D > 1 or case.ragged:
-            return "computes one layer in one direction, without lengths"
+        if case.L > 1 or case.D > 1 or case.ragged or case.P:
+            return "computes one layer in one direction, without lengths and projection"
         return None if case.suite in ("anchor", "variants", "cell", "odd", OWN) else "is measured in smaller suites"
 
     def build(self, problem: Problem) -> Model:
@@ -424,6 +424,8 @@ class ByHand(Provider):
     def refuses(self, case: Case, device_type: str) -> str | None:
         if case.variant not in VARIANTS:
             return f"is written for {', '.join(VARIANTS)}"
+        if case.P:
+            return "has no projection"
         return None if case.suite in ("overhead", "overhead-cell") else "is measured where a call computes little"
 
     def build(self, problem: Problem) -> Model:
@@ -438,6 +440,8 @@ def one_plain_layer(case: Case, device_type: str) -> str | None:
         return "has the standard variant alone"
     if case.L > 1 or case.D > 1:
         return "computes one layer in one direction"
+    if case.P:
+        return "has no projection"
     if case.stream:
         return "is called without states"
     return "takes no lengths" if case.ragged else "has no cell of one step" if case.cell else None
@@ -475,8 +479,8 @@ class FlashRNN(Provider):
 
     name = package = "flashrnn"
     leaves_out = (
-        "the input's matmul (added as one product), layers, directions, lengths, resets, variants; keeps c in the "
-        "storage type; `cuda_fused` needs nvcc and compiles in its first call, `triton_fused` has H <= 64"
+        "the input's matmul (added as one product), layers, directions, lengths, resets, variants, projection; keeps c "
+        "in the storage type; `cuda_fused` needs nvcc and compiles in its first call, `triton_fused` has H <= 64"
     )
     detour = 2
 
@@ -519,8 +523,8 @@ class TorchRL(Provider):
     name = package = "torchrl"
     strategy = "triton"
     leaves_out = (
-        "layers and directions in one call, lengths, variants, float16; copies x to batch first; takes a state and a "
-        "reset for each step"
+        "layers and directions in one call, lengths, variants, projection, float16; copies x to batch first; takes a "
+        "state and a reset for each step"
     )
     detour = 2
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from benchmarks import ROOT
 from benchmarks.environment import write_whole
-from benchmarks.rows import OURS, SIZES, Row, provider_of, read_all, shape_of, slug
+from benchmarks.rows import OURS, SHAPE, Row, provider_of, read_all, shape_of, slug
 from benchmarks.suites import CPU
 
 FLOORS = ROOT / "benchmarks" / "floors"
@@ -17,7 +17,7 @@ FLOORS = ROOT / "benchmarks" / "floors"
 SLOWER = 1.1
 """A row is slower than its floor if it takes longer by this factor."""
 
-KEY = ("suite", "name", "mode", "dtype", "variant", *SIZES)
+KEY = ("suite", "name", "mode", "dtype", "variant", *SHAPE)
 """What is the same of a row and its floor."""
 
 Floors = dict[tuple[object, ...], float]
@@ -73,7 +73,8 @@ def write(results: Path, folder: Path = FLOORS) -> tuple[list[Path], list[str]]:
     read = [read_all(one) for one in folders]  # where dates are the same, those of a subfolder are the older ones
     floors = floors_of(row for rows, _ in read for row in rows)
     for gpu, own in floors.items():
-        lines = [json.dumps(dict(zip(KEY, key, strict=True), us_per_step=us)) for key, us in sorted(own.items())]
+        named = [(dict(zip(KEY, key, strict=True)), us) for key, us in sorted(own.items())]
+        lines = [json.dumps({k: v for k, v in of.items() if k != "P" or v} | {"us_per_step": us}) for of, us in named]
         folder.mkdir(parents=True, exist_ok=True)
         text = ",\n".join(lines)
         write_whole(path_of(gpu, folder), f'{{"gpu": {json.dumps(gpu)}, "floors": [\n{text}\n]}}\n')
@@ -85,4 +86,5 @@ def load(gpu: str, folder: Path = FLOORS) -> Floors:
     path = path_of(gpu, folder)
     if not path.exists():
         return {}
-    return {tuple(one[name] for name in KEY): one["us_per_step"] for one in json.loads(path.read_text())["floors"]}
+    floors = [{"P": 0} | one for one in json.loads(path.read_text())["floors"]]  # a line has P where there is one
+    return {tuple(one[name] for name in KEY): one["us_per_step"] for one in floors}

@@ -29,17 +29,19 @@ COLUMNS = (
     "provider", "strategy", "suite", "regime", "mode", "dtype", "T", "B", "I", "H", "L", "D", "variant", "ms_median",
     "ms_p20", "ms_p80", "us_per_step", "cpu_us_per_call", "peak_mib", "error", "baseline_ratio", "limit_us_per_step",
     "limit_ratio", "gpu", "driver", "torch", "triton", "cudnn", "commit", "date", "plan", "baseline", "baseline_ms",
-    "ratio_p20", "ratio_p80", "name", "ms_p99",
+    "ratio_p20", "ratio_p80", "name", "ms_p99", "P",
 )  # fmt: skip
 SIZES = ("T", "B", "I", "H", "L", "D")
+SHAPE = (*SIZES, "P")
+"""All sizes of a layer: also the hidden size after projection, which is 0 without one."""
 NUMBERS = (
     "ms_median", "ms_p20", "ms_p80", "us_per_step", "cpu_us_per_call", "peak_mib", "baseline_ratio",
     "limit_us_per_step", "limit_ratio", "baseline_ms", "ratio_p20", "ratio_p80", "ms_p99",
 )  # fmt: skip
-ADDED = dict(plan="", baseline=BASELINE, baseline_ms="", ratio_p20="", ratio_p80="", name="", ms_p99="")
+ADDED = dict(plan="", baseline=BASELINE, baseline_ms="", ratio_p20="", ratio_p80="", name="", ms_p99="", P=0)
 """What older files lack, and what it is then; the name is that of the case of the same shape."""
 
-HEADERS = [*([*COLUMNS[: COLUMNS.index(first)]] for first in ("plan", "baseline", "name", "ms_p99")), [*COLUMNS]]
+HEADERS = [*([*COLUMNS[: COLUMNS.index(first)]] for first in ("plan", "baseline", "name", "ms_p99", "P")), [*COLUMNS]]
 """The columns of results files, the oldest first."""
 
 Row = dict[str, Any]
@@ -97,7 +99,7 @@ def _typed(line: dict[str, Any], number: int) -> Row:
         raise ValueError(f"line {number} has another number of cells than line 1")
     row: Row = ADDED | line
     try:
-        row |= {name: int(row[name]) for name in SIZES}
+        row |= {name: int(row[name]) for name in SHAPE}
         row |= {name: float(row[name]) if row[name] else None for name in NUMBERS}
         if row["ms_median"] is not None:
             row["error"] = float(row["error"]) if row["error"] else None
@@ -105,7 +107,8 @@ def _typed(line: dict[str, Any], number: int) -> Row:
         raise ValueError(f"line {number}: {error}") from error
     if "name" not in line:
         row["name"] = name_of_shape(row["suite"], [row[name] for name in SIZES], row["variant"])
-    if min(row[name] for name in SIZES) < 1 or not all(0 <= (row[name] or 0) < math.inf for name in NUMBERS):
+    sizes = min(row[name] for name in SIZES) >= 1 and 0 <= row["P"] < row["H"]
+    if not sizes or not all(0 <= (row[name] or 0) < math.inf for name in NUMBERS):
         raise ValueError(f"line {number} has a number that cannot be measured")
     return row
 
@@ -134,7 +137,7 @@ def provider_of(row: Row) -> str:
 
 def shape_of(row: Row) -> str:
     """Return the workload, the cell and its sizes in words."""
-    more = "".join(f" {size}={row[size]}" for size in "LD" if row[size] > 1)
+    more = "".join(f" {size}={row[size]}" for size in "LDP" if row[size] > (size != "P"))
     name = f"{row['name']}: " if row["name"] else ""
     return f"{name}{row['variant']} T={row['T']} B={row['B']} I={row['I']} H={row['H']}{more}"
 

@@ -52,6 +52,7 @@ SHAPES = (
 class Row:
     """One pass of one shape.
 
+    - P: hidden size after projection, 0 without one
     - wait: as asked for, "" as planned; plan, estimate_us: what ran, and what the planner expects of a step
     - us, us_least, us_most: microseconds of a step, median and range of LAUNCHES launches; None where nothing was timed
     - error: the largest of the results, as `check.distances`; or the words why nothing was timed
@@ -69,9 +70,11 @@ class Row:
     us_least: float | None = None
     us_most: float | None = None
     error: float | str | None = None
+    P: int = 0
 
     def __str__(self) -> str:
         what = f"{'backward' if self.backward else 'forward'} B={self.B} H={self.H} {self.dtype} {self.variant}"
+        what += f" P={self.P}" if self.P else ""
         start = f"{what} {self.wait or 'as planned'}:"
         if self.us is None:
             return f"{start} {self.error}"
@@ -88,10 +91,10 @@ def waits(case: Case, asked: Sequence[str] | None) -> list[str | None]:
     return [None if name == "planned" else name for name in names]
 
 
-def cases(shapes: Sequence[tuple[int, int, str, str]] = SHAPES) -> list[Case]:
-    """Return one layer in training for each of the shapes."""
+def cases(shapes: Sequence[tuple[int, int, str, str]] = SHAPES, P: int = 0) -> list[Case]:
+    """Return one layer in training for each of the shapes, all with the same hidden size after projection, 0: none."""
     return [
-        Case("steps", T=TIMED, B=B, I=H, H=H, dtype=dtype, mode=TRAINING, variant=variant)
+        Case("steps", T=TIMED, B=B, I=H, H=H, P=P, dtype=dtype, mode=TRAINING, variant=variant)
         for B, H, dtype, variant in shapes
     ]
 
@@ -110,16 +113,16 @@ class Passes:
         def normal(*shape: int, times: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, generator=generator, device=device) * times).to(layer.dtype)
 
-        shapes = spec.parameter_shapes(case.H, case.H, False)
+        shapes = spec.parameter_shapes(case.H, case.H, False, case.P)
         weights = {name: normal(*shape, times=scale) for name, shape in shapes.items() if name != "weight_ih"}
         no_input = torch.empty(0, device=device)  # the gates' input side is drawn, not computed
         self.weights = [LSTMWeights(weight_ih=no_input, **weights)]
         self.inputs = normal(1, case.T, case.B, layer.gates * case.H)
-        self.h_0, self.c_0 = normal(1, case.B, case.H), normal(1, case.B, case.H)
-        grads = normal(case.T, case.B, case.H), normal(1, case.B, case.H), normal(1, case.B, case.H)
+        self.h_0, self.c_0 = normal(1, case.B, case.hidden), normal(1, case.B, case.H)
+        grads = normal(case.T, case.B, case.hidden), normal(1, case.B, case.hidden), normal(1, case.B, case.H)
         self.grads = Gradients(*grads, None)
         self.order = Order(case.T)
-        self.call = Call(spec.name, False, False, "persistent", save=True)
+        self.call = Call(spec.name, False, case.P > 0, "persistent", save=True)
         self.gates = self.inputs.clone()
         self.cells: torch.Tensor | None = None
 
@@ -163,7 +166,7 @@ def measure(case: Case, wait: str | None, device: torch.device) -> Iterator[Row]
     from lstm_triton_kernels.planner import ranked_plans
     from lstm_triton_kernels.watch import check_launches
 
-    row = Row(False, case.B, case.H, case.dtype, case.variant, wait or "")
+    row = Row(False, case.B, case.H, case.dtype, case.variant, wait or "", P=case.P)
     wanted = Preference(wait=wait)
     try:
         bench.set_precision(case.dtype)

@@ -1,6 +1,7 @@
 """What is measured: the cases of every suite, and in which order.
 
-Sizes: T time steps, B batch rows, I input features, H hidden units, L layers, D directions.
+Sizes: T time steps, B batch rows, I input features, H hidden units, L layers, D directions, P hidden size after
+projection (0 without one).
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ PERSISTENT, STANDARD, CPU = "cudnn-persistent", "cudnn-standard", "cpu"
 REGIMES = (PERSISTENT, STANDARD, CPU)
 
 VARIANTS = ("standard", "coupled", "diagonal", "full")
-"""The cells that are measured, as `LSTMSpec.parse` names them."""
+"""The cells that several suites measure, as `LSTMSpec.parse` names them."""
+
+MORE_VARIANTS = (*VARIANTS, "full+current")
+"""Those of the suite of variants: also a full peephole whose output gate reads c_t, a product within the step."""
 
 OWN = "own"
 """The suite of shapes that are given on the command line."""
@@ -46,6 +50,7 @@ class Case:
     - ragged: rows have lengths uniform in 1..T; cell: one step by the cell's class (T = 1)
     - resets: probability that a row begins anew, with zero states, at a step
     - stream: T steps are a chunk of a stream: each call goes on from the states that the one before left
+    - P: hidden size after projection, 0 without one
     - name: of the workload that has this shape
     - rank: its priority, 0 the highest; a run with a budget takes low ranks first
     """
@@ -59,6 +64,7 @@ class Case:
     mode: str = FORWARD
     L: int = 1
     D: int = 1
+    P: int = 0
     variant: str = "standard"
     ragged: bool = False
     cell: bool = False
@@ -70,9 +76,15 @@ class Case:
     def __str__(self) -> str:
         shape = f"T={self.T} B={self.B} I={self.I} H={self.H} L={self.L} D={self.D}"
         resets = f"resets={self.resets:g}" if self.resets else ""
+        shape += f" P={self.P}" if self.P else ""
         more = "lengths" * self.ragged, "cell" * self.cell, resets, "stream" * self.stream
         name = f"({self.name})" if self.name else ""
         return " ".join(filter(None, (self.suite, self.mode, self.dtype, self.variant, shape, *more, name)))
+
+    @property
+    def hidden(self) -> int:
+        """Return the elements of a hidden state: P, or without a projection H."""
+        return self.P or self.H
 
     @property
     def forward_only(self) -> bool:
@@ -91,7 +103,7 @@ class Case:
         sizes = (self.T, self.B, self.H, self.D)
         ragged = self.ragged or self.resets > 0
         options: dict[str, Any] = dict(training=self.mode == TRAINING, ragged=ragged, L=self.L)
-        return Layer(self.spec, *sizes, dtype, precision, self.I, **options)
+        return Layer(self.spec, *sizes, dtype, precision, self.I, self.P, **options)
 
     @property
     def steps(self) -> int:
@@ -119,7 +131,7 @@ def _cases(suite: str) -> Iterator[Case]:
             yield new(512, 12, 300, 500, dtype, rank=rank)
     elif suite == "variants":
         for rank, dtype in ((0, "bfloat16"), (2, "float16"), (3, "tf32")):
-            for (B, H), variant in product(((16, 768), (64, 512), (64, 1024)), VARIANTS[1:]):
+            for (B, H), variant in product(((16, 768), (64, 512), (64, 1024)), MORE_VARIANTS[1:]):
                 yield new(512, B, H, H, dtype, variant=variant, rank=rank + (H != 768))
     elif suite == "deepbench":  # the LSTM cases of baidu-research/DeepBench, rnn_problems.h
         half = partial(new, dtype="float16")
@@ -179,13 +191,16 @@ def _workloads() -> Iterator[Case]:
 
     yield from new("RNN-T", half, 557, 32, 240, 1024, L=2)  # MLPerf: the encoder's layers before its reduction in time
     yield from new("RNN-T", half, 279, 32, 2048, 1024, L=3)  # and after it
+    yield from new("streaming RNN-T", half, 250, 16, 640, 2048, P=640)  # He et al. 2019: one of the encoder's 8 layers
+    # Sak et al. 2014: their layer, with its peepholes, of which the output gate's reads c_t; I is the layer below's P.
+    yield from new("LSTMP", ("bfloat16",), 512, 16, 512, 1024, P=512, variant="diagonal+current")
     yield from new("GNMT", half, 50, 128, 1024, 1024, L=4)  # MLPerf
     yield from new("GNMT", half, 50, 128, 1024, 1024, D=2)  # and the encoder's first layer
     yield from new("DeepSpeech", both, 500, 16, 512, 256, L=4, D=2, ragged=True)  # AlgoPerf, packed
     yield from new("AWD-LSTM WT2", single, 70, 80, 400, 1150)  # its layers differ: 1150, 1150 and 400 units
     yield from new("AWD-LSTM WT2", single, 70, 80, 1150, 400)
     yield from new("AWD-LSTM enwik8", both, 200, 128, 400, 1840)
-    yield from new("ELMo", single, 20, 128, 512, 4096, D=2)  # a layer without its projection to 512
+    yield from new("ELMo", single, 20, 128, 512, 4096, D=2, P=512)
     yield from new("IMPALA deep", single, 80, 32, 257, 256)
     yield from new("IMPALA shallow", single, 80, 32, 519, 519, L=2)
     yield from new("R2D2", single, 120, 64, 520, 512, resets=0.03)  # 40 steps of burn-in and 80 of training
@@ -237,14 +252,14 @@ def cases(suites: tuple[str, ...], dtypes: tuple[str, ...] = (), modes: tuple[st
     return sorted(found, key=lambda case: case.rank)
 
 
-SHAPE_KEYS = ("T", "B", "H", "I", "L", "D", "lengths", "resets", "variant", "name")
+SHAPE_KEYS = ("T", "B", "H", "I", "L", "D", "P", "lengths", "resets", "variant", "name")
 
 
 def parse_shape(text: str) -> Case:
     """Return the case of a shape of one's own, `T=512,B=32,H=320,...`; its type and mode are set by `own_cases`.
 
-    T, B and H are needed; I is H, L and D are 1, variant is standard if not given. `lengths` (or `lengths=1`), resets
-    (a probability) and name are as in Case. Raises ValueError with the reason for another text.
+    T, B and H are needed; I is H, L and D are 1, P is 0, variant is standard if not given. `lengths` (or `lengths=1`),
+    resets (a probability) and name are as in Case. Raises ValueError with the reason for another text.
     """
     given: dict[str, str] = {}
     for part in text.split(","):
@@ -260,6 +275,9 @@ def parse_shape(text: str) -> Case:
         value = given.setdefault(size, given["H"] if size == "I" else "1")
         if not re.fullmatch(r"[1-9][0-9]*", value) or (size == "D" and int(value) > 2):
             raise ValueError(f"{size}={value} in {text!r}: {'1 or 2' if size == 'D' else 'a whole number from 1'}")
+    P = given.get("P", "0")
+    if not re.fullmatch(r"0|[1-9][0-9]*", P) or int(P) >= int(given["H"]):
+        raise ValueError(f"P={P} in {text!r}: a whole number below H, 0 for no projection")
     lengths, resets = given.get("lengths", "0") or "1", given.get("resets", "0")
     if lengths not in ("0", "1"):
         raise ValueError(f"lengths={lengths} in {text!r}: 0 or 1")
@@ -267,7 +285,7 @@ def parse_shape(text: str) -> Case:
         raise ValueError(f"resets={resets} in {text!r}: a probability below 1, as 0.03")
     T, B, H, I, L, D = (int(given[size]) for size in SHAPE_KEYS[:6])
     variant = LSTMSpec.parse(given.get("variant", "standard")).name
-    case = Case(OWN, T, B, I, H, "", L=L, D=D, variant=variant, ragged=lengths == "1", resets=float(resets))
+    case = Case(OWN, T, B, I, H, "", L=L, D=D, P=int(P), variant=variant, ragged=lengths == "1", resets=float(resets))
     # The name tells the rows of a results file apart whose sizes are equal.
     words = given.get("name", ""), "lengths" * case.ragged, f"resets={resets}" if case.resets else ""
     return replace(case, name=" ".join(filter(None, words)))
@@ -281,8 +299,8 @@ def own_cases(shapes: Iterable[Case], dtypes: tuple[str, ...], modes: tuple[str,
 
 @cache
 def _names() -> dict[tuple[object, ...], str]:
-    """Return the workloads' names by suite and shape, of the cases whose rows all have T steps."""
-    plain = [case for case in cases(SUITES) if case.name and not case.ragged and not case.resets]
+    """Return the workloads' names by suite and shape, of the cases whose rows all have T steps, without projection."""
+    plain = [case for case in cases(SUITES) if case.name and not (case.ragged or case.resets or case.P)]
     return {(one.suite, one.T, one.B, one.I, one.H, one.L, one.D, one.variant): one.name for one in plain}
 
 

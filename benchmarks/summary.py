@@ -16,13 +16,15 @@ from benchmarks.rows import OURS
 from benchmarks.suites import CPU, MODES, REGIMES, STORAGE, SUITES
 from benchmarks.text import number, ratio
 
-MEASURED = ["gpu", "suite", "name", "variant", "dtype", "mode", *rows.SIZES, "provider", "strategy"]
+MEASURED = ["gpu", "suite", "name", "variant", "dtype", "mode", *rows.SHAPE, "provider", "strategy"]
 """Rows that agree in these measured the same thing; the newest counts."""
 
 ORDER: dict[str, tuple[str, ...]] = {
     "suite": SUITES, "regime": REGIMES, "mode": MODES, "dtype": tuple(STORAGE), "variant": ("standard",), "who": (OURS,)
 }  # fmt: skip
-SORTED = ["on_cpu", "gpu", "suite", "regime", "mode", "dtype", "variant", "L", "D", "T", "B", "I", "H", "name", "who"]
+SORTED = [
+    "on_cpu", "gpu", "suite", "regime", "mode", "dtype", "variant", "L", "D", "T", "B", "I", "H", "P", "name", "who"
+]  # fmt: skip
 
 
 def frame_of(found: list[rows.Row]) -> pd.DataFrame:

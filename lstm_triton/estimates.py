@@ -121,8 +121,10 @@ def asks_for_persistent(layer: Layer, backward: bool) -> bool:
     """Return whether PyTorch asks cuDNN for a persistent kernel for a pass of a stack that begins with this layer.
 
     As `get_algo` in ATen's native/cudnn/RNN.cpp decides it on a large GPU of compute capability 8.0 or 9.0: for few
-    units in every type but float64; for many in float16.
+    units in every type but float64; for many in float16; never with a projection.
     """
+    if layer.P:
+        return False
     many = layer.H <= 1024 and layer.H % 128 == layer.I % 128 == 0 and layer.B <= 128 and layer.B % 8 == 0
     one = layer.L == layer.D == 1 and not layer.ragged
     return CUDNN_FEW_UNITS[backward] >= layer.H or (many and one and layer.dtype == torch.float16)
@@ -134,5 +136,5 @@ def cudnn_is_persistent(layer: Layer, backward: bool) -> bool:
     For bfloat16 it asks as well where there are few units, but the profile of a run shows cuDNN's standard algorithm
     (benchmarks/results, -kernels.json).
     """
-    asked = asks_for_persistent(layer, backward) and not (layer.ragged or layer.P)
+    asked = asks_for_persistent(layer, backward) and not layer.ragged
     return asked and layer.dtype in CUDNN_PERSISTENT_DTYPES

@@ -107,10 +107,10 @@ def of_each(case: Case, machine: Machine, lines: Callable[[Case, Machine], Itera
 
 def heading(case: Case, machine: Machine) -> str:
     """Return what is simulated, in one line."""
-    directions = f" D={case.D}" * (case.D > 1)
+    more = f" D={case.D}" * (case.D > 1) + f" P={case.P}" * (case.P > 0)
     skew = f", others publish {machine.skew} cycles later" * (machine.skew > 0)
     return (
-        f"One time step of B={case.B} H={case.H}{directions} {case.variant} {case.dtype} on an {GPU.name} at "
+        f"One time step of B={case.B} H={case.H}{more} {case.variant} {case.dtype} on an {GPU.name} at "
         f"{machine.clock_ghz} GHz, simulated from the code of Triton {triton.__version__}{skew}"
     )
 

@@ -27,10 +27,10 @@ FIRST = ((16, 768), (64, 512), (16, 1024), (128, 256), (1, 256), (64, 64), (64, 
 """(B, H) of the standard variant of the highest priority; the others come in the order of the suites' ranks."""
 
 HEADS = (
-    "variant", "B", "H", "D", "pass", "workload", "plan", "cycles", "us", "limit", "times", "barriers", "wavefronts",
-    "needed", "registers", "spilled", "early polls",
+    "variant", "B", "H", "D", "P", "pass", "workload", "plan", "cycles", "us", "limit", "times", "barriers",
+    "wavefronts", "needed", "registers", "spilled", "early polls",
 )  # fmt: skip
-KEYS = 5
+KEYS = 6
 """Columns that name a pass."""
 
 HALF_TYPES = {"bfloat16", "float16"}
@@ -44,7 +44,7 @@ def shapes(dtype: str) -> list[Case]:
     """Return the distinct shapes of all suites in a type that have a persistent plan, by priority."""
     found = [Case(B, H, dtype=dtype) for B, H in FIRST]
     found += [
-        Case(one.B, one.H, variant=one.variant, dtype=dtype, D=one.D)
+        Case(one.B, one.H, variant=one.variant, dtype=dtype, D=one.D, P=one.P)
         for one in suites.cases(suites.SUITES, (dtype,))
         if not one.cell
     ]
@@ -53,8 +53,8 @@ def shapes(dtype: str) -> list[Case]:
 
 def names_of(case: Case) -> str:
     """Return the names of the workloads that have a layer of that shape, in whatever type."""
-    alike = (case.B, case.H, case.D, case.variant)
-    found = [one.name for one in suites.cases(suites.SUITES) if (one.B, one.H, one.D, one.variant) == alike]
+    alike = (case.B, case.H, case.D, case.P, case.variant)
+    found = [one.name for one in suites.cases(suites.SUITES) if (one.B, one.H, one.D, one.P, one.variant) == alike]
     return ", ".join(dict.fromkeys(name for name in found if name))
 
 
@@ -81,7 +81,7 @@ def kernels_commit() -> str:
 
 def header(dtype: str, machine: Machine) -> str:
     """Return what stands above the lines of a table."""
-    heads, rules = table(HEADS, [], right=(*range(1, 4), *range(7, len(HEADS)))).splitlines()
+    heads, rules = table(HEADS, [], right=(*range(1, 5), *range(8, len(HEADS)))).splitlines()
     skew = f"{machine.skew} cycles later" if machine.skew else "at the same time"
     options = f"--suites --dtype {dtype}" + f" --skew {machine.skew}" * (machine.skew > 0)
     alike = ""
@@ -101,7 +101,8 @@ from the machine code that Triton makes of the kernels of commit {kernels_commit
   compiler settle; the forward pass saves what the backward pass reads. A pass without a line has no plan, or was not
   reached.{alike}
 - *cycles*, *us*: of one time step. *limit*: the least microseconds of the recurrence by
-  `lstm_triton_kernels.limit.least_pass_us`, from the GPU's data sheet; *times*: *us* over it. *barriers*: of a warp
+  `lstm_triton_kernels.limit.least_pass_us`, from the GPU's data sheet; *times*: *us* over it. Both are empty with a
+  projection (*P* elements of a hidden state, else 0), which the model of the limit does not have. *barriers*: of a warp
   in a step. *wavefronts*: of all accesses to shared memory of a step; *needed*: without bank conflicts, as if all warps
   took part in each. *registers*, *spilled*: of a thread. *early polls*: in a step.
 
@@ -112,17 +113,17 @@ from the machine code that Triton makes of the kernels of commit {kernels_commit
 
 def keys(name: str, case: Case) -> tuple[str, ...]:
     """Return the first cells of a pass's line, which name it."""
-    return (case.variant, str(case.B), str(case.H), str(case.D), name)
+    return (case.variant, str(case.B), str(case.H), str(case.D), str(case.P), name)
 
 
 def line(name: str, case: Case, found: Pass) -> str:
     """Return the line of a pass."""
     time, usage = found.time, found.usage
-    limit = least_pass_us(case.layer, nominal_constants(GPU), name == "backward")
+    limit = None if case.P else least_pass_us(case.layer, nominal_constants(GPU), name == "backward")
     cells = (
-        names_of(case), found.plan.describe(), f"{time.cycles:.0f}", f"{time.us:.2f}", f"{limit:.2f}",
-        f"{time.us / limit:.1f}", time.counts["BAR"], f"{time.wavefronts:.0f}", time.needed, usage.registers,
-        usage.spilled, f"{time.early:.1f}",
+        names_of(case), found.plan.describe(), f"{time.cycles:.0f}", f"{time.us:.2f}",
+        f"{limit:.2f}" if limit else "", f"{time.us / limit:.1f}" if limit else "", time.counts["BAR"],
+        f"{time.wavefronts:.0f}", time.needed, usage.registers, usage.spilled, f"{time.early:.1f}",
     )  # fmt: skip
     return table([*keys(name, case), *map(str, cells)], []).splitlines()[0] + "\n"
 

@@ -14,7 +14,7 @@ GPU = "NVIDIA INVENTED 1"
 def row(us=10.0, **changes):
     values = dict.fromkeys(rows.COLUMNS, "") | dict.fromkeys(rows.NUMBERS) | dict(
         provider="lstm_triton", strategy="auto", suite="workloads", name="GNMT", regime="cudnn-standard", mode=FORWARD,
-        dtype="float16", T=50, B=128, I=1024, H=1024, L=4, D=1, variant="standard", us_per_step=us, gpu=GPU,
+        dtype="float16", T=50, B=128, I=1024, H=1024, L=4, D=1, P=0, variant="standard", us_per_step=us, gpu=GPU,
         date="2026-01-02",
     )  # fmt: skip
     return values | changes
@@ -36,6 +36,7 @@ def test_of_each_shape_the_newest_time_of_the_library_on_a_gpu_is_the_floor():
     [
         (dict(us=10.9), False), (dict(us=11.1), True), (dict(us=5.0), False), (dict(us=None), False),
         (dict(us=99.0, name="another"), False), (dict(us=99.0, H=1025), False), (dict(us=99.0, mode=TRAINING), False),
+        (dict(us=99.0, P=512), False),
         (dict(us=99.0, strategy="persistent"), False), (dict(us=99.0, regime="cpu"), False),
     ],
 )  # fmt: skip
@@ -58,15 +59,18 @@ def test_floors_are_written_from_results_files_and_read_back(tmp_path):
     rows.append(results / "older" / "z.csv", row(3.0))  # of the same date as the next
     rows.append(results / "older" / "z.csv", row(5.0, B=64))
     rows.append(results / "a.csv", row(4.0))
+    rows.append(results / "a.csv", row(6.0, P=512))
     (results / "b.csv").write_text("damaged")
     code, output = call("floors", "--results", results, "--out", out)
     assert code == 0 and "left out, damaged: b.csv" in output and [path.name for path in out.iterdir()] == [
         "invented-1.json"
     ]  # fmt: skip
-    assert regressions.load(GPU, out) == {regressions.key_of(row()): 4.0, regressions.key_of(row(B=64)): 5.0}
+    assert regressions.load(GPU, out) == {
+        regressions.key_of(row()): 4.0, regressions.key_of(row(P=512)): 6.0, regressions.key_of(row(B=64)): 5.0
+    }  # fmt: skip
     assert regressions.load("another", out) == {}
     text = (out / "invented-1.json").read_text()
-    assert json.loads(text)["gpu"] == GPU and len(text.splitlines()) == 4
+    assert json.loads(text)["gpu"] == GPU and len(text.splitlines()) == 5 and text.count('"P"') == 1
 
 
 class OneMillisecond:

@@ -73,8 +73,12 @@ def test_the_same_seed_gives_the_same_problem_and_another_another():
     first, second, other = (make_problem(CASE, CPU, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.inputs[0], second.inputs[0]) and not torch.equal(first.inputs[0], other.inputs[0])
     assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
-    named = torch.nn.LSTM(CASE.I, CASE.H).named_parameters()
-    assert {name: w.shape for name, w in first.weights.items()} == {name: w.shape for name, w in named}
+    for options in ({}, dict(num_layers=2, bidirectional=True, proj_size=3)):
+        case = replace(CASE, L=2, D=2, P=3) if options else CASE
+        named = torch.nn.LSTM(CASE.I, CASE.H, **options).named_parameters()
+        found = make_problem(case, CPU)
+        assert {name: w.shape for name, w in found.weights.items()} == {name: w.shape for name, w in named}
+        assert found.grad_output.shape == (5, 3, 2 * 3 if options else 7)
 
 
 def test_inputs_that_would_fit_the_cache_come_in_several_sets():
@@ -99,6 +103,8 @@ CASES = [
     CASE,
     LONG,
     replace(CASE, L=2, D=2),
+    replace(LONG, P=3),
+    replace(CASE, L=2, D=2, P=3, variant="diagonal+current"),
     replace(CASE, T=1, cell=True),
     replace(CASE, dtype="bfloat16"),
     replace(CASE, variant="coupled"),
@@ -113,7 +119,8 @@ def test_every_provider_of_the_cpu_is_right_and_timed(measured, case, mode):
     case = replace(case, mode=mode)
     for provider in (BASELINE, AUTO, CompiledReference(backend="eager")):
         if (refusal := provider.refuses(case, "cpu")) is not None:
-            assert case.variant != "standard" if provider is BASELINE else case.L * case.D > 1, refusal
+            alone = case.L * case.D > 1 or case.P
+            assert case.variant != "standard" if provider is BASELINE else alone, refusal
             continue
         found = measured.measure(provider, case)
         row = row_of(provider, case, found)
@@ -205,11 +212,11 @@ def test_rows_that_begin_anew_are_right_beside_the_standard_cell_without_resets(
 
 
 def test_every_suite_is_measured_at_small_sizes(monkeypatch):
-    """Each case with its layers, directions, cell, lengths, resets and name, and few steps, rows and units."""
+    """Each case with its layers, directions, projection, cell, lengths, resets and name; few steps, rows and units."""
     monkeypatch.setattr(timing, "LEAST_ROUNDS", 2)
     monkeypatch.setattr(timing, "peak_mib", lambda *_: 0.0)  # which takes longer than all the rest
     monkeypatch.setattr(bench, "free", lambda device: None)
-    least = dict(T=3, B=2, I=3, H=4)
+    least = dict(T=3, B=2, I=3, H=4, P=2)
     small = {
         replace(case, **{size: min(most, getattr(case, size)) for size, most in least.items()}, rank=0)
         for case in suites.cases(suites.SUITES)
@@ -226,7 +233,9 @@ def test_every_suite_is_measured_at_small_sizes(monkeypatch):
 # Streams and CUDA graphs
 
 
-@pytest.mark.parametrize("change", [dict(), dict(T=1, L=2), dict(B=1, dtype="float16"), dict(variant="full")], ids=str)
+@pytest.mark.parametrize(
+    "change", [dict(), dict(T=1, L=2), dict(B=1, dtype="float16"), dict(P=3), dict(variant="full")], ids=str
+)
 def test_a_call_of_a_stream_goes_on_from_the_last_one_whoever_computes(measured, monkeypatch, change):
     monkeypatch.setattr(timing, "LEAST_ROUNDS", timing.LEAST_FOR_P99)
     case = replace(STREAM, **change)
@@ -571,6 +580,7 @@ def test_fewer_rows_on_average_lower_the_limit_of_a_ragged_case():
     full, half = (run.limit_us_per_step(case, mean, known) for mean in (100.0, 50.0))
     assert half == pytest.approx(full / 2)
     assert run.limit_us_per_step(replace(case, dtype="tf32"), None, known) is None
+    assert run.limit_us_per_step(replace(case, P=32), 100.0, known) is None
 
 
 def test_the_environment_names_processor_versions_and_commit():
@@ -601,7 +611,10 @@ def h100(monkeypatch):
         ("cudnn", dict(variant="coupled"), None),
         ("cudnn", dict(resets=0.03), "takes no resets"),
         ("persistent", dict(resets=0.03), None),
-        ("persistent", dict(variant="full+current"), "a full peephole on c_t needs"),
+        ("persistent", dict(variant="full+current"), None),
+        ("persistent", dict(P=384), None),
+        ("persistent", dict(H=4096, P=512), "no tiles of the recurrent weights"),
+        ("cudnn", dict(P=384), None),
         ("stepwise", dict(cell=True, T=1, variant="full+current"), None),
         ("auto", dict(H=4096), None),
     ],
@@ -689,6 +702,10 @@ def test_providers_of_other_packages_get_the_same_problem(packages, measured, mo
         ("flashrnn:triton_fused", dict(H=65), "has H <= 64"),
         ("flashrnn:cuda_fused", dict(variant="coupled"), "has the standard variant alone"),
         ("torchrl:triton", dict(L=2), "computes one layer in one direction"),
+        ("flashrnn:cuda_fused", dict(P=3), "has no projection"),
+        ("torchrl:triton", dict(P=3), "has no projection"),
+        ("reference:torch.compile", dict(P=3), "computes one layer in one direction, without lengths and projection"),
+        ("by-hand:eager", dict(suite="overhead", P=3), "has no projection"),
         ("torchrl:triton", dict(ragged=True), "takes no lengths"),
         ("torchrl:triton", dict(dtype="float16"), "has no float16"),
         ("torchrl:triton", dict(cell=True, T=1), "has no cell of one step"),

@@ -27,7 +27,7 @@ def row(ratio=None, error=1e-3, *, gpu=GPU, provider=OURS, ms=1.0, **changes):
     on_cpu, timed = gpu == CPU, not isinstance(error, str)
     values = dict.fromkeys(rows.COLUMNS) | dict(
         provider=provider[0], strategy=provider[1], suite="cpu" if on_cpu else "core", mode=FORWARD, dtype="float32",
-        regime="cpu" if on_cpu else "cudnn-standard", T=64, B=16, I=256, H=256, L=1, D=1, variant="standard",
+        regime="cpu" if on_cpu else "cudnn-standard", T=64, B=16, I=256, H=256, L=1, D=1, P=0, variant="standard",
         error=error, limit_us_per_step=5.0, gpu=gpu, driver="" if on_cpu else "580.1", torch="2.13.0", triton="3.8.0",
         cudnn="" if on_cpu else "91002", commit="0123456789", date="2026-01-02", plan="", baseline=BASELINE,
         name="", file="x.csv",

@@ -17,7 +17,7 @@ ROW = dict(
     cpu_us_per_call=120.0, peak_mib=12.5, error=3.1e-4, baseline_ratio=1.25, limit_us_per_step=1.5, limit_ratio=1.627,
     gpu="NVIDIA H100 80GB HBM3", driver="580.159.04", torch="2.11.0", triton="3.6.0", cudnn="91900", commit="abc",
     date="2026-11-24", plan="", baseline="torch.nn.LSTM", baseline_ms=3.125, ratio_p20=1.125, ratio_p80=1.5,
-    name="a workload", ms_p99=3.5,
+    name="a workload", ms_p99=3.5, P=0,
 )  # fmt: skip
 FAILED = ROW | dict.fromkeys(rows.NUMBERS) | {"error": "failed: words"}
 
@@ -47,7 +47,8 @@ def test_the_other_suites_hold_what_they_are_for():
     assert {c.L for c in of["deep"]} == {1, 2, 4} and {c.D for c in of["deep"]} == {1, 2}
     assert all(c.ragged for c in of["ragged"])
     assert {(c.B, c.H, c.I) for c in of["odd"]} == {(12, 500, 300)}
-    assert {c.variant for c in of["variants"]} == {"coupled", "diagonal", "full"}
+    assert {c.variant for c in of["variants"]} == {"coupled", "diagonal", "full", "full+current"}
+    assert {(c.B, c.H) for c in of["variants"] if c.variant == "full+current"} == {(16, 768), (64, 512), (64, 1024)}
     assert all(c.cell and c.T == 1 for c in (*of["cell"], *of["overhead-cell"]))
     assert all(c.dtype == "float32" for name in suites.CPU_SUITES for c in of[name])
     variants = ("standard", "coupled", "diagonal", "full")
@@ -85,13 +86,18 @@ def test_the_workloads_are_named_and_as_published():
     of: dict = {}
     for case in suites.cases(("workloads",)):
         of.setdefault(case.name, []).append(case)
-    assert len(of) == 20 and "" not in of
+    assert len(of) == 22 and "" not in of
     assert {(c.H, c.I) for c in of["AWD-LSTM WT2"]} == {(1150, 400), (400, 1150)}
     assert {(c.L, c.D) for c in of["GNMT"]} == {(4, 1), (1, 2)} and {c.L for c in of["RNN-T"]} == {2, 3}
     assert [name for name in of if any(c.ragged for c in of[name])] == ["DeepSpeech"]
     assert {name for name in of if any(c.resets for c in of[name])} == {"R2D2", "torchrl"}
     assert {c.H for c in of["OpenAI Five"]} == {4096} and {c.D for c in of["TF-GridNet"]} == {2}
     assert {c.mode for c in of["Silero VAD"]} == {FORWARD} and {c.H for c in of["amp modelling"]} == {24, 32}
+    assert {(c.name, c.I, c.H, c.P, c.D, c.variant) for own in of.values() for c in own if c.P} == {
+        ("ELMo", 512, 4096, 512, 2, "standard"), ("streaming RNN-T", 640, 2048, 640, 1, "standard"),
+        ("LSTMP", 512, 1024, 512, 1, "diagonal+current"),
+    }  # fmt: skip
+    assert all((c.layer.P, c.layer.hidden) == (c.P, c.hidden) for own in of.values() for c in own)
     assert all(c.layer.ragged == (c.ragged or c.resets > 0) for own in of.values() for c in own)
 
 
@@ -99,13 +105,14 @@ def test_the_workloads_are_named_and_as_published():
 
 
 def test_a_shape_of_ones_own_is_read_with_what_it_does_not_say():
-    whole = suites.parse_shape("T=512,B=32,I=80,H=320,L=2,D=2,lengths,resets=0.03,variant=coupled,name=a model")
+    whole = suites.parse_shape("T=512,B=32,I=80,H=320,L=2,D=2,P=160,lengths,resets=0.03,variant=coupled,name=a model")
     assert whole == Case(
-        "own", 512, 32, 80, 320, "", L=2, D=2, ragged=True, resets=0.03, variant="coupled",
+        "own", 512, 32, 80, 320, "", L=2, D=2, P=160, ragged=True, resets=0.03, variant="coupled",
         name="a model lengths resets=0.03",
     )  # fmt: skip
     short = suites.parse_shape("H=7, T=5,B=3")
-    assert short == Case("own", 5, 3, 7, 7, "") and suites.parse_shape("T=5,B=3,H=7,lengths=0,resets=0") == short
+    assert short == Case("own", 5, 3, 7, 7, "") and suites.parse_shape("T=5,B=3,H=7,P=0,lengths=0,resets=0") == short
+    assert str(replace(whole, dtype="tf32")).endswith("L=2 D=2 P=160 lengths resets=0.03 (a model lengths resets=0.03)")
     found = suites.own_cases([short, short], ("tf32", "float32"), suites.MODES)
     assert [(c.dtype, c.mode) for c in found] == list(itertools.product(("tf32", "float32"), suites.MODES))
 
@@ -123,6 +130,10 @@ def test_a_shape_of_ones_own_is_read_with_what_it_does_not_say():
         ("T=5,B=0,H=7", "B=0 in .*: a whole number from 1"),
         ("T=5,B=3,H=7.5", "H=7.5 in"),
         ("T=5,B=3,H=7,D=3", "D=3 in .*: 1 or 2"),
+        ("T=5,B=3,H=7,P=7", "P=7 in .*: a whole number below H, 0 for no projection"),
+        ("T=5,B=3,H=7,P=-1", "P=-1 in"),
+        ("T=5,B=3,H=7,P=2.5", "P=2.5 in"),
+        ("T=5,B=3,H=7,P=", "P needs a value"),
         ("T=5,B=3,H=7,lengths=2", "lengths=2 in .*: 0 or 1"),
         ("T=5,B=3,H=7,lengths=", "lengths needs a value"),
         ("T=5,B=3,H=7,resets=1", "resets=1 in .*: a probability below 1"),
@@ -158,6 +169,8 @@ ANCHOR = Case("anchor", T=1024, B=16, I=768, H=768, dtype="float16", mode=TRAINI
         (dict(ragged=True), "cudnn-standard"),
         (dict(resets=0.03), "cudnn-persistent"),  # of the standard cell beside it, which has none
         (dict(H=1024), "cudnn-persistent"),
+        (dict(P=512), "cudnn-standard"),
+        (dict(H=64, P=32, dtype="tf32"), "cudnn-standard"),
         (dict(H=1152), "cudnn-standard"),
         (dict(H=700), "cudnn-standard"),
         (dict(I=700), "cudnn-standard"),
@@ -187,7 +200,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, ms, ratio, error, T, tex
     written = [
         ROW | measured,
         FAILED | {"error": f"failed: {failure}"},
-        ROW | {"plan": "forward U8 K32x8x3, data"},
+        ROW | {"plan": "forward U8 K32x8x3, data", "P": 160},
         ROW,
     ]
     for row in written:
@@ -195,14 +208,15 @@ def test_what_is_written_is_read_back(tmp_path_factory, ms, ratio, error, T, tex
     assert rows.read(path) == written
 
 
-@pytest.mark.parametrize("first", ["plan", "baseline", "name", "ms_p99"])
+@pytest.mark.parametrize("first", ["plan", "baseline", "name", "ms_p99", "P"])
 def test_a_file_from_before_there_was_a_column_is_read(tmp_path, first):
     path, count = tmp_path / "x.csv", rows.COLUMNS.index(first)
     rows.append(path, ROW)
     path.write_text("".join(",".join(line.split(",")[:count]) + "\n" for line in path.read_text().splitlines()))
     (old,) = rows.read(path)
     numbers = [name for name in rows.COLUMNS[count:] if name in rows.NUMBERS]
-    assert old == ROW | dict.fromkeys(numbers) | (dict(name="") if first != "ms_p99" else {}) and not rows.is_noise(old)
+    name = {} if first in ("ms_p99", "P") else dict(name="")
+    assert old == ROW | dict.fromkeys(numbers) | name and not rows.is_noise(old)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +225,7 @@ def test_a_file_from_before_there_was_a_column_is_read(tmp_path, first):
         ("workloads", dict(T=50, B=128, I=1024, H=1024, L=4), "GNMT"),
         ("deepbench", dict(T=25, B=64, I=512, H=512, L=1), "DeepBench training"),
         ("workloads", dict(T=120, B=64, I=520, H=512, L=1), ""),  # R2D2's rows begin anew, these did not
+        ("workloads", dict(T=250, B=16, I=640, H=2048, L=1), ""),  # the layer of that name is projected, this was not
         ("core", dict(T=50, B=128, I=1024, H=1024, L=4), ""),
     ],
 )
@@ -218,10 +233,15 @@ def test_a_row_of_before_there_were_names_has_that_of_its_shape(tmp_path, suite,
     path = tmp_path / "x.csv"
     rows.append(path, ROW | sizes | dict(suite=suite))
     assert rows.read(path)[0]["name"] == "a workload"
-    path.write_text("".join(line.rsplit(",", 2)[0] + "\n" for line in path.read_text().splitlines()))
+    path.write_text("".join(line.rsplit(",", 3)[0] + "\n" for line in path.read_text().splitlines()))
     (old,) = rows.read(path)
     words = rows.shape_of(old)
     assert old["name"] == name and words.startswith(f"{name}: standard T=" if name else "standard T=")
+
+
+def test_a_projection_is_among_the_sizes_of_a_row():
+    assert rows.shape_of(ROW | {"P": 160}) == "a workload: standard T=512 B=16 I=300 H=500 L=2 P=160"
+    assert "P=" not in rows.shape_of(ROW)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +269,9 @@ def test_a_baselines_own_row_has_no_ratio_and_what_became_of_a_row_is_said():
         (lambda text: text.replace("provider,", "who,"), "line 1"),
         (lambda text: text.replace(",512,", ",-5,", 1), "line 2 has a number that cannot be measured"),
         (lambda text: text.replace(",512,", ",five,", 1), "line 2: .*'five'"),
+        (lambda text: text.replace(",3.5,0", ",3.5,500"), "line 2 has a number that cannot be measured"),
+        (lambda text: text.replace(",3.5,0", ",3.5,-1"), "line 2 has a number that cannot be measured"),
+        (lambda text: text.replace(",3.5,0", ",3.5,"), "line 2: "),
         (lambda text: text.replace("2.5,", "nan,", 1), "line 2 has a number that cannot be measured"),
         (lambda text: text.replace("2.5,", "fast,", 1), "line 2: .*'fast'"),
         (lambda text: text.replace("0.00031", "wrong", 1), "line 2: .*'wrong'"),

@@ -103,6 +103,8 @@ def test_a_layer_without_a_plan_has_the_reason(monkeypatch):
         ((*SMALL[1:], "--json", "--code"), "one of --json, --code, not several"),
         ((*SMALL[1:], "--out", "table.md"), "--first and --out are for --suites"),
         (("--suites", "--json"), "one of --json, --suites, not several"),
+        ((*SMALL[1:], "--proj", 8), "--proj: 8 is not smaller than the 8 units of the layer"),
+        (("--suites", "--proj", 8), "--suites has shapes of its own"),
         (("--suites", "--hidden", 64), "--suites has shapes of its own"),
     ],
 )
@@ -144,16 +146,18 @@ def simulated(monkeypatch):
 
 def test_a_shape_has_the_names_of_its_workloads():
     assert table.names_of(Case(128, 1024)).startswith("GNMT")
-    assert table.names_of(Case(17, 768)) == ""
+    assert table.names_of(Case(17, 768)) == table.names_of(Case(16, 2048, P=512)) == ""
+    assert table.names_of(Case(16, 2048, P=640)) == "streaming RNN-T"
 
 
 def test_the_shapes_are_those_of_the_suites_once_each_the_most_telling_first():
     found = table.shapes("bfloat16")
     assert [(case.B, case.H) for case in found[:7]] == list(table.FIRST)
     assert len(set(found)) == len(found) and {case.D for case in found} == {1, 2}
-    assert {"standard", "coupled", "diagonal", "full"} == {case.variant for case in found}
-    of_suites = {(case.variant, case.B, case.H, case.D) for case in suites.cases(suites.SUITES, ("bfloat16",))}
-    assert {(case.variant, case.B, case.H, case.D) for case in found[7:]} <= of_suites
+    variants = {"standard", "coupled", "diagonal", "full", "full+current", "diagonal+current"}
+    assert variants == {case.variant for case in found} and Case(16, 1024, variant="diagonal+current", P=512) in found
+    of_suites = {(case.variant, case.B, case.H, case.D, case.P) for case in suites.cases(suites.SUITES, ("bfloat16",))}
+    assert {(case.variant, case.B, case.H, case.D, case.P) for case in found[7:]} <= of_suites
     assert any(case.H == 2048 for case in found)
     assert not any(case.H == 2048 for case in table.shapes("float32"))  # no persistent plan
 
@@ -178,7 +182,7 @@ def test_the_file_grows_by_a_line_a_pass_and_is_resumed(tmp_path, simulated):
         limit = least_pass_us(Case(B, H).layer, nominal_constants(kernels.H100), backward)
         cells = f"{PLAN} | 1234 | 0.70 | {limit:.2f} | {0.7 / limit:.1f} | 36 | 300 | 150 | 182 | 3 | 0.2 |"
         name = "backward" if backward else "forward"
-        expected.append(f"| standard | {B} | {H} | 1 | {name} | {table.names_of(Case(B, H))} | {cells}")
+        expected.append(f"| standard | {B} | {H} | 1 | 0 | {name} | {table.names_of(Case(B, H))} | {cells}")
     assert lines == expected
     columns = text[: text.index("| standard")].splitlines()[-2]
     assert columns.count("|") == lines[0].count("|")

@@ -13,15 +13,17 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(steps, "TIMED", 4)
 
 
-@pytest.mark.parametrize("variant", ["standard", "coupled", "diagonal", "full"])
-def test_both_passes_are_timed_and_right(variant):
-    (case,) = steps.cases([(3, 12, "float32", variant)])
+@pytest.mark.parametrize(
+    "variant, P", [("standard", 0), ("coupled", 0), ("diagonal", 0), ("full", 0), ("full+current", 0), ("standard", 5)]
+)
+def test_both_passes_are_timed_and_right(variant, P):
+    (case,) = steps.cases([(3, 12, "float32", variant)], P)
     forward, backward = steps.measure(case, None, CPU)
     assert [forward.backward, backward.backward] == [False, True]
     for row in (forward, backward):
         assert 0 < row.us_least <= row.us <= row.us_most and row.plan.endswith("alone") and row.estimate_us > 0
         assert 0 < row.error < steps.ALLOWED["float32"]
-        assert f"{row.us:.3f} us a step" in str(row)
+        assert f"{row.us:.3f} us a step" in str(row) and row.P == P and (f" P={P}" in str(row)) == (P > 0)
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
