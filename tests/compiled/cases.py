@@ -192,9 +192,13 @@ def span_of(plan: PersistentPlan) -> int:
 
 
 def planned() -> Iterator[Planned]:
-    """Yield what the GPU suites launch first on an H100, one of each pass and tile; those of a kind take turns."""
+    """Yield what the GPU suites launch first on an H100, one of each pass and tile; those of a kind take turns.
+
+    Without products within a step, whose plans are not made for fewer units here: `within_a_step` has them.
+    """
     found: dict[tuple[Any, ...], list[Planned]] = {}
-    shapes = [case.layer for case in suites.cases(suites.GPU_SUITES) if not case.cell]
+    layers = [case.layer for case in suites.cases(suites.GPU_SUITES) if not case.cell]
+    shapes = [layer for layer in layers if not (layer.P or layer.output_current)]
     for shape, ragged in itertools.product(shapes, (False, True)):
         whole = shape._replace(ragged=ragged)
         for backward in estimates.passes(whole).values():

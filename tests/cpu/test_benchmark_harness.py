@@ -124,7 +124,7 @@ def test_every_provider_of_the_cpu_is_right_and_timed(measured, case, mode):
             continue
         found = measured.measure(provider, case)
         row = row_of(provider, case, found)
-        assert found.failure is None and 0 < row["error"] < check.ALLOWED[case.dtype]
+        assert found.failure is None and 0 < row["error"] < check.ALLOWED[case.dtype] and row["P"] == case.P
         assert 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"] and row["peak_mib"] > 0
         assert row["cpu_us_per_call"] > 0 and row["baseline_ratio"] == row["baseline_ms"] / row["ms_median"]
         assert (row["ratio_p20"] is None) == (provider is BASELINE) == (rows.ratio_of(row) is None)

@@ -163,6 +163,8 @@ def test_the_newest_of_rows_that_measured_the_same_counts_and_the_library_stands
     frame = summary.frame_of([row(3.0, provider=("another", "")), *found])
     assert list(frame.ratio) == [2.0, 3.0, 4.0] and list(frame.who[:2]) == ["lstm_triton auto", "another"]
     assert list(summary.frame_of([row(1.0, gpu=CPU), row(1.0)]).gpu) == [GPU, CPU]
+    both = summary.frame_of([row(1.0), row(2.0, P=160)])
+    assert list(both.ratio) == [1.0, 2.0] and [one.endswith("H=256 P=160") for one in both["shape"]] == [False, True]
 
 
 def test_the_block_of_a_readme_says_what_a_user_gets_on_each_gpu():
@@ -258,7 +260,10 @@ def test_times_are_drawn_of_rows_that_share_all_other_sizes():
     assert (ours.y0, ours.y1) == pytest.approx((2.56, 10.24))  # all calls of invented rows take the same time
     assert (theirs.y0, theirs.y1) == pytest.approx((0.9 * 5.12, 1.1 * 10.24))
     held, group = plots.largest_group(frame, "B")
-    assert set(group.B) == {1, 16, 64} and "I=512 H=512" in held
+    assert set(group.B) == {1, 16, 64} and "I=512 H=512" in held and "P=" not in held
+    projected = [row(1.0, mode=FORWARD, T=512, B=B, I=512, H=512, P=160) for B in (1, 16, 64, 128)]
+    held, group = plots.largest_group(summary.frame_of([*gpu_rows(), *projected]), "B")
+    assert set(group.P) == {160} and held.endswith("D=1 P=160")
 
 
 def test_a_limit_that_a_row_is_below_is_not_drawn():

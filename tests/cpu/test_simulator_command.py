@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from typer.testing import CliRunner
 
 from benchmarks import RESULTS, app, rows, suites
-from benchmarks.simulator import kernels, table
+from benchmarks.simulator import kernels, passes, table
 from benchmarks.simulator.kernels import Case
 from benchmarks.simulator.machine import H100
 from benchmarks.simulator.passes import Pass
@@ -112,6 +112,19 @@ def test_bad_input_is_named(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     code, output = call("simulate", *arguments)
     assert code == 2 and said in words(output) and not list(tmp_path.iterdir())
+
+
+def test_a_projection_is_simulated_and_named(monkeypatch):
+    monkeypatch.setattr(passes, "as_text", lambda case, machine: [passes.heading(case, machine), repr(case)])
+    code, output = call(*SMALL, "--proj", 4)
+    assert code == 0 and "B=16 H=8 P=4 standard bfloat16" in output and "P=4)" in output
+    assert "P=" not in call(*SMALL)[1].splitlines()[0]
+
+
+def test_a_projected_layer_has_no_limit_in_the_file():
+    case = Case(16, 1024, variant="diagonal+current", P=512)
+    start = f"| diagonal+current | 16 | 1024 | 1 | 512 | forward | LSTMP | {PLAN} | 1234 | 0.70 |  |  | 36 |"
+    assert table.line("forward", case, invented(case, H100)).startswith(start)
 
 
 def test_interpreted_kernels_cannot_be_simulated(monkeypatch):
