@@ -74,6 +74,7 @@ def measure_gpu(device: torch.device, quick: bool) -> Constants:
         wait_us={how: {n: wait_us(device, how, n, multiprocessors) for n in counts} for how in ("counter", "data")},
         multiprocessors=multiprocessors,
         on_chip_bytes=properties.shared_memory_per_multiprocessor + REGISTER_BYTES,
+        l2_bytes=properties.L2_cache_size,
     )
 
 

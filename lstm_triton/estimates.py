@@ -9,6 +9,7 @@ import torch
 from lstm_triton_kernels.gpus import GPU, product_us
 from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import Layer
+from lstm_triton_kernels.tensor_core_plan import L2_SHARE
 
 CUDNN_PERSISTENT_DTYPES = (torch.float16, torch.float32)
 """Types for which cuDNN has a persistent kernel, see `cudnn_is_persistent`."""
@@ -78,10 +79,19 @@ def pass_us(engine: str, layer: Layer, backward: bool, gpu: GPU) -> float:
         return float("inf") if isinstance(plans, str) else plans[0].estimate_us
     if engine == "stepwise":
         few = layer._replace(B=min(layer.B, STEPWISE_ROWS))
-        return (STEPWISE_US[backward] + max(STEPWISE_PRODUCT * product_us(few, gpu), product_us(layer, gpu))) * layer.D
+        product = max(STEPWISE_PRODUCT * product_us(few, gpu), product_us(layer, gpu), weights_us(layer, gpu))
+        return (STEPWISE_US[backward] + product) * layer.D
     if cudnn_is_persistent(layer, backward):
         return _cudnn_persistent_us(layer, backward) * layer.D
     return _cudnn_standard_us(layer, backward, gpu) * layer.D
+
+
+def weights_us(layer: Layer, gpu: GPU) -> float:
+    """Return the time in which a product of one direction reads its weights from device memory: what L2 does not hold.
+
+    Of a step by itself, between which L2 holds as much of them as of those that a persistent kernel streams.
+    """
+    return max(0.0, layer.recurrent_bytes - L2_SHARE * gpu.l2_bytes) / (gpu.memory_gb_per_s * 1e3)
 
 
 def _cudnn_persistent_us(layer: Layer, backward: bool) -> float:
@@ -97,7 +107,8 @@ def _cudnn_persistent_us(layer: Layer, backward: bool) -> float:
 def _cudnn_standard_us(layer: Layer, backward: bool, gpu: GPU) -> float:
     measured = f"standard, capability {gpu.capability / 10}{', packed' if layer.ragged else ''}"
     multiplied = layer._replace(precision="ieee") if layer.rate == "tf32" and layer.H % 4 else layer
-    step = CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + CUDNN_PRODUCT * product_us(multiplied, gpu)
+    product = max(CUDNN_PRODUCT * product_us(multiplied, gpu), weights_us(layer, gpu))
+    step = CUDNN_US.get(measured, CUDNN_US["standard"])[backward] + product
     return max(step, CUDNN_LAUNCH_US[backward])
 
 

@@ -22,6 +22,7 @@ def rows(layer: Layer, backward: bool, plan: PersistentPlan, gpu: GPU) -> list[t
         ("product", product(layer, backward, plan)),
         *within_the_step(backward, plan),
         ("weights", weights(layer, plan)),
+        *([("stream", stream(layer, backward, plan, gpu))] if plan.streamed else []),
         ("wait", wait(layer, backward, plan)),
         ("threads", f"{plural(plan.num_warps, 'warp')}, {32 * plan.num_warps} threads in a thread block"),
         ("shared memory", shared_memory(plan, gpu)),
@@ -103,14 +104,34 @@ def within_the_step(backward: bool, plan: PersistentPlan) -> list[tuple[str, str
 def weights(layer: Layer, plan: PersistentPlan) -> str:
     """Describe the resident weights: those of a thread block, and those of the layer."""
     matrices = f"{layer.gates} gates" + (f" and {layer.matrices} peephole matrices" if layer.matrices else "")
-    if plan.exact or plan.kept == plan.chunks:
+    resident = plan.chunks - plan.streamed
+    if plan.exact or plan.kept == resident:
         where = "in shared memory"
     elif plan.kept == 0:
         where = "in registers"
     else:
         where = f"{size(plan.tile_bytes * plan.kept // plan.chunks)} of them in shared memory, the rest in registers"
     total = size(layer.recurrent_bytes * layer.D)
-    return f"{size(plan.tile_bytes)} stay in a thread block, {where}: its units of {matrices}; {total} in the layer"
+    of_all = f" of {size(plan.tile_bytes)}" if plan.streamed else ""
+    stay = size(plan.tile_bytes * resident // plan.chunks)
+    return f"{stay}{of_all} stay in a thread block, {where}: its units of {matrices}; {total} in the layer"
+
+
+def stream(layer: Layer, backward: bool, plan: PersistentPlan, gpu: GPU) -> str:
+    """Describe the weights that do not stay on the chip."""
+    read = plan.tile_bytes * plan.streamed // plan.chunks * plan.unit_programs * plan.directions
+    if layer.spec.coupled and not backward:
+        read = read * layer.gates // 4  # the rows of a fourth gate, which are zero, are not read
+    text = f"the rest, {size(read)} of all thread blocks, streams to the registers in every step"
+    if plan.blocks_per_program > 1:
+        text += ", once for each block of rows"
+    beyond = read * plan.beyond_l2 // plan.streamed
+    l2 = f"the L2 cache of {size(gpu.l2_bytes)}"
+    if plan.beyond_l2 == 0:
+        return f"{text}, from {l2}"
+    if plan.beyond_l2 == plan.streamed:
+        return f"{text}, from device memory"
+    return f"{text}, {size(beyond)} of it from device memory, the others from {l2}"
 
 
 def wait(layer: Layer, backward: bool, plan: PersistentPlan) -> str:

@@ -20,6 +20,9 @@ Assumptions:
 - a load that hits L2 takes 340 cycles, and then its bytes, min(32, 2560 / thread blocks) a cycle; what does not depend
   on other thread blocks comes from device memory
 - latencies and rates are published ones of H100, H800 and A100, or assumptions: `machine.Machine`; at 1.755 GHz
+- streamed weights that L2 holds (streamed.py) take its latency and then 40 bytes a cycle, in turn with all other reads;
+  those that it does not hold take the latency of device memory, and then their thread block's share of its 3352 GB/s,
+  beside the others
 - instruction fetch, and the slowdown when many thread blocks read the same lines, are not modelled
 - float32 and TF32 are simulated like the half types, but no simulated time of exact float32 has been compared with a
   measured one; an HMMA of TF32 is assumed to take twice as long for as many products

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from benchmarks.simulator.conflicts import needed_wavefronts
 from benchmarks.simulator.sass import NONE, Instruction
-from benchmarks.simulator.step import ARRIVES, LOADS, ONE_THREAD, POLLS, Step, names, polls
+from benchmarks.simulator.step import ARRIVES, LOADS, ONE_THREAD, POLLS, STREAMS, Step, names, polls
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Machine:
     - port, l2_bytes: bytes a cycle from L2 of one multiprocessor, and of all together: fitted to 38 steps of the
       kernels in Gluon that an H100 measured, whose programs all read at the same time (3942 of all were measured on an
       H800 with 114 multiprocessors, 2402.13499)
+    - stream_bytes: bytes a cycle of one multiprocessor, of streamed weights that L2 holds: nobody else reads the same
+      (`gpus.L2_BYTES_PER_CLOCK`); memory_bytes: of all together from device memory, 3352 GB/s
     - dram: a load that misses L2; fence: a release beyond the round trip of the stores it covers; atomic_gap: from one
       atomic operation at an address to the next; skew: how much later than this thread block the last of the others
       publishes. All assumptions
@@ -41,6 +43,8 @@ class Machine:
     l2: int = 340
     port: float = 32.0
     l2_bytes: float = 2560.0
+    stream_bytes: float = 40.0
+    memory_bytes: float = 1910.0
     dram: int = 600
     fence: int = 100
     atomic_gap: float = 2.0
@@ -124,24 +128,27 @@ class ThreadBlock:
     - fill: the share of a tile's rows that exist
     - together: such thread blocks, each with rows of its own, that share the multiprocessor
     - by_warp: whether a warp has rows of its own, and waits only for the warps of other thread blocks that have them
+    - streams: thread blocks that stream weights of their own, which share the rate of device memory
 
     Raises NotImplementedError for an instruction that the model does not have.
     """
 
     def __init__(
         self, step: Step, warps: int, machine: Machine, readers: int, counter: bool, row_blocks: int, fill: float,
-        together: int = 1, by_warp: bool = False,
+        together: int = 1, by_warp: bool = False, streams: int = 1,
     ) -> None:  # fmt: skip
         if unknown := {one.name for one in step.code} & UNKNOWN:
             raise NotImplementedError(f"the model of the machine has no {', '.join(sorted(unknown))}")
         self.step, self.machine, self.row_blocks, self.fill = step, machine, row_blocks, fill
         self.port = min(machine.port, machine.l2_bytes / readers)
+        self.memory_port = machine.memory_bytes / streams
         self.readers, self.counter = readers, counter
         self.size, self.publishers = warps, 1 if by_warp else warps
         self.warps = [Warp(n, step.code, step.phases) for n in range(warps * together)]
         self.pipe_free: dict[tuple[str, int], float] = {}
         self.memory_free = 0.0
         self.port_free = 0.0
+        self.memory_port_free = 0.0
         self.waiting: dict[tuple[int, int], list[tuple[Warp, int]]] = {}  # at a barrier, by thread block and number
         self.published: dict[tuple[int, int, int], int] = {}  # when, by thread block (or warp), iteration, exchange
         self.waits = sorted(step.detours)  # their places
@@ -255,6 +262,8 @@ class ThreadBlock:
     def load(self, one: Instruction, warp: Warp, now: int) -> int:
         """Return the latency of a load from global memory: from L2 what others publish, from device memory the rest."""
         start = self.occupy_memory(now, max(1, one.width // 4))
+        if STREAMS & set(names(one)):
+            return int(self.stream(one, start) - now)
         if not (POLLS | LOADS) & set(names(one)) and "STRONG" not in one.opcode:
             return self.machine.dram
         if polls(one):
@@ -263,6 +272,15 @@ class ThreadBlock:
         moved = 32 * one.width * self.fill * again
         self.port_free = max(self.port_free, start + self.machine.l2) + moved / self.port
         return int(self.port_free - now)
+
+    def stream(self, one: Instruction, start: float) -> float:
+        """Return when streamed weights are there: from device memory those that leave L2 first, from L2 the others."""
+        if ".EF" in one.opcode:
+            from_memory = max(self.memory_port_free, start + self.machine.dram)
+            self.memory_port_free = from_memory + 32 * one.width / self.memory_port
+            return self.memory_port_free
+        self.port_free = max(self.port_free, start + self.machine.l2) + 32 * one.width / self.machine.stream_bytes
+        return self.port_free
 
     def count(self, one: Instruction, warp: Warp, now: int) -> int:
         """Return the latency of an atomic operation on the counter: the arrival of this thread block, or a poll."""

@@ -24,10 +24,12 @@ PHASES = {
 
 # The kernels' functions by what they do; an instruction gets its phase by those that it was inlined from. A function
 # that the kernels gain is one name more here (tests/cpu/test_simulator.py finds a name that no function has any more).
-PRODUCTS = {"multiply_add", "add_products", "as_values"}
+PRODUCTS = {"multiply_add", "add_products", "as_values", "as_weights"}
 SUMS = {"sum_parts", "sum_units", "sum_gates", "sum_of_parts", "as_own"}
 POLLS = {"any_missing", "load_bits", "wait_for_count", "load_when_published", "load_when_there"}
-LOADS = {"exchange_load", "as_right", "as_operand", "round_to_tf32"}
+LOADS = {"exchange_load", "as_right", "as_operand", "round_to_tf32", "load_streamed"}
+STREAMS = {"load_streamed"}
+"""Loads of weights that do not stay on the chip."""
 EQUATIONS = {
     "next_cell", "output_gate", "output_derivatives", "cell_derivatives", "previous_cell_gradient", "tanh", "sigmoid",
     "exp2_approx", "reciprocal_approx",

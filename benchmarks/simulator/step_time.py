@@ -51,7 +51,10 @@ def simulate(compiled: Compiled, machine: Machine = H100, conflicts: bool = True
     fill = min(plan.rows, compiled.launch.layer.B) / plan.block_b
     readers, counter = ceil_div(plan.programs, plan.together), plan.wait == "counter"
     by_warp = not plan.exact and plan.parts == 1 < plan.num_warps
-    thread_block = ThreadBlock(step, plan.num_warps, machine, readers, counter, blocks, fill, plan.together, by_warp)
+    streams = plan.unit_programs * plan.directions  # others with the same units read the same weights
+    thread_block = ThreadBlock(
+        step, plan.num_warps, machine, readers, counter, blocks, fill, plan.together, by_warp, streams
+    )
     thread_block.run(ITERATIONS)
     counted = range(SETTLED, ITERATIONS)
     spent: Counter[str] = Counter()

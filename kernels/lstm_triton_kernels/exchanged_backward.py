@@ -29,6 +29,7 @@ from lstm_triton_kernels.exchanged_forward import publish_operand
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
+from lstm_triton_kernels.streamed import first_streamed, streamed_product
 from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
 from lstm_triton_kernels.tiles import (
     barrier,
@@ -75,16 +76,16 @@ def publish_gates(
 @gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def exchanged_backward_kernel(
     d_gates_ptr, d_hidden_ptr, dc_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr, gates_ptr,
-    cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr, grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr,
-    resets_ptr, error_ptr,
+    cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr, grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, streamed_ptr,
+    lengths_ptr, resets_ptr, error_ptr,
     T, B, rows, row_blocks, max_polls, pause,
     H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
     OUTPUT_CURRENT: gl.constexpr, HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr,
     HAS_GRAD_H_N: gl.constexpr, HAS_GRAD_C_N: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr,
     ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr,
-    PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr, PROJECTION_CHUNKS: gl.constexpr,
-    PROJECTION_PIECES: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr,
+    STREAMED: gl.constexpr, BEYOND_L2: gl.constexpr, PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr,
+    PROJECTION_CHUNKS: gl.constexpr, PROJECTION_PIECES: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr,
+    UNITS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0, without a full peephole's part.
 
@@ -114,8 +115,12 @@ def exchanged_backward_kernel(
         w_ch_ptr += side * Q * H * H
     w, kept = load_weights(
         w_hh_ptr, w_ch_ptr, first_unit, H, HIDDEN, G, FULL, OUTPUT_CURRENT, True, CHUNKS, KEPT, UNITS, V, PARTS, WARPS,
-        PRECISION,
+        PRECISION, STREAMED,
     )  # fmt: skip
+    if STREAMED > 0:
+        of_program = side * gl.num_programs(0) + gl.program_id(0)
+        streamed_ptr += of_program * (STREAMED * PARTS * SETS * UNITS * 16)
+        stream = first_streamed(streamed_ptr, STREAMED, BEYOND_L2, SETS * UNITS, 0, PARTS, WARPS)
     buffer = sum_buffer(SETS, UNITS, ROWS, PARTS, kept)
     if CURRENT:
         w_o = load_second_weights(
@@ -193,7 +198,7 @@ def exchanged_backward_kernel(
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
 
     # What the forward pass saved does not depend on other programs: it is loaded an iteration ahead.
-    AHEAD: gl.constexpr = loads_ahead(ROWS, UNITS, PARTS, WARPS)
+    AHEAD: gl.constexpr = STREAMED == 0 and loads_ahead(ROWS, UNITS, PARTS, WARPS)
     if AHEAD:
         saved_next, c_next, grads_next = load_saved(
             gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1, row, row_mask, length, unit,
@@ -248,7 +253,15 @@ def exchanged_backward_kernel(
 
         slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
         dh = zero
-        if (first_unit < padded_units(HIDDEN)) if PROJECTION > 0 and not FULL else True:
+        if STREAMED > 0:
+            recurrent, polls, stream = streamed_product(
+                slot_ptr + slot_stride, places, polls, clocks, stream, streamed_ptr, w, kept, buffer, ONE_BLOCK, SETS,
+                CHUNKS, PIECES, STREAMED, BEYOND_L2, 0, TILED, ROWS, UNITS, PARTS, WARPS, PRECISION,
+            )  # fmt: skip
+            dh = recurrent[0]
+            if FULL:
+                dc += recurrent[1]
+        elif (first_unit < padded_units(HIDDEN)) if PROJECTION > 0 and not FULL else True:
             recurrent, polls = exchanged_product(
                 slot_ptr + slot_stride, places, polls, clocks, w, kept, buffer, ONE_BLOCK, SETS, CHUNKS, PIECES, TILED,
                 ROWS, UNITS, PARTS, WARPS, PRECISION,

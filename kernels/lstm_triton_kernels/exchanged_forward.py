@@ -25,6 +25,7 @@ from lstm_triton_kernels.equations import load_peephole, next_cell, output_gate
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
 from lstm_triton_kernels.rows import at_time, rows_of_block, time_of_step
+from lstm_triton_kernels.streamed import first_streamed, streamed_product
 from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
 from lstm_triton_kernels.tiles import (
     barrier,
@@ -63,14 +64,15 @@ def publish_state(
 @gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def exchanged_forward_kernel(
     gates_ptr, output_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr, cells_ptr, h_n_ptr, c_n_ptr,
-    h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr, resets_ptr, error_ptr,
+    h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, streamed_ptr, lengths_ptr, resets_ptr, error_ptr,
     T, B, rows, row_blocks, max_polls, pause,
     H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
     OUTPUT_CURRENT: gl.constexpr, SAVE_GATES: gl.constexpr, CELLS: gl.constexpr, HAS_LENGTHS: gl.constexpr,
     HAS_RESETS: gl.constexpr, ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr,
-    KEPT: gl.constexpr, PIECES: gl.constexpr, PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr,
-    PROJECTION_CHUNKS: gl.constexpr, PROJECTION_PIECES: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr,
-    UNITS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
+    KEPT: gl.constexpr, PIECES: gl.constexpr, STREAMED: gl.constexpr, BEYOND_L2: gl.constexpr,
+    PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr, PROJECTION_CHUNKS: gl.constexpr,
+    PROJECTION_PIECES: gl.constexpr, TILED: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """gates (D, T, B, G·H), the input side of all gates, becomes (SAVE_GATES) the activated gates.
 
@@ -82,6 +84,7 @@ def exchanged_forward_kernel(
     - cells, c_n, c_0, w_ch, lengths, resets, error, ONE_BLOCK: as in `persistent_forward_kernel`
 
     CHUNKS of each of PARTS of the columns, KEPT of them in shared memory; they are waited for and multiplied in PIECES.
+    STREAMED of them are loaded in every step from `streamed` (streamed.py), the last BEYOND_L2 from device memory.
     ROWS: of a tile, of which `rows` are used; UNITS: a multiple of 8.
     """
     G: gl.constexpr = 3 if COUPLED else 4
@@ -105,8 +108,12 @@ def exchanged_forward_kernel(
         w_ch_ptr += side * Q * H * H
     w, kept = load_weights(
         w_hh_ptr, w_ch_ptr, first_unit, H, HIDDEN, G, FULL, OUTPUT_CURRENT, False, CHUNKS, KEPT, UNITS, V, PARTS, WARPS,
-        PRECISION,
+        PRECISION, STREAMED,
     )  # fmt: skip
+    if STREAMED > 0:
+        of_program = side * gl.num_programs(0) + gl.program_id(0)
+        streamed_ptr += of_program * (STREAMED * PARTS * 4 * UNITS * 16)
+        stream = first_streamed(streamed_ptr, STREAMED, BEYOND_L2, 4 * UNITS, (4 - G) * UNITS, PARTS, WARPS)
     buffer = sum_buffer(4, UNITS, ROWS, PARTS, kept)
     if CURRENT:
         w_o = load_second_weights(
@@ -196,7 +203,7 @@ def exchanged_forward_kernel(
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
 
     # Gate inputs do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
-    AHEAD: gl.constexpr = loads_ahead(ROWS, UNITS, PARTS, WARPS)
+    AHEAD: gl.constexpr = STREAMED == 0 and loads_ahead(ROWS, UNITS, PARTS, WARPS)
     if AHEAD:
         a_next = load_gate_inputs(gates_ptr, 0, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
 
@@ -241,10 +248,16 @@ def exchanged_forward_kernel(
             read_mask = read_mask & (reset == 0)
 
         slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
-        recurrent, polls = exchanged_product(
-            slot_ptr, places, polls, clocks, w, kept, buffer, ONE_BLOCK, 4, CHUNKS, PIECES, TILED, ROWS, UNITS, PARTS,
-            WARPS, PRECISION,
-        )  # fmt: skip
+        if STREAMED > 0:
+            recurrent, polls, stream = streamed_product(
+                slot_ptr, places, polls, clocks, stream, streamed_ptr, w, kept, buffer, ONE_BLOCK, 4, CHUNKS, PIECES,
+                STREAMED, BEYOND_L2, (4 - G) * UNITS, TILED, ROWS, UNITS, PARTS, WARPS, PRECISION,
+            )  # fmt: skip
+        else:
+            recurrent, polls = exchanged_product(
+                slot_ptr, places, polls, clocks, w, kept, buffer, ONE_BLOCK, 4, CHUNKS, PIECES, TILED, ROWS, UNITS,
+                PARTS, WARPS, PRECISION,
+            )  # fmt: skip
         sums = ()
         for g in gl.static_range(G):
             sums = sums + (a[g].to(gl.float32) + recurrent[g + 4 - G],)  # noqa: RUF005

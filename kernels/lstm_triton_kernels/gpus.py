@@ -20,6 +20,7 @@ class GPU:
 
     - capability: compute capability times ten; multiprocessors; shared_bytes: shared memory of one program, at most
     - clock_ghz, tflop_per_s (dense, by type as in `limit.Constants`), memory_gb_per_s: of the data sheet, boost clock
+    - l2_bytes: the capacity of the L2 cache
     - interpreted: whether it is Triton's interpreter
     """
 
@@ -30,6 +31,7 @@ class GPU:
     clock_ghz: float
     tflop_per_s: Mapping[str, float]
     memory_gb_per_s: float
+    l2_bytes: int
     interpreted: bool = False
 
     def __hash__(self) -> int:
@@ -40,22 +42,23 @@ def _rates(half: float, tf32: float, float32: float, float64: float) -> dict[str
     return {"float16": half, "bfloat16": half, "tf32": tf32, "float32": float32, "float64": float64}
 
 
-KIB = 1024
+KIB, MIB = 1024, 1024**2
 GPUS: dict[str, GPU] = {
-    "a100": GPU("A100 SXM 80 GB", 80, 108, 163 * KIB, 1.41, _rates(312, 156, 19.5, 19.5), 2039),
-    "a10": GPU("A10", 86, 72, 99 * KIB, 1.70, _rates(125, 62.5, 31.2, 0.5), 600),
-    "rtx3090": GPU("RTX 3090", 86, 82, 99 * KIB, 1.70, _rates(71, 35.6, 35.6, 0.6), 936),
-    "l4": GPU("L4", 89, 58, 99 * KIB, 2.04, _rates(121, 60, 30.3, 0.5), 300),
-    "l40s": GPU("L40S", 89, 142, 99 * KIB, 2.52, _rates(362, 183, 91.6, 1.4), 864),
-    "rtx4090": GPU("RTX 4090", 89, 128, 99 * KIB, 2.52, _rates(165, 82.6, 82.6, 1.3), 1008),
-    "h100": GPU("H100 SXM", 90, 132, 227 * KIB, 1.83, _rates(989, 494, 67, 67), 3352),
-    "h200": GPU("H200 SXM", 90, 132, 227 * KIB, 1.83, _rates(989, 494, 67, 67), 4800),
-    "b200": GPU("B200", 100, 148, 227 * KIB, 1.85, _rates(2250, 1125, 75, 37), 8000),
-    "rtx5090": GPU("RTX 5090", 120, 170, 99 * KIB, 2.41, _rates(209.5, 104.8, 104.8, 1.6), 1792),
+    "a100": GPU("A100 SXM 80 GB", 80, 108, 163 * KIB, 1.41, _rates(312, 156, 19.5, 19.5), 2039, 40 * MIB),
+    "a10": GPU("A10", 86, 72, 99 * KIB, 1.70, _rates(125, 62.5, 31.2, 0.5), 600, 6 * MIB),
+    "rtx3090": GPU("RTX 3090", 86, 82, 99 * KIB, 1.70, _rates(71, 35.6, 35.6, 0.6), 936, 6 * MIB),
+    "l4": GPU("L4", 89, 58, 99 * KIB, 2.04, _rates(121, 60, 30.3, 0.5), 300, 48 * MIB),
+    "l40s": GPU("L40S", 89, 142, 99 * KIB, 2.52, _rates(362, 183, 91.6, 1.4), 864, 96 * MIB),
+    "rtx4090": GPU("RTX 4090", 89, 128, 99 * KIB, 2.52, _rates(165, 82.6, 82.6, 1.3), 1008, 72 * MIB),
+    "h100": GPU("H100 SXM", 90, 132, 227 * KIB, 1.83, _rates(989, 494, 67, 67), 3352, 50 * MIB),
+    "h200": GPU("H200 SXM", 90, 132, 227 * KIB, 1.83, _rates(989, 494, 67, 67), 4800, 50 * MIB),
+    "b200": GPU("B200", 100, 148, 227 * KIB, 1.85, _rates(2250, 1125, 75, 37), 8000, 126 * MIB),
+    "rtx5090": GPU("RTX 5090", 120, 170, 99 * KIB, 2.41, _rates(209.5, 104.8, 104.8, 1.6), 1792, 96 * MIB),
 }
 """GPUs that plans can be made for where none of them is at hand.
 
-Limits: CUDA C++ Programming Guide. Rates: NVIDIA's data sheets, of half types with float32 accumulation, no sparsity.
+Limits: CUDA C++ Programming Guide. Rates: NVIDIA's data sheets, of half types with float32 accumulation, no sparsity;
+capacities of L2: its whitepapers of the architectures and data sheets.
 """
 
 
@@ -87,6 +90,9 @@ L2_BYTES_PER_CLOCK = 40
 WAIT_US = {"counter": {2: 0.74, 128: 0.94}, "data": {2: 0.57, 128: 1.23}}
 """One wait of so many programs for each other, by how they wait, measured as above."""
 
+REGISTER_BYTES = 256 * KIB
+"""Of a multiprocessor."""
+
 LAUNCH_US = 1.5
 """A cooperative launch after another, measured as above."""
 
@@ -100,7 +106,8 @@ def nominal_constants(gpu: GPU) -> Constants:
         launch_us=LAUNCH_US,
         wait_us=WAIT_US,
         multiprocessors=gpu.multiprocessors,
-        on_chip_bytes=gpu.shared_bytes,
+        on_chip_bytes=gpu.shared_bytes + REGISTER_BYTES,
+        l2_bytes=gpu.l2_bytes,
     )
 
 
@@ -130,4 +137,5 @@ def gpu_of(device: torch.device) -> GPU:
         capability=capability,
         multiprocessors=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined] # missing in the stub
+        l2_bytes=properties.L2_cache_size,
     )

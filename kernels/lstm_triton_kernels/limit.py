@@ -11,14 +11,16 @@ blocks. It counts:
 - *chain*: h_t needs h_{t-1}, so what stands between them is paid T times, however wide the machine is: the recurrent
   operations (at the full rate), and, where the recurrent weights do not fit one multiprocessor, one wait of all
   programs that hold them and their reading of the state through L2: forward h_{t-1}, B·H elements each; backward the
-  gate gradients, B·G·H elements each. Weights that do not fit on all multiprocessors together stream through L2 in
-  every step.
+  gate gradients, B·G·H elements each.
+- *stream*: recurrent weights that do not fit on all multiprocessors together, in shared memory and all registers, go
+  through L2 in every step, beside what is read of the state; and what does not fit L2 either comes from device memory
+  at the copy bandwidth, whatever the order in which it is read.
 
-A step takes at least the longer of the two, and its share of one cooperative launch a pass. Layers in one direction can
-overlap (step t of layer 2 beside step t + 1 of layer 1), so L of them have one chain; with two directions a layer needs
-all of the layer below, so each has its own; the two directions of a layer run side by side. Not counted, so that no
-machine reaches the limit: activations, reading the resident weights from shared memory, tiles of the tensor cores that
-few rows leave empty, the gradients of the weights.
+A step takes at least the longest of the three, and its share of one cooperative launch a pass. Layers in one direction
+can overlap (step t of layer 2 beside step t + 1 of layer 1), so L of them have one chain; with two directions a layer
+needs all of the layer below, so each has its own; the two directions of a layer run side by side. Not counted, so that
+no machine reaches the limit: activations, reading the resident weights from shared memory, tiles of the tensor cores
+that few rows leave empty, the gradients of the weights.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Constants:
     - launch_us: an empty cooperative launch after another
     - wait_us: one wait of all programs for each other, by method ("counter", "data") and number of programs
     - multiprocessors; on_chip_bytes: shared memory and registers of one of them
+    - l2_bytes: what L2 holds; None: not known, and taken to hold all that streams
     """
 
     copy_gb_per_s: float
@@ -51,6 +54,7 @@ class Constants:
     wait_us: Mapping[str, Mapping[int, float]] | None = None
     multiprocessors: int | None = None
     on_chip_bytes: int | None = None
+    l2_bytes: int | None = None
 
 
 def least_us_per_step(layer: Layer, constants: Constants, layers: int = 1) -> float:
@@ -96,27 +100,50 @@ def least_pass_us(layer: Layer, constants: Constants, backward: bool) -> float:
     One direction has its chain; the directions share the machine's matmul rate and its L2.
     """
     products, reads, waits = _chain(layer, constants, backward)
-    return max(products + reads + waits, layer.D * products, layer.D * reads)
+    stream = layer.D * stream_us(layer, constants, backward)
+    return max(products + reads + waits, layer.D * products, layer.D * reads, stream)
 
 
 def _chain_us(layer: Layer, constants: Constants, backward: bool) -> float:
-    return sum(_chain(layer, constants, backward))
+    return max(sum(_chain(layer, constants, backward)), stream_us(layer, constants, backward))
 
 
 def _chain(layer: Layer, constants: Constants, backward: bool) -> tuple[float, float, float]:
-    """Return what stands between two steps: products, reads of L2, one wait."""
+    """Return what stands between two steps: products, reads of the state through L2, one wait."""
     recurrent = layer.recurrent_operations / (constants.matmul_tflop_per_s[layer.rate] * 1e6)
-    if constants.on_chip_bytes is None or constants.multiprocessors is None or constants.l2_read_gb_per_s is None:
+    programs = _programs(layer, constants)
+    if programs == 1 or constants.l2_read_gb_per_s is None:
         return recurrent, 0.0, 0.0
-    weights = layer.recurrent_bytes
-    programs = min(ceil_div(weights, constants.on_chip_bytes), constants.multiprocessors)
-    if programs == 1:
-        return recurrent, 0.0, 0.0
-    streamed = max(0, weights - constants.multiprocessors * constants.on_chip_bytes)
-    width = layer.gates * layer.H if backward else layer.H
-    exchanged = programs * layer.B * width * layer.element_bytes
-    reads = (exchanged + streamed) / (constants.l2_read_gb_per_s * 1e3)
+    reads = _exchanged_bytes(layer, programs, backward) / (constants.l2_read_gb_per_s * 1e3)
     return recurrent, reads, least_wait_us(programs, constants)
+
+
+def stream_us(layer: Layer, constants: Constants, backward: bool) -> float:
+    """Return microseconds of a step of one direction in which its weights that do not fit the chip are read; 0 if none.
+
+    While they are read, so is the state, at the rate of L2; but a program need not wait for the one to read the other.
+    """
+    if constants.on_chip_bytes is None or constants.multiprocessors is None or constants.l2_read_gb_per_s is None:
+        return 0.0
+    streamed = layer.recurrent_bytes - constants.multiprocessors * constants.on_chip_bytes
+    if streamed <= 0:
+        return 0.0
+    exchanged = _exchanged_bytes(layer, constants.multiprocessors, backward)
+    beyond_l2 = max(0, streamed - constants.l2_bytes) if constants.l2_bytes is not None else 0
+    return max((streamed + exchanged) / (constants.l2_read_gb_per_s * 1e3), beyond_l2 / (constants.copy_gb_per_s * 1e3))
+
+
+def _programs(layer: Layer, constants: Constants) -> int:
+    """Return on how many multiprocessors the recurrent weights of a direction must be, 1 where these are not known."""
+    if constants.on_chip_bytes is None or constants.multiprocessors is None:
+        return 1
+    return min(ceil_div(layer.recurrent_bytes, constants.on_chip_bytes), constants.multiprocessors)
+
+
+def _exchanged_bytes(layer: Layer, programs: int, backward: bool) -> int:
+    """Return bytes of the state that so many programs read of each other in a step."""
+    width = layer.gates * layer.H if backward else layer.H
+    return programs * layer.B * width * layer.element_bytes
 
 
 def least_wait_us(programs: int, constants: Constants) -> float:

@@ -39,6 +39,8 @@ class PersistentPlan:
     - in Gluon, kept: chunks of weights in shared memory, the others are in registers; together: programs that share a
       multiprocessor; tiled: how the exchange buffer is laid out (polling.py); peephole, projection: the products within
       a step, with V_o of a full peephole on c_t, and with W_hr
+    - in Gluon, streamed: chunks of weights that do not stay on the chip, but are loaded in every step (streamed.py);
+      beyond_l2: of those, what L2 does not hold either
     """
 
     block_u: int
@@ -65,6 +67,8 @@ class PersistentPlan:
     tiled: bool = False
     peephole: Second | None = None
     projection: Second | None = None
+    streamed: int = 0
+    beyond_l2: int = 0
 
     @property
     def alone(self) -> bool:
@@ -95,13 +99,14 @@ class PersistentPlan:
         """Return the plan in a few words: `U8 R16/16 K32x8x3 96x1x1 data`.
 
         Units of a program, rows used of its tile's, columns of a part x parts x chunks (`by` so many where not all are
-        read at once, `kept` so many where not all are in registers), the grid (`of` so many row blocks where a program
-        has several), and the wait, or `alone`; `V_o` or `W_hr` before the columns of such a product; `in pairs` where
-        two programs share a multiprocessor.
+        read at once, `kept` so many where not all are in registers, `streamed` so many where not all are on the chip),
+        the grid (`of` so many row blocks where a program has several), and the wait, or `alone`; `V_o` or `W_hr` before
+        the columns of such a product; `in pairs` where two programs share a multiprocessor.
         """
         columns = f"K{self.block_k}x{self.parts}x{self.chunks}"
         columns += f" by {self.group}" if self.group < self.chunks else ""
         columns += f" kept {self.kept}" if self.kept else ""
+        columns += f" streamed {self.streamed}" if self.streamed else ""
         grid = f"{self.unit_programs}x{self.row_programs}x{self.directions}"
         grid += f" of {self.row_blocks}" if self.blocks_per_program > 1 else ""
         wait = f"{self.wait or 'alone'}{' in pairs' * (self.together > 1)}"

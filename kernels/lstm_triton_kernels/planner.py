@@ -15,7 +15,7 @@ import torch
 from lstm_triton_kernels import float32_plan, tensor_core_plan
 from lstm_triton_kernels.gpus import GPU
 from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference
-from lstm_triton_kernels.sizes import Layer, padded_row
+from lstm_triton_kernels.sizes import Layer, ceil_div, padded_row
 
 PERSISTENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -51,7 +51,7 @@ def _ranked_plans(layer: Layer, backward: bool, gpu: GPU, preference: Preference
         return why_none(layer, gpu, preference)
 
     def rank(plan: PersistentPlan) -> tuple[object, ...]:
-        tile = (plan.kept, plan.block_u, plan.block_b, plan.block_k, plan.parts, plan.chunks, plan.group)
+        tile = (plan.streamed, plan.kept, plan.block_u, plan.block_b, plan.block_k, plan.parts, plan.chunks, plan.group)
         return (plan.estimate_us * (1.0 if plan.alone else WAITING_MARGIN), plan.programs, tile)
 
     return tuple(sorted(plans, key=rank))
@@ -80,6 +80,9 @@ def why_none(layer: Layer, gpu: GPU, preference: Preference) -> str:
         room += f" in all and {float32_plan.MOST_CHUNKS} chunks of columns at most"
     else:
         room += f" and {gpu.multiprocessors * tensor_core_plan.REGISTERS / 2**18:.1f} MiB of registers in all"
+    programs = ceil_div(layer.H, max(tensor_core_plan.UNITS_STREAMED)) * layer.D
+    if not layer.exact and programs > gpu.multiprocessors:
+        room += f"; to stream a part of them takes {programs} multiprocessors"
     return (
         f"no tiles of the recurrent weights, {layer.recurrent_bytes * layer.D / 2**20:.1f} MiB, fit "
         f"{gpu.multiprocessors} multiprocessors with room to work, of {room}"

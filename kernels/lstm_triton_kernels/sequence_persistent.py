@@ -26,6 +26,7 @@ from lstm_triton_kernels.sizes import Layer, accumulator_dtype, matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec
 from lstm_triton_kernels.sync import COUNTER_STRIDE, POLLS, unpublish
 from lstm_triton_kernels.tensor_core_plan import (
+    CHUNK_BYTES,
     exchanged_columns,
     fits,
     no_gluon,
@@ -37,6 +38,7 @@ from lstm_triton_kernels.watch import error_words_of, one_at_a_time
 if no_gluon() is None:
     from lstm_triton_kernels.exchanged_backward import exchanged_backward_kernel
     from lstm_triton_kernels.exchanged_forward import exchanged_forward_kernel
+    from lstm_triton_kernels.streamed import pack_weights_kernel
 
 _preferences: list[Preference] = []
 
@@ -294,6 +296,8 @@ def run(launch: Launch) -> dict[str, Any]:
     """
     plan = plan_of(launch)
     arguments = launch.arguments(plan)
+    if plan.streamed:
+        pack_weights(launch, plan, arguments["streamed_ptr"])
     with nullcontext() if plan.alone or launch.lanes else one_at_a_time(launch.device):
         kernel_of(launch, plan)[grid(plan, launch.device, launch.lanes)](**arguments)
     return arguments
@@ -404,6 +408,9 @@ def exchanged_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
         peephole_exchange_ptr=second_buffer(launch, plan, plan.peephole, peephole),
         projection_exchange_ptr=second_buffer(launch, plan, plan.projection, projection),
         PROJECTION=layer.P,
+        streamed_ptr=streamed_buffer(launch, plan) if plan.streamed else None,
+        STREAMED=plan.streamed,
+        BEYOND_L2=plan.beyond_l2,
         KEPT=plan.kept,
         PIECES=plan.chunks // plan.group,
         TILED=plan.tiled,
@@ -437,3 +444,31 @@ def exchange_buffer(launch: Launch, plan: PersistentPlan, slots: int, chunks: in
     elif published < columns:
         exchange.view(-1, columns)[:, published:] = 0
     return exchange
+
+
+def streamed_buffer(launch: Launch, plan: PersistentPlan) -> Tensor:
+    """Return a buffer for the weights that a plan streams, (D, programs, STREAMED, PARTS, M, 16) of 32 bits."""
+    left_rows = plan.tile_bytes // (plan.chunks * plan.parts * CHUNK_BYTES)
+    shape = (plan.directions, plan.unit_programs, plan.streamed, plan.parts, left_rows, CHUNK_BYTES // 4)
+    return torch.empty(shape, dtype=torch.int32, device=launch.device)
+
+
+def pack_weights(launch: Launch, plan: PersistentPlan, streamed: Tensor) -> None:
+    """Write the weights that a plan streams into their buffer."""
+    given = launch.inputs
+    pack_weights_kernel[plan.unit_programs, plan.streamed, plan.directions](
+        packed_ptr=streamed.view(given["w_hh_ptr"].dtype),
+        w_hh_ptr=given["w_hh_ptr"],
+        w_ch_ptr=given["w_ch_ptr"] if launch.layer.spec.full else None,
+        H=launch.layer.H,
+        COUPLED=launch.layer.spec.coupled,
+        FULL=launch.layer.spec.full,
+        BACKWARD=launch.backward,
+        PRECISION="tf32" if launch.layer.rate == "tf32" else "ieee",
+        CHUNKS=plan.chunks,
+        STREAMED=plan.streamed,
+        UNITS=plan.block_u,
+        PARTS=plan.parts,
+        WARPS=plan.num_warps,
+        num_warps=plan.num_warps,
+    )

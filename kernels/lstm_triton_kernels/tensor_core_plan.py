@@ -15,7 +15,7 @@ from functools import cache
 from math import log2
 from typing import NamedTuple
 
-from lstm_triton_kernels.gpus import GPU
+from lstm_triton_kernels.gpus import GPU, L2_BYTES_PER_CLOCK
 from lstm_triton_kernels.plan import PersistentPlan, Second
 from lstm_triton_kernels.sizes import Layer, ceil_div, padded_units
 
@@ -68,6 +68,10 @@ of a row block, for each KiB, and for each further piece, forward and backward (
 SHARED_CLOCKS = {False: (0.485, 1.375), True: (0.165, 0.86)}
 """Likewise, times the clocks of the products (or of reading the kept weights, if those are more), and clocks for each
 output of a multiprocessor."""
+STREAM_US = (1.27, 0.0139, 0.281, 0.63)
+"""Where weights are streamed, fitted to 47 simulated plans, 0.78 to 1.16 of them: of a row block, for each KiB that is
+read of other programs, for each further piece, and times the time of what L2 holds of the weights at its full rate. The
+time of what comes from device memory, at the rate of its data sheet, counted 0.88 there; here it is counted whole."""
 SHORT = {False: 1.46, True: 1.38}
 """How many times a measured step is a simulated one, forward and backward (True), see benchmarks/simulator; and a tenth
 more, so that of two alike the plan of a kind that was measured is taken."""
@@ -75,6 +79,16 @@ PRODUCT_CLOCKS = 8
 """Of a quarter of a multiprocessor, at least, for a product of 16 x 8 x 16 elements of 16 bits, half as many of 32."""
 SHARED_BYTES_PER_CLOCK = 128
 """Of a multiprocessor."""
+
+UNITS_STREAMED, WARPS_STREAMED = (8, 16, 32), 8
+"""Of a program whose weights do not all stay on the chip (streamed.py); and of its warps."""
+STREAM_REGISTERS = 64
+"""Of a thread for weights under way, where a program streams some: 64 KiB of 8 warps, which is what a multiprocessor's
+share of an H100's device memory delivers in 2.6 us. Little's law asks for a third, at a latency of 0.8 us; the rest
+arrives while the programs exchange."""
+L2_SHARE = 0.5
+"""Of the capacity of L2, for streamed weights that are to stay there; an assumption. The exchange, the gates and what
+the backward pass saved go through it as well, and L2 of a large GPU has two halves, which may both have a line."""
 
 PAUSE, PAUSE_PER_KIB, MOST_PAUSE = 300, 25, 700
 """Clocks from a program's last store to its first poll, by what a multiprocessor reads in a step: the best of those
@@ -94,6 +108,11 @@ def loads_ahead(rows: int, units: int, parts: int, warps: int) -> bool:
     Where warps share the rows and a thread has many outputs, other warps run while one waits.
     """
     return parts == warps or rows * units <= 4 * 32 * warps
+
+
+def chunks_in_flight(left_rows: int) -> int:
+    """Return how many chunks of streamed weights, of so many rows, a warp has under way (streamed.py)."""
+    return max(1, 2 * STREAM_REGISTERS // left_rows)
 
 
 @cache
@@ -153,13 +172,28 @@ def product_clocks(layer: Layer, gpu: GPU) -> float:
 
 
 def candidates(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
-    """Every plan that fits the GPU: all programs resident, weights in registers and shared memory."""
+    """Every plan that fits the GPU: all programs resident, weights in registers and shared memory.
+
+    Only where there is none, plans by which a part of the weights is streamed; of a step with one product alone.
+    """
     if why_not(gpu) is None:
-        for units, rows, warps, together in itertools.product(UNITS, ROWS, WARPS, TOGETHER):
-            yield from plans_of(layer, backward, gpu, Tile(units, rows, warps, warps, together))
-        for units, sets, together in itertools.product(UNITS_OF_MANY_ROWS, SETS, TOGETHER):
-            warps = WARPS_OF_MANY_ROWS // together
-            yield from plans_of(layer, backward, gpu, Tile(units, 8 * sets * warps, warps, 1, together))
+        found = False
+        for plan in resident_plans(layer, backward, gpu):
+            found = True
+            yield plan
+        if not found and not any(second_columns(layer, backward)):
+            for units, rows in itertools.product(UNITS_STREAMED, ROWS):
+                tile = Tile(units, rows, WARPS_STREAMED, WARPS_STREAMED, 1)
+                yield from plans_of(layer, backward, gpu, tile, streams=True)
+
+
+def resident_plans(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
+    """Every plan by which all weights stay on the chip."""
+    for units, rows, warps, together in itertools.product(UNITS, ROWS, WARPS, TOGETHER):
+        yield from plans_of(layer, backward, gpu, Tile(units, rows, warps, warps, together))
+    for units, sets, together in itertools.product(UNITS_OF_MANY_ROWS, SETS, TOGETHER):
+        warps = WARPS_OF_MANY_ROWS // together
+        yield from plans_of(layer, backward, gpu, Tile(units, 8 * sets * warps, warps, 1, together))
 
 
 class Tile(NamedTuple):
@@ -185,8 +219,8 @@ class Tile(NamedTuple):
         return ceil_div(self.units * self.rows, 32 * self.warps)
 
 
-def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[PersistentPlan]:
-    """The plans of a tile, which differ in how the columns are cut."""
+def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile, streams: bool = False) -> Iterator[PersistentPlan]:
+    """The plans of a tile, which differ in how the columns are cut; streams: of those that stream some weights."""
     units, tile_rows, warps, parts, together = tile
     outputs = tile.outputs
     shared = parts < warps
@@ -210,18 +244,24 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[Per
     registers = thread_registers(warps, together)
     loading = LOADING_REGISTERS + LOADING_ELEMENT * left_rows * 2 // layer.element_bytes if backward else 0
     needed = ceil_div(columns, block_k * parts)
-    if loads_ahead(tile_rows, units, parts, warps):
+    if loads_ahead(tile_rows, units, parts, warps) and not streams:
         working = WORKING_REGISTERS[backward] + OUTPUT_REGISTERS[backward] * outputs
     else:
         working = MANY_OUTPUTS_WORKING[backward] + MANY_OUTPUTS_REGISTERS[backward] * outputs
-        working += SECOND_SET_REGISTERS if tile.sets > 1 and not backward else 0
+        working += SECOND_SET_REGISTERS if tile.sets > 1 and not (backward or streams) else 0
     working += BLOCKS_REGISTERS if blocks > 1 and not shared else 0
     grid_us = UNITS_US * log2(max(LEAST_UNIT_PROGRAMS, unit_programs))
     grid_us += PROGRAMS_US * log2(unit_programs * row_programs * layer.D)
     grid_us += EIGHT_ROWS_US[backward] * together * rows / 8 + OUTPUT_US * (outputs - 1)
-    for cut in _cuts(needed, left_rows, tile.sets, registers - working, registers - loading):
-        kept_bytes = cut.kept * parts * left_rows * CHUNK_BYTES
-        sums_bytes = parts * left_rows * tile_rows * 4 if parts > 1 else 0
+    sums_bytes = parts * left_rows * tile_rows * 4 if parts > 1 else 0
+    chunk_bytes = parts * left_rows * CHUNK_BYTES
+    if streams:
+        most_kept = max(0, gpu.shared_bytes - sums_bytes) // chunk_bytes
+        cuts = _streamed_cuts(needed, left_rows, tile.sets, registers - working, registers - loading, most_kept)
+    else:
+        cuts = _cuts(needed, left_rows, tile.sets, registers - working, registers - loading)
+    for cut in cuts:
+        kept_bytes = cut.kept * chunk_bytes
         room = registers - working - cut.held * left_rows // 2
         seconds = [_second(n, tile, block_k, room) for n in second_columns(layer, backward)]
         if any(second is not None and second.group < 1 for second in seconds):
@@ -255,6 +295,16 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[Per
                 step_us += PIECE_US * (second.chunks // second.group - 1)
                 clocks += PRODUCTS * of_products / cut.chunks * second.chunks * second_rows / left_rows
                 clocks += KEPT * together * second_bytes * (warps // parts) / SHARED_BYTES_PER_CLOCK
+        beyond_l2 = 0
+        if streams:
+            one_bytes = chunk_bytes if backward else chunk_bytes * layer.gates // 4  # without rows that are zero
+            of_all = one_bytes * unit_programs * layer.D
+            beyond_l2 = max(0, cut.streamed - int(L2_SHARE * gpu.l2_bytes / of_all))
+            of_l2 = (cut.streamed - beyond_l2) * one_bytes / (L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
+            fixed_us, kib_us, piece_us, l2_times = STREAM_US
+            step_us = fixed_us + kib_us * read_kib + piece_us * (pieces - 1) + l2_times * of_l2
+            step_us = SHORT[backward] * step_us + beyond_l2 * of_all / (gpu.memory_gb_per_s * 1e3)
+            clocks = 0.0
         yield PersistentPlan(
             block_u=units,
             block_b=tile_rows,
@@ -271,7 +321,7 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[Per
             wait="data",
             pause=0 if at_once else min(MOST_PAUSE, round(PAUSE + PAUSE_PER_KIB * read_kib)),
             exact=False,
-            tile_bytes=cut.chunks * parts * left_rows * CHUNK_BYTES,
+            tile_bytes=cut.chunks * chunk_bytes,
             register_bytes=4 * cut.registers,
             shared_bytes=kept_bytes + sums_bytes + second_bytes,
             estimate_us=blocks * (step_us + clocks / gpu.clock_ghz / 1e3),
@@ -280,6 +330,8 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile) -> Iterator[Per
             tiled=rows >= 8 and not (backward and layer.B <= ROW_MAJOR_ROWS and read_kib <= ROW_MAJOR_KIB),
             peephole=seconds[0],
             projection=seconds[1],
+            streamed=cut.streamed,
+            beyond_l2=beyond_l2,
         )
 
 
@@ -305,17 +357,19 @@ class Cut(NamedTuple):
 
     - chunks of a warp; kept: in shared memory, the others in registers; group: read at once
     - registers: of weights, operands and accumulators in a thread
+    - streamed: loaded in every step
     """
 
     chunks: int
     kept: int
     group: int
     registers: int
+    streamed: int = 0
 
     @property
     def held(self) -> int:
         """Chunks in registers."""
-        return self.chunks - self.kept
+        return self.chunks - self.kept - self.streamed
 
 
 def _cuts(needed: int, left_rows: int, sets: int, room: int, loading_room: int) -> Iterator[Cut]:
@@ -334,3 +388,30 @@ def _cuts(needed: int, left_rows: int, sets: int, room: int, loading_room: int) 
         if operands <= MOST_OPERANDS and held >= 0 and kept < least_kept:
             least_kept = kept
             yield Cut(pieces * group, kept, group, held * left_rows // 2 + accumulators + operands)
+
+
+def _streamed_cuts(
+    needed: int, left_rows: int, sets: int, room: int, loading_room: int, most_kept: int
+) -> Iterator[Cut]:
+    """The cuts that stream some chunks; in more pieces than another only if that leaves room for more weights.
+
+    most_kept: chunks that fit shared memory; the others as of `_cuts`. What is streamed is a multiple of the chunks in
+    flight: so each of these has the same registers in every step.
+    """
+    accumulators = left_rows * sets // 4 * (2 if left_rows * sets <= 16 else 1)
+    flying = chunks_in_flight(left_rows)
+    least_streamed = needed + MOST_PIECES
+    for pieces in range(1, min(needed, MOST_PIECES) + 1):
+        group = ceil_div(needed, pieces)
+        operands = group * sets * 4
+        of_stream = flying * left_rows // 2
+        held = min(room - accumulators - operands - of_stream, loading_room) // (left_rows // 2)
+        chunks = pieces * group
+        if held < 0 or operands > MOST_OPERANDS:
+            continue
+        streamed = flying * ceil_div(max(1, chunks - held - most_kept), flying)
+        kept = min(most_kept, max(0, chunks - streamed))
+        held = chunks - streamed - kept
+        if flying < streamed < least_streamed and held >= 0:
+            least_streamed = streamed
+            yield Cut(chunks, kept, group, held * left_rows // 2 + of_stream + accumulators + operands, streamed)

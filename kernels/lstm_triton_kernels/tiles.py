@@ -231,10 +231,10 @@ def as_own(block, own: gl.constexpr):
 def load_weights(
     w_hh_ptr, w_ch_ptr, first_unit, H: gl.constexpr, HIDDEN: gl.constexpr, G: gl.constexpr, FULL: gl.constexpr,
     OUTPUT_CURRENT: gl.constexpr, BACKWARD: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, UNITS: gl.constexpr,
-    V: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr, PRECISION: gl.constexpr,
+    V: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr, PRECISION: gl.constexpr, STREAMED: gl.constexpr,
 ):  # fmt: skip
     """Load the weights of UNITS units, CHUNKS chunks of each part: those in registers, and the last KEPT, kept in
-    shared memory. See `weights_at` for their rows and columns.
+    shared memory; of the first STREAMED none (streamed.py). See `weights_at` for their rows and columns.
     """
     left: gl.constexpr = operand_layout(0, V, PARTS, WARPS)
     K: gl.constexpr = 4 * V
@@ -244,7 +244,7 @@ def load_weights(
     m = gl.arange(0, SETS * UNITS, layout=gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :, None]
     k = first + gl.arange(0, K, layout=gl.SliceLayout(0, gl.SliceLayout(1, left)))[None, None, :]
     w = ()
-    for n in gl.static_range(CHUNKS - KEPT):
+    for n in gl.static_range(STREAMED, CHUNKS - KEPT):
         chunk = weights_at(
             w_hh_ptr, w_ch_ptr, first_unit, m, k + n * K, H, HIDDEN, G, FULL, OUTPUT_CURRENT, BACKWARD, UNITS, PARTS,
             PRECISION,

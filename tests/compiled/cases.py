@@ -51,6 +51,7 @@ def quick() -> Iterator[Case]:
         yield replace(cut, weak=True).with_fields(tiled=n == 0, kept=n // 2)
     yield from shared_rows()
     yield from within_a_step()
+    yield from streamed()
     for n, spec in enumerate(VARIANTS):
         yield Case(spec.name, types[n % 4], 2, (5, 17)[n % 2], 24, 1 + n % 2, stepwise=True, resets=n % 3 == 0, I=7)
     yield Case("standard", "bf16", 1, 64, 128, stepwise=True)  # by wgmma
@@ -100,6 +101,20 @@ def within_a_step() -> Iterator[Case]:
         yield Case("full+current", "fp32", 2, 5, 72, wait=wait, resets=True)
         yield Case("coupled", "fp32", 2, 5, 72, wait=wait, P=20, lengths=True)
     yield Case("full+current", "fp32", 2, 3, 8, block_u=16, P=5)
+
+
+def streamed() -> Iterator[Case]:
+    """Weights that do not all stay on the chip: by one to eight warps, of one row block and of two."""
+    for n, (variant, H, units, tile_rows, warps) in enumerate(
+        (
+            ("standard", 136, 32, 8, 2), ("coupled", 72, 16, 16, 4), ("full", 72, 16, 8, 2),
+            ("diagonal+current", 264, 16, 16, 8), ("coupled+full", 40, 16, 8, 1), ("coupled+diagonal", 100, 16, 8, 2),
+        )
+    ):  # fmt: skip
+        B = (tile_rows - 3, 2 * tile_rows - 3)[n // 2 % 2]
+        case = Case(variant, TENSOR_CORES[n % 3], 2, B, H, 1 + (n == 1), "data", weak=n in (2, 5), **FLAGS[(n + 1) % 4])
+        yield case.with_streamed_weights(units, tile_rows, warps)
+    yield Case("standard", "bf16", 2, 5, 100, wait="data", capability=80).with_streamed_weights(16, 8, 2)
 
 
 def alone() -> Iterator[Case]:
@@ -207,7 +222,7 @@ def planned() -> Iterator[Planned]:
                 continue
             plan = plans[0]
             tile = (plan.block_u, plan.block_b, plan.block_k, span_of(plan), plan.chunks, plan.group, plan.num_warps)
-            tile += (plan.kept, plan.together, plan.tiled)
+            tile += (plan.kept, plan.together, plan.tiled, plan.streamed)
             kind = (backward, *tile, plan.wait, plan.exact, plan.blocks_per_program == 1)
             found.setdefault(kind, []).append(Planned(whole, backward, plan))
     for number, kin in enumerate(found.values()):
@@ -249,6 +264,7 @@ def suite() -> Iterator[Case]:
 
 GROUPS = {
     "alone": alone,
+    "streamed": streamed,
     "together": together,
     "many": many,
     "weak": weak,

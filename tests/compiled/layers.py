@@ -150,6 +150,18 @@ class Case:
 
         return replace(self, own_plans=Plans(plan(False), plan(True)))
 
+    def with_streamed_weights(self, units: int, tile_rows: int, warps: int) -> Case:
+        """Return the case with plans of such a tile which stream all chunks but one, some of them from beyond L2."""
+
+        def plan(backward: bool) -> PersistentPlan:
+            tile = tensor_core_plan.Tile(units, tile_rows, warps, warps, 1)
+            gpu = replace(GPUS["h100"], multiprocessors=ceil_div(self.H, units) * self.D)
+            one = next(tensor_core_plan.plans_of(self.layer, backward, gpu, tile))
+            streamed = max(1, one.chunks - 1)
+            return replace(one, streamed=streamed, beyond_l2=ceil_div(streamed, 2), kept=one.chunks - streamed)
+
+        return replace(self, own_plans=Plans(plan(False), plan(True)))
+
     def with_fields(self, **fields: int | bool) -> Case:
         """Return the case with plans that have these fields."""
         return replace(self, own_plans=Plans(*(replace(self.plan(side), **fields) for side in (False, True))))

@@ -12,13 +12,12 @@ if INTERPRETED:
 from dataclasses import replace
 
 import torch
-from lstm_triton_kernels import sequence_persistent, watch
+from lstm_triton_kernels import sequence_persistent, tensor_core_plan, watch
 
 from benchmarks.micro import float32_matmuls
 from lstm_triton import VARIANTS
 from tests.compiled import cases, layers
 from tests.emulator.launches import emulated
-from tests.support.persistent import SERVED
 
 QUICK = list(cases.quick())
 
@@ -40,7 +39,7 @@ def test_the_quick_selection_has_a_case_of_everything():
     exact = [case for case in together if case.dtype == "fp32"]
     gluon = [case for case in together if case.dtype != "fp32"]
     stepwise = [case for case in QUICK if case.stepwise]
-    for spec in SERVED:
+    for spec in VARIANTS:
         assert {case.wait for case in exact if case.variant == spec.name} == {"data", "counter"}
         assert len({case.dtype for case in gluon if case.variant == spec.name}) > 1
         one = [case for case in QUICK if case.variant == spec.name and not (case.wait or case.stepwise)]
@@ -81,7 +80,17 @@ def test_the_quick_selection_has_a_plan_of_every_kind():
         assert {plan.group < plan.chunks for plan in some} == {False, True}
         assert {8, 16, 32} <= {plan.block_u for plan in some}
         assert {2, 4} <= {plan.num_warps for plan in some}
+        streams = [plan for plan in some if plan.streamed]
+        assert {plan.beyond_l2 < plan.streamed for plan in streams} == {False, True}
+        assert {plan.streamed % flying_of(plan) for plan in streams} >= {0, 1} and any(
+            plan.streamed > flying_of(plan) for plan in streams
+        )
     assert 8 in {both.backward.num_warps for both in plans}
+
+
+def flying_of(plan):
+    """How many chunks of streamed weights are under way."""
+    return tensor_core_plan.chunks_in_flight(plan.tile_bytes // (plan.chunks * plan.parts * 64))
 
 
 WAITING = layers.Case("standard", "bf16", 3, 5, 72, wait="data", multiprocessors=9)

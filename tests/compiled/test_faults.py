@@ -40,14 +40,14 @@ def test_a_planted_fault_is_seen(fault):
 
 EARLY = {
     "exchanged_forward_kernel": (
-        "publish_state(slot_ptr + slot_stride, own_place, c, c, publish_mask, H, P, V, TILED, FULL, PRECISION)"
+        "publish_state(slot_ptr + slot_stride, own_place, c, c, h_mask, c_mask, HIDDEN, V, TILED, FULL, PRECISION)"
     ),
     "exchanged_backward_kernel": (
         "publish_gates(slot_ptr, first_unit, rows, by_i, by_f, by_g, by_o, H, G, P, V, TILED, ROWS, UNITS, PARTS, "
         "WARPS, PRECISION)"
     ),
 }
-"""By kernel, a line that is inserted before its sum: something else is published first."""
+"""By kernel, a line that is inserted before its product: something else is published first."""
 
 
 @pytest.mark.parametrize("weak", [False, True])
@@ -55,7 +55,7 @@ EARLY = {
 def test_a_value_that_is_published_early_is_seen(name, weak, tmp_path, monkeypatch):
     """Others take it for the one that they wait for. The source is changed, not the PTX."""
     module = sys.modules[getattr(sequence_persistent, name).__module__]
-    before, inserted = "        recurrent = sum_of_parts(", f"        {EARLY[name]}\n"
+    before, inserted = "        if STREAMED > 0:\n            recurrent, ", f"        {EARLY[name]}\n"
     source = Path(module.__file__).read_text()
     assert source.count(before) == 1
     path = tmp_path / f"early_{name}.py"

@@ -54,6 +54,7 @@ FULL = Case("full", "fp16", 5, 3, 40, 2, wait="data", lengths=True).with_fields(
 TURNS = Case("diagonal", "bf16", 5, 11, 72, 2, wait="data", lengths=True).with_blocks_of(3, row_programs=2)
 FEW_UNITS = Case("coupled", "bf16", 8, 3, 2, 2, lengths=True, resets=True)
 """So many rows that resets, which have no units, reach as far; and that the exchange buffer does within one step."""
+STREAMED = Case("standard", "bf16", 5, 5, 72, 2, wait="data").with_streamed_weights(16, 8, 2)
 PADDED_UNITS = Case("coupled", "fp32", 5, 3, 9, 2)
 """The rows of the plain kernels' hidden states are longer than those of the gates."""
 ALONE = Case("standard", "fp32", 5, 5, 8, 2, lengths=True)
@@ -66,8 +67,8 @@ RESET_STEPS = Case("coupled+diagonal", "fp16", 5, 5, 2, 2, stepwise=True, resets
 FULL_STEPS = Case("full+current", "fp32", 5, 5, 24, stepwise=True, lengths=True)
 
 CASES = [
-    GLUON, SEVERAL, FULL, TURNS, FEW_UNITS, PADDED_UNITS, ALONE, DATA, COUNTER, PLAIN_TURNS, FEW_PLAIN_UNITS, STEPS,
-    RESET_STEPS, FULL_STEPS,
+    GLUON, SEVERAL, FULL, TURNS, FEW_UNITS, STREAMED, PADDED_UNITS, ALONE, DATA, COUNTER, PLAIN_TURNS, FEW_PLAIN_UNITS,
+    STEPS, RESET_STEPS, FULL_STEPS,
 ]  # fmt: skip
 QUICK = {GLUON, FEW_UNITS, TURNS, PADDED_UNITS, DATA, FEW_PLAIN_UNITS, STEPS, FULL_STEPS}
 

@@ -603,7 +603,7 @@ def h100(monkeypatch):
 @pytest.mark.parametrize(
     "strategy, change, words",
     [
-        ("persistent", dict(H=4096), "no tiles of the recurrent weights"),
+        ("persistent", dict(H=8192), "no tiles of the recurrent weights"),
         ("persistent", dict(suite="core"), None),
         ("persistent", dict(cell=True, T=1), "is no strategy of one step"),
         ("cudnn", dict(cell=True, T=1), "is no strategy of one step"),
@@ -635,9 +635,10 @@ def test_a_row_names_the_plan_that_computed_it(h100):
     found = {strategy: LstmTriton(strategy).plan(case, "cuda") for strategy in LstmTriton.HOW}
     assert re.fullmatch(r"forward U\d+ .* data; backward U\d+ .* data", found["persistent"])
     assert found["auto"] == found["persistent"] and found["stepwise"] == found["cudnn"] == found["torch"] == ""
-    assert AUTO.plan(replace(case, H=4096), "cuda") == "cudnn"
-    assert AUTO.plan(replace(case, H=4096, variant="coupled"), "cuda") == "cudnn"
-    assert AUTO.plan(replace(case, H=4096, variant="diagonal"), "cuda") == "stepwise"
+    assert AUTO.plan(replace(case, H=8192), "cuda") == "cudnn"
+    assert AUTO.plan(replace(case, H=8192, variant="coupled"), "cuda") == "cudnn"
+    assert AUTO.plan(replace(case, H=8192, variant="diagonal"), "cuda") == "stepwise"
+    assert " streamed " in AUTO.plan(replace(case, H=4096, variant="diagonal"), "cuda")
     forward = AUTO.plan(replace(case, mode=FORWARD), "cuda")
     assert forward.startswith("forward") and "backward" not in forward and AUTO.plan(case, "cpu") == ""
     assert TorchLSTM("cudnn").plan(case, "cuda") == ""

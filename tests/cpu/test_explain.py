@@ -98,14 +98,14 @@ def test_the_choice_is_that_of_the_router():
 def test_a_strategy_that_is_asked_for(strategy):
     found = report_of(layer(variant="coupled"), strategy=strategy).choice
     assert found.name == {"auto": "persistent"}.get(strategy, strategy)
-    refused = report_of(layer(1024, B=2048, variant="full"), Target(GPUS["l4"]), strategy="persistent").choice
+    refused = report_of(layer(2048, B=2048, variant="full"), Target(GPUS["l4"]), strategy="persistent").choice
     assert refused.name == "none" and "no tiles of the recurrent weights" in refused.reason
 
 
 @pytest.mark.parametrize(
     "fields, gpu, reason, instead",
     [
-        (dict(H=4096, B=4096), "h100", "no tiles of the recurrent weights, 128.0 MiB, fit", "cudnn"),
+        (dict(H=8192, B=4096), "h100", "no tiles of the recurrent weights, 512.0 MiB, fit", "cudnn"),
         (dict(H=2000, dtype="float32", variant="coupled"), "l4", "no tiles of the recurrent weights", "cudnn"),
         (dict(H=2000, dtype="float32", variant="diagonal"), "l4", "no tiles of the recurrent weights", "stepwise"),
         (dict(H=64, dtype="float64"), "rtx4090", "float64 has no persistent kernel", "cudnn"),
@@ -307,6 +307,8 @@ ASKED = {
     "many units": layer(760, dtype="float16"),
     "exact": layer(400, dtype="float32"),
     "full exact": layer(130, B=200, dtype="float32", variant="full", D=2),
+    "streamed": layer(1840, B=12, dtype="tf32", variant="coupled"),
+    "streamed in turns": layer(1856, B=33, dtype="tf32"),
     "alone": layer(16, B=8192, dtype="float32", variant="diagonal+current"),
 }
 
@@ -345,14 +347,23 @@ def test_the_words_say_what_the_plan_says(asked, name, backward, gpu):
     used, limit = re.findall(r"([\d.]+) KiB", said["shared memory"])
     assert float(used) == pytest.approx(plan.shared_bytes / 1024, abs=0.06)
     assert float(used) <= float(limit) == gpu.shared_bytes / 1024
-    resident = float(re.match(r"([\d.]+) KiB stay in a thread block, ", said["weights"])[1]) * 1024
-    assert resident == pytest.approx(plan.tile_bytes, abs=52)
+    stay = plan.tile_bytes * (plan.chunks - plan.streamed) // plan.chunks
+    resident = float(re.match(r"([\d.]+) KiB (?:of \S+ \w+ )?stay in a thread block, ", said["weights"])[1]) * 1024
+    assert resident == pytest.approx(stay, abs=52)
     in_shared_memory = plan.tile_bytes if plan.exact else plan.tile_bytes * plan.kept / plan.chunks
-    assert ("registers" in said["weights"]) == (in_shared_memory < plan.tile_bytes)
+    assert ("registers" in said["weights"]) == (in_shared_memory < stay)
+    assert ("stream" in said) == (plan.streamed > 0)
+    if plan.streamed:
+        rows = 0.75 if asked.spec.coupled and not backward else 1.0  # the others are zero
+        streamed = rows * plan.tile_bytes * plan.streamed // plan.chunks * plan.unit_programs * asked.D
+        assert f"the rest, {plan_words.size(int(streamed))} of all thread blocks, streams " in said["stream"]
+        assert ("each block of rows" in said["stream"]) == (plan.blocks_per_program > 1)
+        assert ("device memory" in said["stream"]) == (plan.beyond_l2 > 0)
+        assert ("the L2 cache" in said["stream"]) == (plan.beyond_l2 < plan.streamed)
     assert ("shared memory" in said["weights"]) == (in_shared_memory > 0)
     registers, most = numbers(said["registers"])
     assert registers == plan.register_bytes // (1 if plan.exact else 4) <= most
-    assert said["estimate"] == f"{plan.estimate_us:.2f} us a step"
+    assert said["estimate"] == f"{plan_words.time(plan.estimate_us)} a step"
 
 
 def test_the_plans_of_those_words_are_of_all_kinds():

@@ -66,6 +66,22 @@ def test_weights_that_no_machine_holds_stream_through_l2():
     assert least_us_per_step(huge, GPU) > (weights - held) / 5e6
 
 
+def test_weights_that_l2_does_not_hold_come_from_device_memory():
+    huge = ANCHOR._replace(H=4096, I=4096, T=10**9)
+    streamed = huge.recurrent_bytes - 132 * GPU.on_chip_bytes
+    known = replace(GPU, l2_bytes=10 * 2**20)
+    assert limit.stream_us(huge, known, False) == pytest.approx((streamed - 10 * 2**20) / 3e6, rel=1e-12)
+    assert least_us_per_step(huge, known) == pytest.approx((streamed - 10 * 2**20) / 3e6, rel=1e-6)
+    # What L2 holds goes through it beside what is read of the state, by 132 programs.
+    known, many = replace(GPU, l2_bytes=50 * 2**20), huge._replace(B=256)
+    assert limit.stream_us(many, known, False) == pytest.approx((streamed + 132 * 256 * 4096 * 2) / 5e6, rel=1e-12)
+    assert limit.stream_us(many, known, True) == pytest.approx((streamed + 132 * 256 * 16384 * 2) / 5e6, rel=1e-12)
+    assert limit.least_pass_us(many, known, True) >= limit.stream_us(many, known, True)
+    two = huge._replace(D=2)
+    assert limit.least_pass_us(two, replace(GPU, l2_bytes=0), False) == pytest.approx(2 * streamed / 3e6, rel=1e-12)
+    assert limit.stream_us(ANCHOR, GPU, False) == limit.stream_us(huge, CPU, False) == 0.0
+
+
 def test_a_cpu_has_operations_and_bytes_alone():
     work = Layer(STANDARD, T=64, B=32, H=512, D=1, dtype=torch.float32, I=256)
     assert least_us_per_step(work, CPU) == pytest.approx(2 * 32 * 512 * 4 * (256 + 512) / 0.1e6, rel=1e-12)

@@ -125,7 +125,7 @@ def plain_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) ->
         "waits": plan.wait in ("counter", "data") if plan.unit_programs > 1 else plan.wait is None,
         # Fewer elements than threads are loaded by several, see `sync.any_missing`.
         "elements for all threads": plan.alone or plan.block_b * chunk >= 32 * plan.num_warps,
-        "of Gluon": (plan.kept, plan.together, plan.tiled) == (0, 1, False),
+        "of Gluon": (plan.kept, plan.together, plan.tiled, plan.streamed) == (0, 1, False, 0),
     }
 
 
@@ -147,6 +147,10 @@ def gluon_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) ->
     sharing = max(1, plan.num_warps // plan.parts)  # warps that share the rows: all, or none
     # Of a thread, 4 bytes each: a chunk of a warp is 64 bytes of each row of weights, and of each of its rows.
     held, operands = (plan.chunks - plan.kept) * M * 64 // (4 * 32), plan.group * N // sharing * 64 // (4 * 32)
+    flying = max(1, 128 // M)  # chunks of streamed weights under way: 64 registers at least
+    held -= (plan.streamed - flying * (plan.streamed > 0)) * M * 64 // (4 * 32)
+    from_l2 = (plan.streamed - plan.beyond_l2) * plan.tile_bytes // plan.chunks * plan.unit_programs * layer.D
+    from_l2 *= 0.75 if layer.spec.coupled and not backward else 1  # forward a fourth of the rows is zero
     registers = plan.register_bytes // 4
     kept_bytes, part_bytes = plan.kept * plan.parts * M * 64, (plan.parts > 1) * plan.parts * M * N * 4
     kept_bytes += second_bytes(plan, layer)
@@ -162,7 +166,10 @@ def gluon_rules(plan: PersistentPlan, layer: Layer, backward: bool, gpu: GPU) ->
         "columns for every warp": plan.parts <= 4 or (plan.parts - 1) * plan.block_k < needed,
         "warps": plan.num_warps in (1, 2, 4, 8) if sharing == 1 else plan.num_warps * plan.together == 8,
         "parts": plan.parts in (1, plan.num_warps),
-        "kept": 0 <= plan.kept <= plan.chunks,
+        "kept": 0 <= plan.kept <= plan.chunks - plan.streamed,
+        "streamed": plan.streamed == 0
+        or (plan.streamed % flying == 0 and plan.streamed > flying and plan.parts == plan.num_warps == 8),
+        "beyond L2": 0 <= plan.beyond_l2 <= plan.streamed and from_l2 <= gpu.l2_bytes / 2,
         "weights": weights <= plan.tile_bytes == plan.chunks * plan.parts * M * 64,
         "registers hold what they must": held + operands + M * N // sharing // 32 <= registers,
         "registers": registers < min(255, 65_536 // (threads * max(1, plan.together))),
@@ -238,7 +245,9 @@ WRONG = {
         (dict(parts=32, num_warps=32, chunks=1, group=1), "columns for every warp"), (dict(parts=4), "parts"),
         (dict(num_warps=4), "parts"), (dict(num_warps=16, parts=16), "warps"), (dict(parts=1), "right operand"),
         (dict(kept=4), "kept"),
-        (dict(kept=-1), "kept"), (dict(tile_bytes=47 * KIB), "weights"), (dict(tile_bytes=49 * KIB), "weights"),
+        (dict(kept=-1), "kept"), (dict(streamed=2, kept=2), "kept"), (dict(streamed=3), "streamed"),
+        (dict(streamed=4, beyond_l2=5), "beyond L2"), (dict(beyond_l2=-1), "beyond L2"),
+        (dict(tile_bytes=47 * KIB), "weights"), (dict(tile_bytes=49 * KIB), "weights"),
         (dict(register_bytes=4 * 60), "registers hold what they must"), (dict(register_bytes=4 * 255), "registers"),
         (dict(together=2, register_bytes=4 * 128), "registers"), (dict(shared_bytes=15 * KIB), "shared memory"),
         (dict(kept=2), "shared memory"), (dict(shared_bytes=228 * KIB), "shared memory"),
@@ -454,15 +463,16 @@ def test_registers_and_shared_memory_together_hold_what_neither_does(backward):
     [
         (
             "h100",
-            dict(H=2560),
-            r"the recurrent weights, 50\.0 MiB, .* 132 multiprocessors .* 29\.3 MiB .* 33\.0 MiB of registers in all$",
+            dict(H=4352),
+            r"the recurrent weights, 144\.5 MiB, .* 132 multiprocessors .* 29\.3 MiB .* 33\.0 MiB of registers in all; "
+            r"to stream a part of them takes 136 multiprocessors$",
         ),
-        ("h100", dict(H=2560, spec=COUPLED), r"37\.5 MiB"),
+        ("h100", dict(H=2560, D=2, spec=COUPLED), r"75\.0 MiB"),
         ("h100", dict(H=5000), r"190\.7 MiB"),
-        ("h100", dict(H=2048) | IN_TF32, r"64\.0 MiB, .* 33\.0 MiB of registers in all$"),
+        ("h100", dict(H=4352) | IN_TF32, r"289\.0 MiB, .* takes 136 multiprocessors$"),
         ("h100", dict(H=2048) | FLOAT32, r"64\.0 MiB, .* 29\.3 MiB .* 8 chunks of columns at most$"),
         ("h100", dict(H=1024, D=2) | FLOAT32, r"32\.0 MiB, "),
-        ("l4", dict(H=1024), r"8\.0 MiB, .* 58 multiprocessors .* 5\.6 MiB"),
+        ("l4", dict(H=1024, D=2), r"16\.0 MiB, .* 58 multiprocessors .* 5\.6 MiB .* takes 64 multiprocessors$"),
     ],
 )
 def test_weights_that_fit_nowhere_are_told_in_numbers(name, changed, said):
@@ -860,7 +870,7 @@ def test_a_device_has_the_drivers_limits_and_the_rates_of_its_kind(
 ):
     properties = SimpleNamespace(
         name=name, major=capability[0], minor=capability[1], multi_processor_count=multiprocessors,
-        shared_memory_per_block_optin=shared_bytes,
+        shared_memory_per_block_optin=shared_bytes, L2_cache_size=30 * 2**20,
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     gpu_of.cache_clear()
@@ -872,13 +882,14 @@ def test_a_device_has_the_drivers_limits_and_the_rates_of_its_kind(
     assert (gpu.multiprocessors, gpu.shared_bytes) == (multiprocessors, shared_bytes)
     expected = GPUS[alike]
     assert (gpu.tflop_per_s, gpu.clock_ghz) == (expected.tflop_per_s, expected.clock_ghz)
-    assert gpu.memory_gb_per_s == expected.memory_gb_per_s
+    assert gpu.memory_gb_per_s == expected.memory_gb_per_s and gpu.l2_bytes == 30 * 2**20
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
 def test_nominal_constants_are_those_of_the_gpu(gpu):
     constants = nominal_constants(gpu)
-    assert constants.multiprocessors == gpu.multiprocessors and constants.on_chip_bytes == gpu.shared_bytes
+    assert constants.multiprocessors == gpu.multiprocessors and constants.l2_bytes == gpu.l2_bytes
+    assert constants.on_chip_bytes == gpu.shared_bytes + 65_536 * 4  # of registers
     assert constants.copy_gb_per_s == gpu.memory_gb_per_s
     assert constants.l2_read_gb_per_s > gpu.memory_gb_per_s
     assert constants.wait_us == gpus.WAIT_US
@@ -896,10 +907,79 @@ def test_no_estimate_is_below_the_limit_from_the_same_constants(gpu, H):
         assert 0 < least_us_per_step(layer, nominal_constants(gpu)) <= plans[0].estimate_us
 
 
+@thorough
+@given(layers, passes, machines)
+def test_weights_are_streamed_only_where_no_plan_keeps_them_all(layer, backward, gpu):
+    plans = list(candidates(layer, backward, gpu))
+    assert len({plan.streamed > 0 for plan in plans}) <= 1
+    if any(plan.streamed for plan in plans):
+        assert layer.recurrent_bytes * layer.D > gpu.multiprocessors * gpu.shared_bytes / 4
+
+
+WIDE = ANCHOR._replace(H=4096)
+"""128 MiB of weights, in 128 programs of 1 MiB."""
+
+
+@pytest.mark.parametrize(
+    "changed, gpu, backward, streamed, beyond",
+    [
+        (dict(), "h100", False, 14, 11),  # of 16 chunks of 8 MiB; 25 MiB are half of L2
+        (dict(B=8), "h100", False, 12, 9),  # smaller sums leave room for a third chunk in shared memory, and operands
+        (dict(), "h100", True, 52, 40),  # of 64 chunks of 2 MiB
+        (dict(), "b200", False, 14, 7),  # half of L2 is 63 MiB
+        (dict(H=1840, dtype=torch.float32, precision="tf32"), "h100", False, 8, 2),  # 3.6 MiB each
+        (dict(H=2048, D=2, dtype=torch.float32, precision="tf32"), "h100", False, 14, 11),
+        (dict(spec=LSTMSpec(coupled=True)), "h100", False, 14, 10),  # of 6 MiB: a fourth of the rows is zero
+    ],
+    ids=str,
+)
+def test_weights_beyond_the_chip_are_streamed(changed, gpu, backward, streamed, beyond):
+    plan = ranked_plans(WIDE._replace(**changed), backward, GPUS[gpu])[0]
+    assert (plan.streamed, plan.beyond_l2) == (streamed, beyond)
+    assert plan.kept + plan.streamed <= plan.chunks and f" streamed {streamed} " in plan.describe()
+    assert plan.shared_bytes <= GPUS[gpu].shared_bytes
+
+
+def test_there_is_a_plan_for_every_number_of_units_that_has_its_programs():
+    for H, D, backward in itertools.product((2305, 3000, 4096, 4224), (1, 2), (False, True)):
+        plans = ranked_plans(WIDE._replace(H=H, D=D), backward, H100)
+        programs = math.ceil(H / 32) * D
+        if programs <= 132:
+            assert all(plan.streamed for plan in plans)
+        else:
+            assert plans.endswith(f"; to stream a part of them takes {programs} multiprocessors")
+
+
+def test_the_estimate_of_streamed_weights_by_hand():
+    plan = ranked_plans(WIDE, False, H100)[0]
+    assert plan.describe() == "U32 R16/16 K32x8x16 by 4 kept 2 streamed 14 128x1x1 data"
+    chunk = 8 * 4 * 32 * 64  # bytes of a program: of 8 warps 64 bytes of 128 rows
+    of_l2 = 3 * chunk / (40 * 1.83e3)
+    us = 1.46 * (1.27 + 0.0139 * 16 * 8 + 0.281 * 3 + 0.63 * of_l2) + 11 * chunk * 128 / 3.352e6
+    assert plan.estimate_us == pytest.approx(us, rel=1e-12)
+    assert plan.tile_bytes == 2**20 and plan.shared_bytes == 2 * chunk + 8 * 128 * 16 * 4
+    stream, accumulators, operands = 128 // 2, 128 * 16 // 32, 4 * 2 * 4
+    assert plan.register_bytes == 4 * (stream + accumulators + operands)
+
+    coupled = ranked_plans(WIDE._replace(spec=LSTMSpec(coupled=True)), False, H100)[0]
+    chunk = 8 * 3 * 32 * 64
+    of_l2 = 4 * chunk / (40 * 1.83e3)
+    us = 1.46 * (1.27 + 0.0139 * 16 * 8 + 0.281 * 3 + 0.63 * of_l2) + 10 * chunk * 128 / 3.352e6
+    assert coupled.estimate_us == pytest.approx(us, rel=1e-12)
+
+    backward = ranked_plans(WIDE, True, H100)[0]
+    assert backward.describe() == "U32 R16/16 K32x8x64 by 8 kept 12 streamed 52 128x1x1 data"
+    chunk = 8 * 32 * 64
+    of_l2 = 12 * chunk / (40 * 1.83e3)
+    us = 1.38 * (1.27 + 0.0139 * 16 * 32 + 0.281 * 7 + 0.63 * of_l2) + 40 * chunk * 128 / 3.352e6
+    assert backward.estimate_us == pytest.approx(us, rel=1e-12)
+
+
 def test_a_plan_in_few_words():
     plan = replace(first(ANCHOR._replace(B=12), False, num_warps=8, group=3), kept=0)
     assert plan.describe() == "U16 R6/8 K32x8x3 48x2x1 data"
     assert replace(plan, kept=2).describe() == "U16 R6/8 K32x8x3 kept 2 48x2x1 data"
+    assert replace(plan, streamed=1).describe() == "U16 R6/8 K32x8x3 streamed 1 48x2x1 data"
     assert replace(plan, group=1, kept=1, row_blocks=4).describe() == "U16 R6/8 K32x8x3 by 1 kept 1 48x2x1 of 4 data"
     assert replace(plan, kept=3, together=2).describe() == "U16 R6/8 K32x8x3 kept 3 48x2x1 data in pairs"
     exact = first(EXACT._replace(B=12), False)

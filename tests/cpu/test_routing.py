@@ -109,9 +109,9 @@ def test_a_layer_without_obstacle_has_plans_for_every_pass(layer, gpu):
 
 OBSTACLES = [
     (dict(dtype=torch.float64), "float64 has no persistent kernel"),
-    (dict(H=2560), r".*the recurrent weights, 50\.0 MiB"),
+    (dict(H=5000), r".*the recurrent weights, 190\.7 MiB"),
     (dict(H=2048, dtype=torch.float32), r".*the recurrent weights, 64\.0 MiB"),
-    (dict(H=2048, dtype=torch.float32, precision="tf32"), r".*the recurrent weights, 64\.0 MiB"),
+    (dict(H=5000, dtype=torch.float32, precision="tf32"), r".*the recurrent weights, 381\.5 MiB"),
 ]
 SLOW = [
     (dict(T=1), "a single time step reads the weights once, so that keeping them on the chip gains nothing"),
@@ -175,6 +175,12 @@ def test_the_estimates_by_hand():
     for B, rows in ((128, 6 * 128), (129, 6 * 128), (4096, 4096)):
         step = STEPWISE_US[False] + rows * product
         assert estimates.estimate_us("stepwise", of(dict(B=B)), H100) == pytest.approx(step, rel=1e-12)
+    wide = of(dict(H=4096, B=4))  # 128 MiB of weights, of which L2 holds 25 between two steps
+    from_memory = 103 * 2**20 / 3.352e6
+    assert estimates.estimate_us("stepwise", wide, H100) == pytest.approx(STEPWISE_US[False] + from_memory, rel=1e-12)
+    standard = CUDNN_US["standard, capability 9.0"][False] + from_memory
+    assert estimates.estimate_us("operator", wide, H100) == pytest.approx(standard, rel=1e-12)
+    assert estimates.weights_us(of(dict(H=1024)), H100) == 0
     plans = [ranked_plans(layer, backward, H100)[0] for backward in (False, True)]
     assert estimates.estimate_us("persistent", layer, H100) == sum(plan.estimate_us for plan in plans)
     product = 2.5 * 2 * 16 * 768 * 768 * 4 / (0.5 * 989e6)
@@ -441,7 +447,7 @@ def test_auto_on_a_gpu(capability, cudnn):
         assert routed(asked=(asked,), **FEW) == "persistent"
     assert routed(**FEW) == routed(packed=True, **FEW) == routed("torch") == "operator"
     assert routed(**HALF) == routed(packed=True, **HALF) == "persistent"
-    assert routed(T=1) == routed(dtype=torch.float64) == routed(H=3000) == "operator"
+    assert routed(T=1) == routed(dtype=torch.float64) == routed(H=5000) == "operator"
     assert routed(P=300) == "persistent"
     assert routed("triton", T=1) == routed(T=1, B=0) == routed(T=1, spec=DIAGONAL) == "stepwise"
     assert routed("torch", spec=DIAGONAL) == "eager" and routed("torch", T=1, spec=DIAGONAL) == "reference"

@@ -114,7 +114,7 @@ def test_an_instruction_of_no_known_function_has_the_phase_of_the_one_before():
     assert phases_of(code, last_poll=-1) == ["ahead", "sums", "sums", "store"]
 
 
-GROUPS = ("PRODUCTS", "SUMS", "POLLS", "LOADS", "EQUATIONS", "STORES", "ARRIVES", "ONE_THREAD")
+GROUPS = ("PRODUCTS", "SUMS", "POLLS", "LOADS", "STREAMS", "EQUATIONS", "STORES", "ARRIVES", "ONE_THREAD")
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -200,6 +200,25 @@ def test_what_is_read_is_shared_among_the_thread_blocks():
     step = step_of(POLLED)
     alone, many = (ThreadBlock(step, 1, H100, readers, False, 1, 1.0) for readers in (1, 128))
     assert alone.port == H100.port and many.port == H100.l2_bytes / 128
+
+
+def test_streamed_weights_come_at_the_rate_of_l2_or_of_device_memory():
+    """A load of 16 bytes a lane is 512 bytes; the last instruction waits for all loads before it."""
+
+    def took(opcode, loads, streams=1):
+        code = [one(opcode, write=0, function="load_streamed") for _ in range(loads)] + [one("NOP", wait=1)]
+        step = Step(code, ["ahead"] * len(code), {}, {})
+        block = ThreadBlock(step, 1, H100, readers=128, counter=False, row_blocks=1, fill=1.0, streams=streams)
+        block.run(1)
+        return issued(block)[-1]
+
+    of_l2, of_memory = "LDG.E.128.STRONG.GPU R4, [R2]", "LDG.E.EF.128 R4, [R2]"
+    assert took(of_l2, 1) == int(H100.l2 + 512 / 40) and took(of_memory, 1) == int(H100.dram + 512 / 1910)
+    assert took(of_l2, 11) - took(of_l2, 1) == pytest.approx(10 * 512 / 40, abs=1)
+    assert took(of_memory, 11, streams=128) - took(of_memory, 1, streams=128) == pytest.approx(
+        10 * 512 * 128 / 1910, abs=1
+    )
+    assert pytest.approx(3352, rel=1e-3) == H100.memory_bytes * H100.clock_ghz
 
 
 def test_a_simulation_that_does_not_end_is_given_up():

@@ -22,7 +22,7 @@ from tests.emulator.values import Array, i8
 ROW_AXIS = {"hidden_ptr": -3, "output_ptr": -3, "lengths_ptr": -1, "resets_ptr": -1}
 """The axis of the batch rows, of tensors in which it is not the last but one."""
 
-WITHOUT_ROWS = {"w_hh_ptr", "w_ch_ptr", "w_ih_ptr", "bias_ih_ptr", "bias_hh_ptr", "error_ptr"}
+WITHOUT_ROWS = {"w_hh_ptr", "w_ch_ptr", "streamed_ptr", "w_ih_ptr", "bias_ih_ptr", "bias_hh_ptr", "error_ptr"}
 BLOCKS = {"exchange_ptr", "counters_ptr"}
 """These have an axis of row blocks in its place."""
 
@@ -41,6 +41,8 @@ class Far:
         self, kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]
     ) -> tuple[tuple[int, int, int], dict[int, Spread], dict[str, Any]]:
         """Return the first program of a launch, and what its tensors and its arguments become."""
+        if not {"rows", "BLOCK_B"} & set(arguments):
+            return (0, 0, 0), {}, arguments  # it has no rows
         persistent = "rows" in arguments
         axis = 1 if persistent else 0
         rows = arguments["rows"] if persistent else arguments["BLOCK_B"]

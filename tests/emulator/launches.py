@@ -24,7 +24,7 @@ from tests.emulator.memory import GARBAGE
 KERNELS = {
     sequence_persistent: [
         "persistent_forward_kernel", "persistent_backward_kernel", "exchanged_forward_kernel",
-        "exchanged_backward_kernel",
+        "exchanged_backward_kernel", "pack_weights_kernel",
     ],
     gates: ["gate_preactivations_kernel", "output_peephole_kernel"],
     cell: ["cell_forward_kernel", "cell_backward_kernel"],

@@ -57,9 +57,15 @@ def move(w: Writer, ins: Instruction) -> None:
         w.write(ins, to, w.source(source, bits))
 
 
+@opcode("createpolicy")
+def cache_policy(w: Writer, ins: Instruction) -> None:
+    w.write(ins, ins.operands[0], w.constant(0, 64))  # a hint to L2, which is no matter of values
+
+
 @opcode("ld")
 def load(w: Writer, ins: Instruction) -> None:
-    to, place = ins.operands
+    to, place, *policy = ins.operands
+    require(len(policy) == ins.modifiers.count("L2::cache_hint"), ins)
     parts = ins.modifiers
     registers = to.parts if isinstance(to, Vector) else [to]
     bits, n = int(parts[-1][1:]), len(registers)

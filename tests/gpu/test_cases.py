@@ -36,8 +36,8 @@ def test_parity_has_every_variant_shape_and_type_and_the_persistent_kernels_of_t
 
 def test_each_shape_has_the_plan_that_it_is_for():
     """By one wait at least; but in exact float32 for the full peephole of 64 units, which does not fit the registers of
-    one program, and for those of 900 units, which do not fit the shared memory of all; nor do those of 768 units that
-    read c_t.
+    one program, for those of 900 units, which do not fit the shared memory of all, for those of 768 units that read
+    c_t, and for all of 2,600 units.
     """
     found = {(case.spec, case.H, case.B, case.T, precision)
              for precision, case, _ in (parameters.values for parameters in persistent.cases())}  # fmt: skip
@@ -49,6 +49,7 @@ def test_each_shape_has_the_plan_that_it_is_for():
     without = [(spec, shape) for spec in (LSTMSpec(peephole="full"), current) for shape in alone]
     without.append((current, persistent.TOGETHER["anchor"]))
     without += [(spec, persistent.TOGETHER["many units"]) for spec in VARIANTS if spec.full]
+    without += [(spec, persistent.TOGETHER["weights beyond the chip"]) for spec in VARIANTS]
     assert every - found == {(spec, shape["H"], shape["B"], shape["T"], persistent.EXACT) for spec, shape in without}
     for parameters in persistent.cases():
         precision, case, wanted = parameters.values
@@ -79,6 +80,7 @@ def test_the_kernels_in_gluon_have_plans_of_all_kinds():
     assert {plan.tiled for plan in found[True]} == {False, True}
     for plans in found.values():
         assert any(plan.parts < plan.num_warps for plan in plans)
+        assert {plan.streamed > 0 for plan in plans} == {False, True}
 
 
 def test_the_other_tests_have_plans_too():

@@ -65,6 +65,7 @@ TOGETHER = {
     "several row blocks": dict(T=9, B=500, I=64, H=130),
     "rows shared by warps": dict(T=5, B=2000, I=40, H=192),
     "many units": dict(T=5, B=12, I=40, H=900),
+    "weights beyond the chip": dict(T=5, B=12, I=40, H=2600),
     "many rows and units": dict(T=9, B=64, I=40, H=512),
     "both directions": dict(T=17, B=5, I=33, H=130, L=2, bidirectional=True),
     "one row": dict(T=17, B=1, I=33, H=130),
