@@ -52,11 +52,11 @@ def row(task: Task, found: Measurement, where: dict[str, str], known: Constants 
 
 
 def limit_us_per_step(case: Case, mean_rows: float | None, known: Constants) -> float | None:
-    """Return the least time of a step; None with a projection, or where the rate for the type was not measured.
+    """Return the least time of a step; None where the rate for the type was not measured.
 
     - mean_rows: rows that a step computes on average, where rows end early
     """
-    if case.dtype not in known.matmul_tflop_per_s or case.P:  # the model of the limit has no projection
+    if case.dtype not in known.matmul_tflop_per_s:
         return None
     B = max(1, round(mean_rows)) if mean_rows is not None else case.B
     return least_us_per_step(case.layer._replace(B=B), known, case.L)

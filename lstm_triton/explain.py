@@ -254,7 +254,7 @@ def _step_us(layer: Layer, gpu: GPU, cudnn: bool) -> dict[str, dict[str, float |
             for key in engines
         }
     for name, training in (("forward", False), ("both", True)):
-        if name in found and not layer.P:  # the model of the limit has no projection
+        if name in found:
             one = layer._replace(training=training)
             found[name]["limit"] = least_us_per_step(one, nominal_constants(gpu)) * layer.D
     return found

@@ -112,6 +112,8 @@ def weights(layer: Layer, plan: PersistentPlan) -> str:
     else:
         where = f"{size(plan.tile_bytes * plan.kept // plan.chunks)} of them in shared memory, the rest in registers"
     total = size(layer.recurrent_bytes * layer.D)
+    if resident == 0:
+        return f"none of {size(plan.tile_bytes)} stay in a thread block: its units of {matrices}; {total} in the layer"
     of_all = f" of {size(plan.tile_bytes)}" if plan.streamed else ""
     stay = size(plan.tile_bytes * resident // plan.chunks)
     return f"{stay}{of_all} stay in a thread block, {where}: its units of {matrices}; {total} in the layer"

@@ -1,7 +1,7 @@
 """The least time of one time step that a machine allows: bytes, operations and waits, from measured constants.
 
 A bound from below, for a layer that keeps its gates for the backward pass; the closer a measured step comes to it, the
-less there is left to gain. Sizes: T time steps, B batch rows, I input features, H hidden units (no projection), G gate
+less there is left to gain. Sizes: T time steps, B batch rows, I input features, H hidden units, G gate
 blocks. It counts:
 
 - *throughput*: nothing runs faster than its operations at the measured matmul rate, nor than its bytes of device memory
@@ -65,7 +65,7 @@ def least_us_per_step(layer: Layer, constants: Constants, layers: int = 1) -> fl
     throughput = 0.0
     chain = 0.0
     for n in range(layers):
-        one = layer if n == 0 else layer._replace(I=layer.D * layer.H)
+        one = layer if n == 0 else layer._replace(I=layer.D * layer.hidden)
         throughput += layer.D * _throughput_us(one, constants)
         here = sum(_chain_us(one, constants, backward) for backward in (False, True)[: 1 + layer.training])
         chain = chain + here if layer.D == 2 else max(chain, here)
@@ -80,11 +80,11 @@ def step_operations(layer: Layer) -> int:
 
 def step_bytes(layer: Layer) -> int:
     """Return bytes of device memory that one step of one direction moves at least, backward included if training."""
-    x, h, gates = layer.I, layer.H, layer.gates * layer.H
+    x, h, gates = layer.I, layer.hidden, layer.gates * layer.H
     elements = x + h  # x read, output written
     if layer.training:
         elements += 3 * gates + 2 * x + 2 * h  # gates written and read, d_gates written; x, dx; output, its gradient
-    return layer.B * (elements * layer.element_bytes + (2 * 4 * h if layer.training else 0))  # c_t in float32
+    return layer.B * (elements * layer.element_bytes + (2 * 4 * layer.H if layer.training else 0))  # c_t in float32
 
 
 def _throughput_us(layer: Layer, constants: Constants) -> float:
@@ -109,13 +109,13 @@ def _chain_us(layer: Layer, constants: Constants, backward: bool) -> float:
 
 
 def _chain(layer: Layer, constants: Constants, backward: bool) -> tuple[float, float, float]:
-    """Return what stands between two steps: products, reads of the state through L2, one wait."""
+    """Return what stands between two steps: products, reads of the state through L2, a wait for each exchange."""
     recurrent = layer.recurrent_operations / (constants.matmul_tflop_per_s[layer.rate] * 1e6)
     programs = _programs(layer, constants)
     if programs == 1 or constants.l2_read_gb_per_s is None:
         return recurrent, 0.0, 0.0
     reads = _exchanged_bytes(layer, programs, backward) / (constants.l2_read_gb_per_s * 1e3)
-    return recurrent, reads, least_wait_us(programs, constants)
+    return recurrent, reads, layer.exchanges * least_wait_us(programs, constants)
 
 
 def stream_us(layer: Layer, constants: Constants, backward: bool) -> float:
@@ -141,8 +141,8 @@ def _programs(layer: Layer, constants: Constants) -> int:
 
 
 def _exchanged_bytes(layer: Layer, programs: int, backward: bool) -> int:
-    """Return bytes of the state that so many programs read of each other in a step."""
-    width = layer.gates * layer.H if backward else layer.H
+    """Return bytes of the state that so many programs read of each other in a step, those within the step not counted."""
+    width = layer.gates * layer.H if backward else layer.hidden
     return programs * layer.B * width * layer.element_bytes
 
 

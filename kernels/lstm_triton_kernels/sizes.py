@@ -88,6 +88,11 @@ class Layer(NamedTuple):
         return self.spec.full and self.spec.output_current
 
     @property
+    def exchanges(self) -> int:
+        """How often in a step what all units have must be known to all: of h, and for each product within the step."""
+        return 1 + self.output_current + (self.P > 0)
+
+    @property
     def matrices(self) -> int:
         """Matrices of a full peephole, Q or 0."""
         return len(self.spec.peephole_gates) if self.spec.full else 0

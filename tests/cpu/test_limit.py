@@ -82,6 +82,28 @@ def test_weights_that_l2_does_not_hold_come_from_device_memory():
     assert limit.stream_us(ANCHOR, GPU, False) == limit.stream_us(huge, CPU, False) == 0.0
 
 
+def test_a_projection_makes_h_narrower_and_a_second_exchange():
+    projected = ANCHOR._replace(P=256, T=10**9)
+    products = 2 * 16 * (768 * 4 * 256 + 256 * 768) / 700e6
+    programs = -(-projected.recurrent_bytes // GPU.on_chip_bytes)
+    assert programs > 1
+    waits = 2 * limit.least_wait_us(programs, GPU)
+    reads = programs * 16 * 256 * 2 / 5e6
+    assert limit.least_pass_us(projected, GPU, False) == pytest.approx(products + reads + waits, rel=1e-12)
+    reads = programs * 16 * 4 * 768 * 2 / 5e6
+    assert limit.least_pass_us(projected, GPU, True) == pytest.approx(products + reads + waits, rel=1e-12)
+    work = Layer(STANDARD, T=64, B=3, H=7, D=1, dtype=torch.float16, I=5, P=2)
+    assert limit.step_bytes(work) == 3 * (5 + 2) * 2
+
+
+def test_a_full_peephole_on_the_new_cell_state_waits_twice():
+    before, now = (ANCHOR._replace(spec=LSTMSpec(False, "full", which)) for which in ("previous", "current"))
+    wait = limit.least_wait_us(limit._programs(now, GPU), GPU)
+    for backward in (False, True):
+        took = [limit.least_pass_us(layer, GPU, backward) for layer in (before, now)]
+        assert took[1] == pytest.approx(took[0] + wait, rel=1e-12)
+
+
 def test_a_cpu_has_operations_and_bytes_alone():
     work = Layer(STANDARD, T=64, B=32, H=512, D=1, dtype=torch.float32, I=256)
     assert least_us_per_step(work, CPU) == pytest.approx(2 * 32 * 512 * 4 * (256 + 512) / 0.1e6, rel=1e-12)
@@ -107,8 +129,8 @@ sizes = st.integers(1, 4096)
 works = st.builds(
     Layer, spec=st.sampled_from(VARIANTS), T=sizes, B=sizes, I=sizes, H=sizes, D=st.sampled_from((1, 2)),
     dtype=st.sampled_from((torch.float16, torch.float32)), precision=st.sampled_from(("ieee", "tf32")),
-    training=st.booleans(), P=st.just(0), ragged=st.just(False), L=st.just(1),
-)  # fmt: skip
+    training=st.booleans(), P=st.one_of(st.just(0), sizes), ragged=st.just(False), L=st.just(1),
+).map(lambda layer: layer if layer.P < layer.H else layer._replace(P=0))  # fmt: skip
 
 
 @given(works, st.sampled_from(("B", "I", "H")), st.integers(1, 4))

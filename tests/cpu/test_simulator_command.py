@@ -121,9 +121,10 @@ def test_a_projection_is_simulated_and_named(monkeypatch):
     assert "P=" not in call(*SMALL)[1].splitlines()[0]
 
 
-def test_a_projected_layer_has_no_limit_in_the_file():
+def test_a_projected_layer_has_its_size_in_the_file():
     case = Case(16, 1024, variant="diagonal+current", P=512)
-    start = f"| diagonal+current | 16 | 1024 | 1 | 512 | forward | LSTMP | {PLAN} | 1234 | 0.70 |  |  | 36 |"
+    limit = least_pass_us(case.layer, nominal_constants(kernels.H100), False)
+    start = f"| diagonal+current | 16 | 1024 | 1 | 512 | forward | LSTMP | {PLAN} | 1234 | 0.70 | {limit:.2f} |"
     assert table.line("forward", case, invented(case, H100)).startswith(start)
 
 
