@@ -101,9 +101,10 @@ from the machine code that Triton makes of the kernels of commit {kernels_commit
   compiler settle; the forward pass saves what the backward pass reads. A pass without a line has no plan, or was not
   reached.{alike}
 - *cycles*, *us*: of one time step. *limit*: the least microseconds of the recurrence by
-  `lstm_triton_kernels.limit.least_pass_us`, from the GPU's data sheet; *times*: *us* over it.
-  *P*: elements of a hidden state with a projection, else 0. *barriers*: of a warp in a step. *wavefronts*: of all accesses to shared memory of a step; *needed*: without bank conflicts, as if all warps
-  took part in each. *registers*, *spilled*: of a thread. *early polls*: in a step.
+  `lstm_triton_kernels.limit.least_pass_us`, from the GPU's data sheet; *times*: *us* over it. *P*:
+  elements of a hidden state with a projection, else 0. *barriers*: of a warp in a step. *wavefronts*: of all accesses to
+  shared memory of a step; *needed*: without bank conflicts, as if all warps took part in each. *registers*, *spilled*:
+  of a thread. *early polls*: in a step.
 
 {heads}
 {rules}
@@ -120,8 +121,9 @@ def line(name: str, case: Case, found: Pass) -> str:
     time, usage = found.time, found.usage
     limit = least_pass_us(case.layer, nominal_constants(GPU), name == "backward")
     cells = (
-        names_of(case), found.plan.describe(), f"{time.cycles:.0f}", f"{time.us:.2f}",
-        f"{limit:.2f}", f"{time.us / limit:.1f}", time.counts["BAR"], f"{time.wavefronts:.0f}", time.needed, usage.registers, usage.spilled, f"{time.early:.1f}",
+        names_of(case), found.plan.describe(), f"{time.cycles:.0f}", f"{time.us:.2f}", f"{limit:.2f}",
+        f"{time.us / limit:.1f}", time.counts["BAR"], f"{time.wavefronts:.0f}", time.needed, usage.registers,
+        usage.spilled, f"{time.early:.1f}",
     )  # fmt: skip
     return table([*keys(name, case), *map(str, cells)], []).splitlines()[0] + "\n"
 
