@@ -103,8 +103,8 @@ from the machine code that Triton makes of the kernels of commit {kernels_commit
 - *cycles*, *us*: of one time step. *limit*: the least microseconds of the recurrence by
   `lstm_triton_kernels.limit.least_pass_us`, from the GPU's data sheet; *times*: *us* over it. *P*:
   elements of a hidden state with a projection, else 0. *barriers*: of a warp in a step. *wavefronts*: of all accesses
-  to shared memory of a step; *needed*: without bank conflicts, as if all warps took part in each. *registers*, *spilled*:
-  of a thread. *early polls*: in a step.
+  to shared memory of a step; *needed*: without bank conflicts, as if all warps took part in each. *registers*,
+  *spilled*: of a thread. *early polls*: in a step.
 
 {heads}
 {rules}

@@ -141,7 +141,7 @@ def _programs(layer: Layer, constants: Constants) -> int:
 
 
 def _exchanged_bytes(layer: Layer, programs: int, backward: bool) -> int:
-    """Return bytes of the state that so many programs read of each other in a step, but for those within the step."""
+    """Return bytes of the state that so many programs read of each other in a step, those within it apart."""
     width = layer.gates * layer.H if backward else layer.hidden
     return programs * layer.B * width * layer.element_bytes
 

@@ -193,6 +193,18 @@ def sm80() -> Iterator[Case]:
         yield Case(variant, dtype, 2, 64, 40, stepwise=True, capability=80)
 
 
+def large() -> Iterator[Case]:
+    """Layers of 1,536 to 4,096 units at their full size, of one step and up to 128 rows; a minute each."""
+    for variant, dtype, B, H, P in (
+        ("standard", "bf16", 1, 2048, 0), ("standard", "bf16", 16, 2048, 0), ("coupled", "fp16", 16, 2048, 0),
+        ("standard", "fp16", 16, 2048, 640), ("diagonal+current", "bf16", 8, 1536, 0),
+        ("standard", "fp16", 32, 1536, 0), ("standard", "fp16", 128, 1536, 0), ("standard", "bf16", 128, 2048, 0),
+        ("full", "fp16", 8, 1536, 0), ("standard", "tf32", 16, 1536, 0), ("coupled", "tf32", 16, 2048, 0),
+        ("standard", "bf16", 16, 4096, 0),
+    ):  # fmt: skip
+        yield Case(variant, dtype, 1, B, H, wait="data", P=P)
+
+
 class Planned(NamedTuple):
     """A pass of a layer of the suites on a plan."""
 
@@ -262,6 +274,9 @@ def suite() -> Iterator[Case]:
         yield replace(case, own_plans=Plans(other, small) if backward else Plans(small, other))
 
 
+BY_HAND = ("suite", "large")
+"""Groups that `check` runs only if they are named; the second one is in no test."""
+
 GROUPS = {
     "alone": alone,
     "streamed": streamed,
@@ -272,4 +287,5 @@ GROUPS = {
     "stepwise": stepwise,
     "sm80": sm80,
     "suite": suite,
+    "large": large,
 }

@@ -5,6 +5,7 @@
     $check --group together many --weak --seed 7    # every warp at its own pace, weak memory
     $check --group together --weak --gang cta       # thread blocks in lockstep, weak memory
     $check --group suite --every 8 --stats          # also the bank conflicts of every kernel
+    $check --group large                            # layers of 1,536 to 4,096 units at their full size: some minutes
     $check --group stepwise --match fp16 --first 1 --every 3    # every third of the group from its second on
     $check --list                                   # the cases, without running them
     $check --barriers                               # every bar.sync taken out in turn; some are needed by no two warps
@@ -36,7 +37,9 @@ from tests.compiled.layers import Case, run
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.compiled.check", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--group", nargs="*", choices=list(cases.GROUPS), help="groups of cases; all but `suite`")
+    parser.add_argument(
+        "--group", nargs="*", choices=list(cases.GROUPS), help="groups of cases; all but `suite`, `large`"
+    )
     parser.add_argument("--match", default="", help="only cases with this text")
     parser.add_argument("--first", type=int, default=0, help="begin with this one of a group")
     parser.add_argument("--every", type=int, default=1, help="then every so many")
@@ -52,7 +55,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
 
 def chosen(options: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     """Yield group and case, as the options want them."""
-    for group in options.group or [group for group in cases.GROUPS if group != "suite"]:
+    for group in options.group or [group for group in cases.GROUPS if group not in cases.BY_HAND]:
         for case in itertools.islice(cases.GROUPS[group](), options.first, None, options.every):
             if options.match in str(case):
                 yield group, replace(case, weak=case.weak or options.weak)
