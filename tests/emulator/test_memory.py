@@ -52,6 +52,17 @@ def test_a_narrow_load_widens_with_zeros():
     np.testing.assert_array_equal(out.numpy(), values.astype("i4"))
 
 
+def test_a_hint_to_the_l2_cache_changes_no_value():
+    values, out = np.arange(128, dtype="u4") * 5, zeros(128)
+    body = place_of(0, 16) + place_of(1, 16, "%d21") + "createpolicy.fractional.L2::evict_first.b64 %d22, 1.0;"
+    body += "ld.global.L1::evict_first.L2::cache_hint.v4.b32 {%r10, %r11, %r12, %r13}, [%d20], %d22;"
+    body += "st.global.v4.b32 [%d21], {%r10, %r11, %r12, %r13};"
+    assert not checks(run(body, tensor_of(values), out))
+    np.testing.assert_array_equal(out.numpy(), values)
+    with pytest.raises(Fault):
+        run(body.replace(", %d22;", ";"), tensor_of(values), zeros(128))
+
+
 @pytest.mark.parametrize(
     "operation, kind, expected",
     [("add", "u32", 100 + sum(range(32))), ("max", "s32", 100), ("max", "u32", 100), ("min", "u32", 0),
