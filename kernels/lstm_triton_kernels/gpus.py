@@ -117,8 +117,15 @@ def product_us(layer: Layer, gpu: GPU) -> float:
 
 
 def share_of(gpu: GPU, lanes: int) -> GPU:
-    """Return the GPU that one of so many lanes has: its share of the multiprocessors, see schedule.py."""
-    return gpu if lanes < 2 else replace(gpu, multiprocessors=max(1, gpu.multiprocessors // lanes))
+    """Return the GPU that one of so many lanes has: its share of multiprocessors, L2 and bandwidth, see schedule.py."""
+    if lanes < 2:
+        return gpu
+    return replace(
+        gpu,
+        multiprocessors=max(1, gpu.multiprocessors // lanes),
+        l2_bytes=gpu.l2_bytes // lanes,
+        memory_gb_per_s=gpu.memory_gb_per_s / lanes,
+    )
 
 
 @functools.lru_cache

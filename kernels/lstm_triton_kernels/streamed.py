@@ -146,12 +146,14 @@ def streamed_product(
 @gluon.jit
 def pack_weights_kernel(
     packed_ptr, w_hh_ptr, w_ch_ptr,
-    H: gl.constexpr, COUPLED: gl.constexpr, FULL: gl.constexpr, BACKWARD: gl.constexpr, PRECISION: gl.constexpr,
-    CHUNKS: gl.constexpr, STREAMED: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr,
+    H: gl.constexpr, HIDDEN: gl.constexpr, COUPLED: gl.constexpr, FULL: gl.constexpr, OUTPUT_CURRENT: gl.constexpr,
+    BACKWARD: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr, STREAMED: gl.constexpr, UNITS: gl.constexpr,
+    PARTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Write the streamed chunks of weights, one a program: packed (D, programs, STREAMED, PARTS, M, K) out.
 
-    Grid: programs of the pass, STREAMED, D; w_hh (D, G·H, H), w_ch (D, Q·H, H) with a full peephole, see `weights_at`.
+    Grid: programs of the pass, STREAMED, D; w_hh (D, G·H, HIDDEN), with a full peephole w_ch (D, Q·H, H), see
+    `weights_at`.
     """
     G: gl.constexpr = 3 if COUPLED else 4
     Q: gl.constexpr = 2 if COUPLED else 3
@@ -164,7 +166,7 @@ def pack_weights_kernel(
     threads: gl.constexpr = [1, 32, 1] if BACKWARD else [1, 8, 4]
     layout: gl.constexpr = gl.BlockedLayout([1, 1, V], threads, [WARPS, 1, 1], [2, 1, 0])
     side = gl.program_id(2).to(gl.int64)
-    w_hh_ptr += side * G * H * H
+    w_hh_ptr += side * G * H * HIDDEN
     if FULL:
         w_ch_ptr += side * Q * H * H
     chunk = gl.program_id(1)
@@ -174,7 +176,20 @@ def pack_weights_kernel(
     columns = (part * CHUNKS + chunk) * K + k
     first_unit = gl.program_id(0) * UNITS
     block = weights_at(
-        w_hh_ptr, w_ch_ptr, first_unit, m, columns, H, H, G, FULL, False, BACKWARD, UNITS, PARTS, PRECISION
+        w_hh_ptr,
+        w_ch_ptr,
+        first_unit,
+        m,
+        columns,
+        H,
+        HIDDEN,
+        G,
+        FULL,
+        OUTPUT_CURRENT,
+        BACKWARD,
+        UNITS,
+        PARTS,
+        PRECISION,
     )
     number = (side * gl.num_programs(0) + gl.program_id(0)) * STREAMED + chunk
     of_word: gl.constexpr = V // 4

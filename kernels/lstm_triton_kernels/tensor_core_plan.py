@@ -174,14 +174,14 @@ def product_clocks(layer: Layer, gpu: GPU) -> float:
 def candidates(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
     """Every plan that fits the GPU: all programs resident, weights in registers and shared memory.
 
-    Only where there is none, plans by which a part of the weights is streamed; of a step with one product alone.
+    Only where there is none, plans by which a part of the weights is streamed.
     """
     if why_not(gpu) is None:
         found = False
         for plan in resident_plans(layer, backward, gpu):
             found = True
             yield plan
-        if not found and not any(second_columns(layer, backward)):
+        if not found:
             for units, rows in itertools.product(UNITS_STREAMED, ROWS):
                 tile = Tile(units, rows, WARPS_STREAMED, WARPS_STREAMED, 1)
                 yield from plans_of(layer, backward, gpu, tile, streams=True)
@@ -226,7 +226,7 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile, streams: bool =
     shared = parts < warps
     left_rows = units * (1 + (layer.matrices > 0) if backward else 4)
     block_k = CHUNK_BYTES // layer.element_bytes
-    columns = exchanged_columns(layer, backward)
+    columns, inside = exchanged_columns(layer, backward), second_columns(layer, backward)
     unit_programs = ceil_div(layer.H, units)
     row_room = together * gpu.multiprocessors // (unit_programs * layer.D)
     if row_room < 1 or left_rows % 16 or (parts > 4 and (parts - 1) * block_k >= columns):
@@ -255,22 +255,23 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile, streams: bool =
     grid_us += EIGHT_ROWS_US[backward] * together * rows / 8 + OUTPUT_US * (outputs - 1)
     sums_bytes = parts * left_rows * tile_rows * 4 if parts > 1 else 0
     chunk_bytes = parts * left_rows * CHUNK_BYTES
+    second_rows = second_sets(units) * units
+    second_sums = parts * second_rows * tile_rows * 4 if parts > 1 else 0
     if streams:
-        most_kept = max(0, gpu.shared_bytes - sums_bytes) // chunk_bytes
+        least = sum(parts * second_rows * CHUNK_BYTES * ceil_div(n, block_k * parts) + second_sums for n in inside if n)
+        most_kept = max(0, gpu.shared_bytes - sums_bytes - least) // chunk_bytes
         cuts = _streamed_cuts(needed, left_rows, tile.sets, registers - working, registers - loading, most_kept)
     else:
         cuts = _cuts(needed, left_rows, tile.sets, registers - working, registers - loading)
     for cut in cuts:
         kept_bytes = cut.kept * chunk_bytes
-        room = registers - working - cut.held * left_rows // 2
-        seconds = [_second(n, tile, block_k, room) for n in second_columns(layer, backward)]
+        under_way = chunks_in_flight(left_rows) if streams else 0
+        room = registers - working - (cut.held + under_way) * left_rows // 2
+        seconds = [_second(n, tile, block_k, room) for n in inside]
         if any(second is not None and second.group < 1 for second in seconds):
             continue
-        second_rows = second_sets(units) * units
         second_bytes = sum(
-            parts * second_rows * (second.chunks * CHUNK_BYTES + (tile_rows * 4 if parts > 1 else 0))
-            for second in seconds
-            if second is not None
+            parts * second_rows * second.chunks * CHUNK_BYTES + second_sums for second in seconds if second is not None
         )
         if not fits(together, kept_bytes + sums_bytes + second_bytes, gpu):
             continue
@@ -289,12 +290,6 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile, streams: bool =
         else:
             step_us = grid_us + KIB_US * read_kib + PIECE_US * (pieces - 1)
             clocks = PRODUCTS * of_products + KEPT * of_weights + SUMS * of_sums
-        for second in seconds:
-            if second is not None:
-                step_us += grid_us + KIB_US * together * rows * second.chunks * parts * CHUNK_BYTES / 1024
-                step_us += PIECE_US * (second.chunks // second.group - 1)
-                clocks += PRODUCTS * of_products / cut.chunks * second.chunks * second_rows / left_rows
-                clocks += KEPT * together * second_bytes * (warps // parts) / SHARED_BYTES_PER_CLOCK
         beyond_l2 = 0
         if streams:
             one_bytes = chunk_bytes if backward else chunk_bytes * layer.gates // 4  # without rows that are zero
@@ -305,6 +300,12 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile, streams: bool =
             step_us = fixed_us + kib_us * read_kib + piece_us * (pieces - 1) + l2_times * of_l2
             step_us = SHORT[backward] * step_us + beyond_l2 * of_all / (gpu.memory_gb_per_s * 1e3)
             clocks = 0.0
+        for second in seconds:
+            if second is not None:
+                step_us += grid_us + KIB_US * together * rows * second.chunks * parts * CHUNK_BYTES / 1024
+                step_us += PIECE_US * (second.chunks // second.group - 1)
+                clocks += PRODUCTS * of_products / cut.chunks * second.chunks * second_rows / left_rows
+                clocks += KEPT * together * second_bytes * (warps // parts) / SHARED_BYTES_PER_CLOCK
         yield PersistentPlan(
             block_u=units,
             block_b=tile_rows,

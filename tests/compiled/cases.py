@@ -115,6 +115,9 @@ def streamed() -> Iterator[Case]:
         case = Case(variant, TENSOR_CORES[n % 3], 2, B, H, 1 + (n == 1), "data", weak=n in (2, 5), **FLAGS[(n + 1) % 4])
         yield case.with_streamed_weights(units, tile_rows, warps)
     yield Case("standard", "bf16", 2, 5, 100, wait="data", capability=80).with_streamed_weights(16, 8, 2)
+    for n, (variant, P) in enumerate((("full+current", 0), ("coupled", 60), ("coupled+full+current", 40))):
+        case = Case(variant, TENSOR_CORES[n], 2, 5, 136, wait="data", P=P, resets=n == 1)
+        yield case.with_streamed_weights(16, 8, 2)
 
 
 def alone() -> Iterator[Case]:

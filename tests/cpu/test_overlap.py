@@ -208,7 +208,7 @@ def test_what_is_computed_one_layer_after_another(change, asked, recompute, reas
 
 
 def test_no_plan_on_a_share_is_said():
-    found = overlap.overlap_of(stack_of(557, 64, 1900, 2), False, H100)
+    found = overlap.overlap_of(stack_of(557, 64, 2600, 2), False, H100)
     assert "no plan fits a share" in found
 
 

@@ -912,7 +912,7 @@ def test_no_estimate_is_below_the_limit_from_the_same_constants(gpu, H):
 def test_weights_are_streamed_only_where_no_plan_keeps_them_all(layer, backward, gpu):
     plans = list(candidates(layer, backward, gpu))
     assert len({plan.streamed > 0 for plan in plans}) <= 1
-    if any(plan.streamed for plan in plans):
+    if any(plan.streamed for plan in plans) and not layer.P:  # h of a few elements is held by a few programs
         assert layer.recurrent_bytes * layer.D > gpu.multiprocessors * gpu.shared_bytes / 4
 
 

@@ -37,7 +37,7 @@ def test_parity_has_every_variant_shape_and_type_and_the_persistent_kernels_of_t
 def test_each_shape_has_the_plan_that_it_is_for():
     """By one wait at least; but in exact float32 for the full peephole of 64 units, which does not fit the registers of
     one program, for those of 900 units, which do not fit the shared memory of all, for those of 768 units that read
-    c_t, and for all of 2,600 units.
+    c_t, and for all of 2,600 units; and in TF32 for V_o of 2,600 units.
     """
     found = {(case.spec, case.H, case.B, case.T, precision)
              for precision, case, _ in (parameters.values for parameters in persistent.cases())}  # fmt: skip
@@ -50,7 +50,10 @@ def test_each_shape_has_the_plan_that_it_is_for():
     without.append((current, persistent.TOGETHER["anchor"]))
     without += [(spec, persistent.TOGETHER["many units"]) for spec in VARIANTS if spec.full]
     without += [(spec, persistent.TOGETHER["weights beyond the chip"]) for spec in VARIANTS]
-    assert every - found == {(spec, shape["H"], shape["B"], shape["T"], persistent.EXACT) for spec, shape in without}
+    beyond = persistent.TOGETHER["weights beyond the chip"]
+    lacking = [(*of_shape, persistent.EXACT) for of_shape in without]
+    lacking += [(spec, beyond, "float32 tf32") for spec in (current, replace(current, coupled=True))]
+    assert every - found == {(spec, s["H"], s["B"], s["T"], precision) for spec, s, precision in lacking}
     for parameters in persistent.cases():
         precision, case, wanted = parameters.values
         for plans in persistent.plans(case, precision, wanted, GPUS["h100"]):
