@@ -147,7 +147,8 @@ def _together(layer: Layer, backward: bool, gpu: GPU, block_u: int, block_b: int
     most = max(n for n in range(1, chunks + 1) if chunks % n == 0 and n * operand <= READ_BYTES * threads)
     for wait, group in itertools.product(wait_us, sorted({most, 1})):
         groups = chunks // group * (2 if layer.matrices and not backward else 1)
-        waits_us = wait_us[wait] * (1 + sum(second is not None for second in seconds))
+        products = 1 + sum(second is not None for second in seconds)
+        waits_us = wait_us[wait] * products + REST_US * (products - 1)
         yield PersistentPlan(
             block_u=block_u,
             block_b=block_b,
