@@ -240,7 +240,7 @@ def persistent_backward_kernel(
                 tl.store(d_hidden + unit[None, :], dh, mask=hidden_mask)
                 dh = multiply_add(tl.zeros((BLOCK_B, BLOCK_U), ELEMENT), dh, w_r)
             else:
-                projection_counter = counter_ptr + 2 * D * row_blocks * COUNTER_STRIDE
+                projection_counter = counter_ptr + 2 * D.to(tl.int64) * row_blocks * COUNTER_STRIDE
                 exchange_store(d_hidden + unit[None, :], dh, hidden_mask, WAIT)
                 exchange_arrive(projection_counter, WAIT)
                 dh, max_polls = exchanged_product(
@@ -254,7 +254,7 @@ def persistent_backward_kernel(
             if ALONE:
                 dc = multiply_add(dc, d_o, v_full[Q - 1])
             else:
-                peephole_counter = counter_ptr + D * row_blocks * COUNTER_STRIDE
+                peephole_counter = counter_ptr + D.to(tl.int64) * row_blocks * COUNTER_STRIDE
                 exchange_store(d_now + (G - 1) * H, d_o, tile_mask, WAIT)
                 exchange_arrive(peephole_counter, WAIT)
                 every_d_o = at_time(d_gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + (G - 1) * H

@@ -251,7 +251,7 @@ def persistent_forward_kernel(
             if ALONE:
                 a_o = multiply_add(a_o, c, v_full[Q - 1])
             else:
-                peephole_counter = counter_ptr + D * row_blocks * COUNTER_STRIDE
+                peephole_counter = counter_ptr + D.to(tl.int64) * row_blocks * COUNTER_STRIDE
                 slot = tl.where(n < length, t + 1 - direction, n + 1)
                 c_now = at_time(cells_ptr, slot, cells_stride, HAS_LENGTHS) + row[:, None] * H
                 exchange_store(cells_now, tl.where(step_mask[:, None], c, 0.0), tile_mask, WAIT)
@@ -267,7 +267,7 @@ def persistent_forward_kernel(
             if ALONE:
                 h_now = multiply_add(tl.zeros((BLOCK_B, BLOCK_U), ELEMENT), h_now, w_r)
             else:
-                projection_counter = counter_ptr + 2 * D * row_blocks * COUNTER_STRIDE
+                projection_counter = counter_ptr + 2 * D.to(tl.int64) * row_blocks * COUNTER_STRIDE
                 all_units = at_time(unprojected_ptr, t, unprojected_stride, HAS_LENGTHS) + row[:, None] * D * padded_H
                 exchange_store(all_units + unit[None, :], h_now, tile_mask, WAIT)
                 exchange_arrive(projection_counter, WAIT)

@@ -37,7 +37,7 @@ def most_rows(case):
     """Return the rows of the largest batch for which there is a plan; step by step so many as STEPWISE says."""
     if case.stepwise:
         return min(STEPWISE // (len(case.spec.gates) * case.H), 2**30)
-    sizes = Layer(case.spec, case.T, 1, case.H, case.D, DTYPES[case.dtype], case.precision)
+    sizes = Layer(case.spec, case.T, 1, case.H, case.D, DTYPES[case.dtype], case.precision, P=case.P)
     return bisect(range(1, 2**31), False, key=lambda B: why_not(sizes._replace(B=B)) is not None)
 
 
@@ -55,12 +55,15 @@ TURNS = Case("diagonal", "bf16", 5, 11, 72, 2, wait="data", lengths=True).with_b
 FEW_UNITS = Case("coupled", "bf16", 8, 3, 2, 2, lengths=True, resets=True)
 """So many rows that resets, which have no units, reach as far; and that the exchange buffer does within one step."""
 STREAMED = Case("standard", "bf16", 5, 5, 72, 2, wait="data").with_streamed_weights(16, 8, 2)
+WITHIN = Case("full+current", "bf16", 5, 5, 40, 2, wait="data", P=24, lengths=True).with_blocks_of(3)
 PADDED_UNITS = Case("coupled", "fp32", 5, 3, 9, 2)
 """The rows of the plain kernels' hidden states are longer than those of the gates."""
 ALONE = Case("standard", "fp32", 5, 5, 8, 2, lengths=True)
 DATA = Case("full", "fp32", 5, 3, 40, 2, wait="data", lengths=True)
 COUNTER = Case("coupled+diagonal", "fp32", 5, 5, 40, 2, wait="counter").with_blocks_of(3)
 PLAIN_TURNS = Case("standard", "fp32", 5, 11, 40, 2, wait="data", lengths=True).with_blocks_of(3, row_programs=2)
+PLAIN_WITHIN = Case("full+current", "fp32", 5, 5, 40, 2, wait="counter", P=24).with_blocks_of(3)
+DATA_WITHIN = Case("coupled", "fp32", 5, 5, 40, 2, wait="data", P=24, lengths=True)
 FEW_PLAIN_UNITS = Case("coupled", "fp32", 40, 3, 2, lengths=True, resets=True)
 STEPS = Case("standard", "bf16", 5, 17, 24, 2, stepwise=True)
 RESET_STEPS = Case("coupled+diagonal", "fp16", 5, 5, 2, 2, stepwise=True, resets=True)
@@ -68,13 +71,14 @@ FULL_STEPS = Case("full+current", "fp32", 5, 5, 24, stepwise=True, lengths=True)
 
 CASES = [
     GLUON, SEVERAL, FULL, TURNS, FEW_UNITS, STREAMED, PADDED_UNITS, ALONE, DATA, COUNTER, PLAIN_TURNS, FEW_PLAIN_UNITS,
-    STEPS, RESET_STEPS, FULL_STEPS,
+    STEPS, RESET_STEPS, FULL_STEPS, WITHIN, PLAIN_WITHIN, DATA_WITHIN,
 ]  # fmt: skip
-QUICK = {GLUON, FEW_UNITS, TURNS, PADDED_UNITS, DATA, FEW_PLAIN_UNITS, STEPS, FULL_STEPS}
+QUICK = {GLUON, FEW_UNITS, TURNS, PADDED_UNITS, DATA, FEW_PLAIN_UNITS, STEPS, FULL_STEPS, WITHIN}
 
 OF_ALL_STEPS = {
     "gates_ptr", "d_gates_ptr", "gate_input_ptr", "cells_ptr", "output_ptr", "hidden_ptr", "grad_output_ptr",
-    "grad_cells_ptr", "exchange_ptr",
+    "grad_cells_ptr", "exchange_ptr", "peephole_exchange_ptr", "projection_exchange_ptr", "d_hidden_ptr",
+    "unprojected_ptr",
 }  # fmt: skip
 """Arguments with an axis of time steps; beside resets, which reach as far only with few units."""
 
@@ -134,6 +138,16 @@ FAULTS = {
         r"\(side \* \(T \+ 1\) .*\) \* cells_stride",
         GLUON,
     ),
+    **{
+        f"{name}, the slot of a step of the exchange for {of}": (
+            kernel,
+            kernel,
+            rf"\(n\.to\(gl\.int64\) \* row_blocks \+ b\) \* {of}_stride",
+            WITHIN,
+        )
+        for name, kernel in (("forward", FORWARD), ("backward", BACKWARD))
+        for of in ("peephole", "projection")
+    },
     "forward, steps beyond a row's length": (FORWARD, FORWARD, r"output_stride \* n\b", FEW_UNITS),
     "backward, steps beyond a row's length": (BACKWARD, BACKWARD, r"gates_stride \* n\b", FEW_UNITS),
     "forward, resets": (FORWARD, FORWARD, OF_RESETS.format("gl"), FEW_UNITS),

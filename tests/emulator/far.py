@@ -19,11 +19,13 @@ from torch import Tensor
 from tests.emulator.memory import Spread
 from tests.emulator.values import Array, i8
 
-ROW_AXIS = {"hidden_ptr": -3, "output_ptr": -3, "lengths_ptr": -1, "resets_ptr": -1}
+ROW_AXIS = {"hidden_ptr": -3, "unprojected_ptr": -3, "output_ptr": -3, "lengths_ptr": -1, "resets_ptr": -1}
 """The axis of the batch rows, of tensors in which it is not the last but one."""
 
-WITHOUT_ROWS = {"w_hh_ptr", "w_ch_ptr", "streamed_ptr", "w_ih_ptr", "bias_ih_ptr", "bias_hh_ptr", "error_ptr"}
-BLOCKS = {"exchange_ptr", "counters_ptr"}
+WITHOUT_ROWS = {
+    "w_hh_ptr", "w_hr_ptr", "w_ch_ptr", "streamed_ptr", "w_ih_ptr", "bias_ih_ptr", "bias_hh_ptr", "error_ptr",
+}  # fmt: skip
+BLOCKS = {"exchange_ptr", "peephole_exchange_ptr", "projection_exchange_ptr", "counters_ptr"}
 """These have an axis of row blocks in its place."""
 
 TIME_STRIDES = {"stride_ht", "stride_gt"}
@@ -70,7 +72,8 @@ class Far:
                 continue  # nobody counts
             assert id(value) not in spreads
             if name in BLOCKS:
-                laid_out = value.view(grid[2], -1, COUNTER_STRIDE.value) if name == "counters_ptr" else value
+                counters = (-1, arguments["row_blocks"], COUNTER_STRIDE.value)
+                laid_out = value.view(counters) if name == "counters_ptr" else value
                 spread = spread_of(laid_out, -2, block, numbers["row_blocks"])
             else:
                 # The step kernels' `hidden_ptr` has no axis of directions.
