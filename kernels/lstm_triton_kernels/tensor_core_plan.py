@@ -44,6 +44,8 @@ MOST_PIECES = 16
 """The most pieces in which the columns are read, one after the other."""
 RESERVED_BYTES = 1024
 """Of the shared memory of a multiprocessor, for each program, by the driver."""
+SCRATCH_BYTES = 32
+"""Of the shared memory of a program, by Triton 3.6 at least, beside what the kernel allocates."""
 
 CHUNK_BYTES = 64
 """Of a row in a chunk, see polling.py."""
@@ -259,7 +261,7 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile, streams: bool =
     second_sums = parts * second_rows * tile_rows * 4 if parts > 1 else 0
     if streams:
         least = sum(parts * second_rows * CHUNK_BYTES * ceil_div(n, block_k * parts) + second_sums for n in inside if n)
-        most_kept = max(0, gpu.shared_bytes - sums_bytes - least) // chunk_bytes
+        most_kept = max(0, gpu.shared_bytes - sums_bytes - least - SCRATCH_BYTES) // chunk_bytes
         cuts = _streamed_cuts(needed, left_rows, tile.sets, registers - working, registers - loading, most_kept)
     else:
         cuts = _cuts(needed, left_rows, tile.sets, registers - working, registers - loading)
@@ -273,7 +275,7 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile, streams: bool =
         second_bytes = sum(
             parts * second_rows * second.chunks * CHUNK_BYTES + second_sums for second in seconds if second is not None
         )
-        if not fits(together, kept_bytes + sums_bytes + second_bytes, gpu):
+        if not fits(together, kept_bytes + sums_bytes + second_bytes + SCRATCH_BYTES, gpu):
             continue
         read_kib = together * rows * cut.chunks * parts * CHUNK_BYTES / 1024
         products = 2 * left_rows // 16 * cut.chunks * tile.sets * max(1, warps / 4)

@@ -293,14 +293,14 @@ def weights_at(
         gate, other = m // UNITS - (4 - G), gl.where(from_h, k, k - BEFORE_C) if FULL else k
         there = (gate >= 0) & (unit < H)
         row, column = gate * H + unit, other
-    ptr = w_hh_ptr + row * HIDDEN + column
+    ptr = w_hh_ptr + (row * HIDDEN + column)
     inside = there & (column < HIDDEN)
     if FULL:
         block = gl.where(gate == G - 1, row - H, row)  # of g there is no block in w_ch
         reads = gate != G - 2
         if OUTPUT_CURRENT:
             reads = reads & (gate != G - 1)
-        ptr = gl.where(from_h, ptr, w_ch_ptr + block * H + column)
+        ptr = gl.where(from_h, ptr, w_ch_ptr + (block * H + column))
         inside = (from_h & inside) | (from_c & there & (column < H) & reads)
     block = gl.load(ptr, mask=inside, other=0.0)
     return round_to_tf32(block) if PRECISION == "tf32" else block
