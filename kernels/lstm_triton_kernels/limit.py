@@ -1,17 +1,17 @@
 """The least time of one time step that a machine allows: bytes, operations and waits, from measured constants.
 
 A bound from below, for a layer that keeps its gates for the backward pass; the closer a measured step comes to it, the
-less there is left to gain. Sizes: T time steps, B batch rows, I input features, H hidden units, G gate
-blocks. It counts:
+less there is left to gain. Sizes: T time steps, B batch rows, I input features, H hidden units, P hidden size after
+projection (else H), G gate blocks. It counts:
 
 - *throughput*: nothing runs faster than its operations at the measured matmul rate, nor than its bytes of device memory
-  at the measured copy bandwidth. Forward: the products with W_ih and W_hh (and a full peephole's); x read and the
-  output written, once. Training adds twice the operations (d_x and d_W), and in bytes: the gates and c_t written and
-  read, d_gates written, the gradient of the output read, x and the output read again, d_x written.
+  at the measured copy bandwidth. Forward: the products with W_ih and W_hh (and a full peephole's, and W_hr); x read and
+  the output written, once. Training adds twice the operations (d_x and d_W), and in bytes: the gates and c_t written
+  and read, d_gates written, the gradient of the output read, x and the output read again, d_x written.
 - *chain*: h_t needs h_{t-1}, so what stands between them is paid T times, however wide the machine is: the recurrent
-  operations (at the full rate), and, where the recurrent weights do not fit one multiprocessor, one wait of all
-  programs that hold them and their reading of the state through L2: forward h_{t-1}, B·H elements each; backward the
-  gate gradients, B·G·H elements each.
+  operations (at the full rate), and, where the recurrent weights do not fit one multiprocessor, a wait of all
+  programs that hold them for each exchange of a step, and their reading of the state through L2: forward h_{t-1}, B·P
+  elements each; backward the gate gradients, B·G·H elements each. What they read within a step is not counted.
 - *stream*: recurrent weights that do not fit on all multiprocessors together, in shared memory and all registers, go
   through L2 in every step, beside what is read of the state; and what does not fit L2 either comes from device memory
   at the copy bandwidth, whatever the order in which it is read.

@@ -174,8 +174,8 @@ def order_arguments(order: Order) -> dict[str, Any]:
 def forward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     """Return buffers for the results of a forward pass, and what its kernel must know of them.
 
-    - output_ptr (T, B, D, P), every h_t; of a plain kernel hidden_ptr (T + 1, B, D, padded_H), h_t at index t, the last
-      is the kernel's own
+    - output_ptr (T, B, D, P), every h_t; of a plain kernel hidden_ptr (T + 1, B, D, padded_P), h_t at index t, the last
+      is the kernel's own, and with a projection unprojected_ptr (T, B, D, padded_H), its own as well
     - h_n_ptr (D, B, P), c_n_ptr (D, B, H)
     - cells_ptr (D, T + 1, B, H) in the accumulator type, see order.py, with `save`; else the kernel's own, or None
     """
