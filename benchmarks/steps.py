@@ -137,8 +137,8 @@ class Passes:
     def backward(self) -> tuple[torch.Tensor, ...]:
         """Return the gradients of the pre-activations and of c_0; after `forward`."""
         assert self.cells is not None
-        d_gates, _, dc = self.engine.backward(self.grads, self.gates, self.cells, self.weights, self.order, self.call)
-        return d_gates, dc
+        found = self.engine.backward(self.grads, self.gates, self.cells, self.weights, self.order, self.call)
+        return found.gates, found.c_0
 
     def results(self) -> dict[str, torch.Tensor]:
         """Return the results of both passes, by name."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from itertools import compress
 from typing import Any
@@ -47,23 +47,38 @@ TANGENTS = {
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Types of tensors whose operators nothing else looks at."""
 
-INPUTS = "Tensor x, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? lengths, Tensor? resets"
-CALL = "str variant, bool bias, bool projection, str engine, bool save, bool recompute, bool states"
+INPUTS = "Tensor x, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? seed"
+CALL = "str variant, bool bias, bool projection, str engine, bool save, bool recompute, bool states, float[] rules"
 """The arguments of every operator, in the order of `Inputs` and `Call`."""
 
 
 class Inputs:
-    """The tensors of a call: x (T, B, I), h_0 (D, B, P), c_0 (D, B, H), the parameters of all directions, the order."""
+    """The tensors of a call: x (T, B, I), h_0 (D, B, P), c_0 (D, B, H), the parameters of all directions, the order.
+
+    seed: (1,) int64, of the masks of regularised steps; None where none are drawn.
+    """
 
     def __init__(self, arguments: Sequence[Any]) -> None:
-        self.x, self.h_0, self.c_0, self.weights, lengths, resets, *call = arguments
-        self.order = Order(self.x.shape[0], lengths, resets)
+        self.x, self.h_0, self.c_0, self.weights, self.lengths, self.resets, self.seed, *call = arguments
         self.call = Call(*call)
+
+    @cached_property
+    def order(self) -> Order:
+        """The order of the steps, with the masks of regularised ones: drawn here."""
+        return order_of(self.call, self.x, self.h_0, self.c_0, self.lengths, self.resets, self.seed)
 
     @property
     def differentiable(self) -> tuple[Tensor, ...]:
         """Those that a gradient may be asked of."""
         return (self.x, self.h_0, self.c_0, *self.weights)
+
+
+def order_of(
+    call: Call, x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Tensor | None, resets: Tensor | None,
+    seed: Tensor | None,
+) -> Order:  # fmt: skip
+    """Return the order of a layer's steps, with the masks of regularised ones."""
+    return Order(x.shape[0], lengths, resets, regularized=call.regularized(seed, x, h_0, c_0))
 
 
 def resolved(call: Call, x: Tensor, h_0: Tensor, c_0: Tensor, ragged: bool) -> Call:
@@ -92,14 +107,15 @@ def loop_of(engine: str) -> layer.Loop:
 
 
 def lstm_layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute a layer: x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) -> the first four fields of `layer.LayerResult`.
 
-    x is finite beyond a row's length; all of one type and device. Differentiable.
+    x is finite beyond a row's length; all of one type and device. Differentiable. seed: as of `Inputs`.
     """
     flat = [w for direction in weights for w in direction if w is not None]
-    arguments = (x, h_0, c_0, flat, order.lengths, order.resets, *call)
+    arguments = (x, h_0, c_0, flat, order.lengths, order.resets, seed, *call)
     if torch.compiler.is_compiling() and not transforms.traced():
         return torch.ops.lstm_triton.layer.default(*arguments)
     return differentiable_layer(*arguments)
@@ -110,18 +126,17 @@ def differentiable_layer(*arguments: Any) -> Any:
     given = Inputs(arguments)
     call = given.call
     if type(given.x) not in PLAIN and transforms.exporting_to_onnx() and not torch.jit.is_tracing():
-        asked = ("resets",) * (given.order.resets is not None) + ("return_cell_states",) * call.states
+        asked = ("resets",) * (given.resets is not None) + ("return_cell_states",) * call.states
+        asked += ("regularised steps",) * bool(call.rules)
         onnx_node.check(call.spec, call.projection, asked)
-        results = onnx_node.layer(
-            given.x, given.h_0, given.c_0, call.group(given.weights), call.spec, given.order.lengths
-        )
+        results = onnx_node.layer(given.x, given.h_0, given.c_0, call.group(given.weights), call.spec, given.lengths)
         return *results, given.x.new_empty(0)
     tensors = given.differentiable
     recorded = transforms.recorded(tensors) if transforms.active() else True in [t.requires_grad for t in tensors]
     if recorded and torch.is_grad_enabled():
         call = call._replace(save=call.engine != "operator inside")
         function = TransformedLayerFunction if transforms.active() else LSTMLayerFunction
-        return function.apply(call, given.order.lengths, given.order.resets, *tensors)[:4]
+        return function.apply(call, given.lengths, given.resets, given.seed, *tensors)[:4]
     run = forward_pass if unwatched(tensors) else layer_forward
     return run(*arguments)[:4]
 
@@ -255,7 +270,7 @@ LAYER.impl("layer", differentiable_layer, "CompositeImplicitAutograd")
 
 
 class LSTMLayerFunction(torch.autograd.Function):
-    """apply(call, lengths, resets, x, h_0, c_0, *weights) -> the fields of `layer.LayerResult`.
+    """apply(call, lengths, resets, seed, x, h_0, c_0, *weights) -> the fields of `layer.LayerResult`.
 
     Outside of torch.func: a Function that has `setup_context` looks up its signature at every call.
     """
@@ -268,35 +283,38 @@ class LSTMLayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, gates, cells, lengths, resets, *inputs = ctx.saved_tensors
+        hidden, gates, cells, lengths, resets, seed, *inputs = ctx.saved_tensors
         given = Gradients(grads[0], grads[1], grads[2], grads[3] if ctx.call.states else None)
-        needs = list(ctx.needs_input_grad[3:])
+        needs = list(ctx.needs_input_grad[4:])
         if all(grad is None for grad in given):
             return (None,) * len(ctx.needs_input_grad)
         if transforms.beyond_operators((*inputs, *given), hidden, ctx.recorder):
-            x, watched = inputs[0], not plain((*inputs, *given))
-            if routing.double_backward(ctx.call.engine, x.device, x.dtype, watched).name == "reference":
-                layers, order = (1, len(inputs[1])), Order(len(inputs[0]), lengths, resets)
+            x, h_0, c_0, *_ = inputs
+            watched = not plain((*inputs, *given))
+            regularized = bool(ctx.call.rules) or ctx.call.spec.layer_norm
+            if routing.double_backward(ctx.call.engine, x.device, x.dtype, watched, regularized).name == "reference":
+                layers, order = (1, len(inputs[1])), order_of(ctx.call, x, h_0, c_0, lengths, resets, seed)
                 again = second_order.backward(given, inputs, needs, ctx.call, layers, order)
-                return None, None, None, *again
+                return None, None, None, None, *again
             constants = (ctx.call, needs, lengths, resets, hidden.detach(), gates, cells)
             found = iter(LayerGradientsFunction.apply(*constants, *given, *inputs))
-            return None, None, None, *(next(found) if needed else None for needed in needs)
+            return None, None, None, None, *(next(found) if needed else None for needed in needs)
         run: Callable[..., list[Tensor]] = layer_backward
         if unwatched([t for t in (*inputs, *given) if t is not None]):
             run = backward_pass
         x, h_0, c_0, *weights = inputs
         with torch.no_grad():  # torch.func's tensors require gradients even here
-            arguments = (x, h_0, c_0, weights, lengths, resets, *ctx.call)
+            arguments = (x, h_0, c_0, weights, lengths, resets, seed, *ctx.call)
             computed = iter(run(*given, hidden, gates, cells, needs, *arguments))
-        return None, None, None, *(next(computed) if needed else None for needed in needs)
+        return None, None, None, None, *(next(computed) if needed else None for needed in needs)
 
 
 class LayerGradientsFunction(torch.autograd.Function):
     """apply(call, needs, lengths, resets, output, gates, cells, *grads, x, h_0, c_0, *weights) -> gradients.
 
-    The backward pass of a layer where it is differentiated itself: the gradients that `needs` names. grads: the fields
-    of `layer.Gradients`. What the forward pass saved is a constant here: `backward` knows on what that depends.
+    The backward pass of a layer where it is differentiated itself: the gradients that `needs` names. Its steps are not
+    regularised. grads: the fields of `layer.Gradients`. What the forward pass saved is a constant here: `backward`
+    knows on what that depends.
     """
 
     @staticmethod
@@ -316,7 +334,7 @@ class LayerGradientsFunction(torch.autograd.Function):
         ctx.call, ctx.needs = call, needs
         ctx.set_materialize_grads(False)
         # Where the gates were not kept for the first backward pass, the second does without kept gradients of them.
-        d_gates, d_hidden = (None, None) if call.recompute else steps[:2]
+        d_gates, d_hidden = (None, None) if call.recompute else (steps.gates, steps.hidden)
         ctx.save_for_backward(lengths, resets, output, gates, cells, d_gates, d_hidden, *tensors)
         return tuple(found)
 
@@ -341,7 +359,7 @@ class LayerGradientsFunction(torch.autograd.Function):
         with torch.no_grad(), computing_on(x.device):
             activated = layer.activated_gates(x, h_0, grouped, output, gates, cells, order, call)
             if d_gates is None:
-                d_gates, d_hidden, _ = loop.backward(grads, activated, cells, grouped, order, call)
+                d_gates, d_hidden, *_ = loop.backward(grads, activated, cells, grouped, order, call)
             saved = (output, activated, cells, grads, d_gates, d_hidden)
             first = double_backward.First(x, h_0, c_0, grouped, order, *saved)
             along = double_backward.Cotangents(v_x, v_h_0, v_c_0, call.group(v_weights))
@@ -354,11 +372,12 @@ class LayerGradientsFunction(torch.autograd.Function):
 
 
 def compute(
-    call: Call, lengths: Tensor | None, resets: Tensor | None, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor
-) -> tuple[Tensor, ...]:
+    call: Call, lengths: Tensor | None, resets: Tensor | None, seed: Tensor | None, x: Tensor, h_0: Tensor, c_0: Tensor,
+    *weights: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Compute what the Function returns."""
     run = forward_pass if unwatched((x, h_0, c_0, *weights)) else layer_forward
-    return run(x, h_0, c_0, weights, lengths, resets, *call)
+    return run(x, h_0, c_0, weights, lengths, resets, seed, *call)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

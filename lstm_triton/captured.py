@@ -160,6 +160,7 @@ class Stack:
         taken = functional.take(
             input, hx, weights, module.spec, module.num_layers, 2 if module.bidirectional else 1, module.bias,
             module.batch_first, module.proj_size, module.strategy, None, resets, self.options["return_cell_states"],
+            module._rules(),
         )  # fmt: skip
         routing.route(*taken.question)
 

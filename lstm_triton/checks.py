@@ -55,6 +55,16 @@ def lstm_arguments(
         raise ValueError("proj_size has to be smaller than hidden_size")
 
 
+def forget_bias(value: Any, bias: bool) -> None:
+    """Raise ValueError for a forget_bias that is neither None nor a number, and for one without biases."""
+    if value is None:
+        return
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"forget_bias should be a number or None, got {value!r}")
+    if not bias:
+        raise ValueError("forget_bias sets biases: it needs bias=True")
+
+
 def flag(name: str, value: Any) -> None:
     """Raise TypeError unless the value is a bool."""
     if not isinstance(value, bool):

@@ -35,7 +35,8 @@ class OneByOne:
     ) -> States:  # fmt: skip
         """Compute all steps, as `layer.Loop.forward`."""
         (T, B, _), (D, _, H), P = x.shape, c_0.shape, h_0.shape[2]
-        every = call.every_cell or order.lengths is not None
+        zoned = order.regularized.rules.zoneout_c > 0  # which reads c_{t-1} when c_t is written
+        every = call.every_cell or order.lengths is not None or zoned
         output = x.new_empty(T, B, D * P)
         h_n, c_n = x.new_empty(D, B, P), x.new_empty(D, B, H)
         cells = x.new_empty(D, T + 1 if every else 1, B, H, dtype=accumulator_dtype(x.dtype))
@@ -81,6 +82,7 @@ class OneByOne:
         H, P = cells.shape[3], weights[0].weight_hh.shape[1]
         d_gates = torch.empty_like(gates)
         d_hidden = gates.new_empty(D, T, B, P) if call.projection else None
+        kept = cells.new_zeros(D, B, P) if order.regularized.rules.zoneout_h else None
         dc = torch.zeros_like(cells[:, 0])
         output = grads.output.contiguous() if grads.output is not None else None
         for n, w in enumerate(weights):
@@ -97,29 +99,37 @@ class OneByOne:
             if of_c_n is not None:
                 dc[n] += of_c_n
             given = (of_output, of_states, dh, dc[n])
-            out = (d_gates[n], None if d_hidden is None else d_hidden[n])
+            out = (d_gates[n], part(d_hidden, n), part(kept, n))
             self._backward(*given, w.map(Tensor.contiguous), call.spec, own, gates[n], cells[n], *out)
-        return d_gates, d_hidden, dc
+        return StepGradients(d_gates, d_hidden, dc, kept)
 
     def _backward(
         self, grad_output: Tensor | None, grad_states: Tensor | None, dh: Tensor, dc: Tensor, w: LSTMWeights,
         spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
+        kept: Tensor | None,
     ) -> None:  # fmt: skip
-        """Compute one direction backward, into d_gates (T, B, G·H) and d_hidden (T, B, P), in place in dh and dc.
+        """Compute one direction backward, into d_gates (T, B, G·H) and d_hidden (T, B, P), in place in dh, dc and kept.
 
         grad_output (T, B, P) and grad_states (T, B, H) of h_t and c_t, zero beyond a row's length; dh (B, P) and dc
-        (B, H) of the states after the last step, then of those before the first.
+        (B, H) of the states after the last step, then of those before the first; kept (B, P), zero, then of the h
+        before the first what zoneout kept.
         """
         if not runs_flipped(order):
             grads = (grad_output, grad_states, dh, dc)
             whole = order._replace(lengths=None)
-            return self.steps.backward(*grads, w, spec, whole, gates, cells, d_gates, d_hidden)
+            return self.steps.backward(*grads, w, spec, whole, gates, cells, d_gates, d_hidden, kept)
         d_flipped, hidden = torch.empty_like(d_gates), None if d_hidden is None else torch.empty_like(d_hidden)
         grads = (order.flip(grad_output), order.flip(grad_states), dh, dc)
-        self._backward(*grads, w, spec, order.flipped(), order.flip(gates), order.flip(cells), d_flipped, hidden)
+        saved = (order.flip(gates), order.flip(cells))
+        self._backward(*grads, w, spec, order.flipped(), *saved, d_flipped, hidden, kept)
         d_gates.copy_(order.flip(d_flipped))
         if d_hidden is not None and hidden is not None:
             d_hidden.copy_(order.flip(hidden))
+
+
+def part(tensor: Tensor | None, n: int) -> Tensor | None:
+    """Return what belongs to direction n."""
+    return None if tensor is None else tensor[n]
 
 
 def runs_flipped(order: Order) -> bool:

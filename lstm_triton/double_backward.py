@@ -32,7 +32,7 @@ from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
 
 from lstm_triton import gemms
-from lstm_triton.directions import runs_flipped
+from lstm_triton.directions import part, runs_flipped
 from lstm_triton.layer import Call, Gradients, LayerGradients, Loop, Needs, StepGradients, gradients, together
 
 
@@ -267,9 +267,9 @@ def backward(
     given = Gradients(
         torch.cat([one.output for one in sources], -1), None, None, torch.cat([one.cells for one in sources], -1)
     )
-    d_gates, d_hidden, d_c_0 = loop.backward(given, first.gates, first.cells, first.weights, first.order, call)
-    d_gates += together([one.gates for one in sources])
-    dots = (d_gates, d_hidden, d_c_0 + torch.stack([one.c_0 for one in sources]))
+    dots = loop.backward(given, first.gates, first.cells, first.weights, first.order, call)
+    dots.gates.add_(together([one.gates for one in sources]))
+    dots = dots._replace(c_0=dots.c_0 + torch.stack([one.c_0 for one in sources]))
     return SecondGradients(results, input_gradients(first, v, tangents, dots, call, needs))
 
 
@@ -362,8 +362,3 @@ def unprojected_tangents(gates: Tensor, cells: Tensor, along: Tangents, spec: LS
     o, o_dot = spec.split_gates(gates)["o"], spec.split_gates(along.gates)["o"]
     tanh_c, c_dot = order.cells_written(cells).tanh(), order.cells_written(along.cells)
     return (o_dot * tanh_c + o * (1 - tanh_c * tanh_c) * c_dot).to(o.dtype)
-
-
-def part(sequence: Tensor | None, n: int) -> Tensor | None:
-    """Return what belongs to direction n."""
-    return None if sequence is None else sequence[n]

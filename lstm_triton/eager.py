@@ -17,8 +17,11 @@ import math
 
 import torch
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.regularize import NONE, UNREGULARIZED, Regularized
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
+
+from lstm_triton import gemms
 
 BACKWARD_BLOCKS = 4
 """Blocks of columns of the product with weight_hh in the backward pass, where P divides so; 2 are as fast."""
@@ -56,12 +59,15 @@ def forward(
     h = hidden if w.weight_hr is None else torch.empty(B, P, dtype=dtype, device=cells.device)
     h.copy_(h_0)
     h_of_gates = h.expand(G, B, P)
+    rules = order.regularized.rules
     for step in order.steps(saved=len(states) > 1):
         c_previous, c = states[step.previous], states[step.current]
+        own = order.regularized if rules == NONE else order.regularized.at(step.t)
         if begun is not None:
             h.masked_fill_(begun[step.t], 0)
             c_previous = c_previous.masked_fill(begun[step.t], 0)
-        torch.baddbmm(inputs[step.t].to(dtype), h_of_gates, w_hh, out=a)
+        h_read = h_of_gates if own.hidden is None else own.drop_hidden(h).expand(G, B, P)
+        torch.baddbmm(inputs[step.t].to(dtype), h_read, w_hh, out=a)
         if v_previous is not None:
             a.baddbmm_(c_previous.expand(G, B, H), v_previous)
         if spec.diagonal:
@@ -70,16 +76,26 @@ def forward(
                 o.addcmul_(v_o, c_previous)
         a_if.sigmoid_()
         g.tanh_()
+        g_read = own.drop_candidate(g)
         if spec.coupled:
-            torch.lerp(g, c_previous, f, out=c)
+            torch.lerp(g_read, c_previous, f, out=c)
         else:
-            torch.mul(f, c_previous, out=c).addcmul_(i, g)
+            torch.mul(f, c_previous, out=c).addcmul_(i, g_read)
+        if rules.cell_clip:
+            c.clamp_(-rules.cell_clip, rules.cell_clip)
         if spec.output_current:
             o.addmm_(c, v_o.t()) if spec.full else o.addcmul_(v_o, c)
         o.sigmoid_()
+        h_previous = h.clone() if rules.zoneout_h else h
         torch.tanh(c, out=hidden).mul_(o)
         if w.weight_hr is not None:
             torch.mm(hidden, w.weight_hr.t(), out=h)
+            if rules.proj_clip:
+                h.clamp_(-rules.proj_clip, rules.proj_clip)
+        if rules.zoneout_h:
+            h.copy_(own.zone_hidden(h, h_previous))
+        if rules.zoneout_c:
+            c.copy_(own.zone_cell(c, c_previous))
         outputs[step.t].copy_(h)
         if saved is not None:
             saved[step.t].copy_(a)
@@ -88,19 +104,22 @@ def forward(
 def backward(
     grad_output: Tensor | None, grad_cells: Tensor | None, dh: Tensor, dc: Tensor, weights: LSTMWeights,
     spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
+    kept: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Compute all steps backward, into d_gates (and d_hidden), in place in dh and dc, as `sequence_stepwise` does."""
+    """Compute all steps backward, into d_gates (and d_hidden), in place in dh, dc and kept, as `sequence_stepwise`."""
     (B, P), H = dh.shape, cells.shape[-1]
     dtype = cells.dtype
     w = weights.map(lambda weight: weight.to(dtype))
     _, v_o = split_peephole(w.weight_ch, spec, H)
     v_previous = spec.previous_peephole(w.weight_ch) if spec.full and w.weight_ch is not None else None
-    c_previous, c = order.cells_read(cells)
+    c_previous, _ = order.cells_read(cells)
+    c, regularized = gemms.computed_cells(gates, cells, spec, order), order.regularized
+    rules = regularized.rules
     begun = order.resets[..., None] if order.resets is not None else None
 
     # A step's gradients are dh and dc times factors, those of the gates already where the gradients are to be.
     d = d_gates if d_gates.dtype == dtype else torch.empty_like(d_gates, dtype=dtype)
-    dc_by_dh, dc_by_dc = (by.unbind() for by in factors(gates.to(dtype), c_previous, c, w, spec, d))
+    dc_by_dh, dc_by_dc = (by.unbind() for by in factors(gates.to(dtype), c_previous, c, w, spec, d, regularized))
     d_steps, d_ifg, d_o = d.unbind(), d[..., :-H].unflatten(-1, (-1, H)).unbind(), d[..., -H:].unbind()
 
     n = math.gcd(P, BACKWARD_BLOCKS)
@@ -112,6 +131,7 @@ def backward(
     grad_r = grad_h if w.weight_hr is None else torch.empty_like(dc)
     of_output = in_blocks(grad_output, n).unbind() if grad_output is not None else None
     of_cells = grad_cells.unbind() if grad_cells is not None else None
+    dropped = in_blocks(regularized.hidden.to(dtype), n) if regularized.hidden is not None else None
     dc_of_gates = dc[:, None]
     for step in reversed(list(order.steps(saved=True))):
         t = step.t
@@ -119,13 +139,21 @@ def backward(
             torch.add(product, of_output[t], out=grad_h_blocks)
         else:
             grad_h_blocks.copy_(product)
+        if of_cells is not None:
+            dc += of_cells[t]
+        if rules.zoneout_c:
+            of_computed, kept_c = regularized.at(t).split_cell(dc)
+            dc.copy_(of_computed)
+        if kept is not None or regularized.clipped is not None:
+            of_computed, of_previous = regularized.at(t).split_hidden(grad_h if kept is None else grad_h + kept)
+            grad_h.copy_(of_computed)
+            if kept is not None:
+                kept.copy_(of_previous)
         if d_hidden is not None and w.weight_hr is not None:
             d_hidden[t] = grad_h
             torch.mm(grad_h, w.weight_hr, out=grad_r)
         d_o[t].mul_(grad_r)
         dc.addcmul_(grad_r, dc_by_dh[t])
-        if of_cells is not None:
-            dc += of_cells[t]
         if spec.full and spec.output_current:
             dc.addmm_(d_o[t], v_o)
         d_ifg[t].mul_(dc_of_gates)
@@ -134,18 +162,25 @@ def backward(
             dc.addmm_(d_steps[t], v_previous)
         if spec.diagonal and not spec.output_current:
             dc.addcmul_(d_o[t], v_o)
+        if rules.zoneout_c:
+            dc += kept_c
         torch.bmm(d_of_blocks[t], w_hh, out=product)
+        if dropped is not None:
+            product.mul_(dropped)
         if begun is not None:
             product.masked_fill_(begun[t], 0)
             dc.masked_fill_(begun[t], 0)
+            if kept is not None:
+                kept.masked_fill_(begun[t], 0)
     in_blocks(dh, n).copy_(product)
     if d is not d_gates:
         d_gates.copy_(d)
 
 
 def factors(
-    gates: Tensor, c_previous: Tensor, c: Tensor, w: LSTMWeights, spec: LSTMSpec, d: Tensor
-) -> tuple[Tensor, Tensor]:
+    gates: Tensor, c_previous: Tensor, c: Tensor, w: LSTMWeights, spec: LSTMSpec, d: Tensor,
+    regularized: Regularized = UNREGULARIZED,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the factors of the gradients of a step, for all steps at once; gates (T, B, G·H), the rest (T, B, H).
 
     - d: (T, B, G·H), out: the gate gradients by dh (o) and by dc (the others)
@@ -155,16 +190,24 @@ def factors(
     v_if, v_o = split_peephole(w.weight_ch, spec, c.shape[-1])
     act, by = spec.split_gates(gates), spec.split_gates(d)
     f, g, o = act["f"], act["g"], act["o"]
+    g_read = regularized.drop_candidate(g)
     tanh_c = c.tanh()
     sigmoid_backward(tanh_c, o, grad_input=by["o"])
     dc_by_dh = tanh_backward(o, tanh_c, grad_input=tanh_c)
     if spec.coupled:
         tanh_backward(1 - f, g, grad_input=by["g"])
-        sigmoid_backward(c_previous - g, f, grad_input=by["f"])
+        sigmoid_backward(c_previous - g_read, f, grad_input=by["f"])
     else:
         tanh_backward(act["i"], g, grad_input=by["g"])
         sigmoid_backward(c_previous, f, grad_input=by["f"])
-        sigmoid_backward(g, act["i"], grad_input=by["i"])
+        sigmoid_backward(g_read, act["i"], grad_input=by["i"])
+    if g_read is not g:
+        by["g"].copy_(regularized.drop_candidate(by["g"]))
+    if regularized.rules.cell_clip:
+        beyond = c.abs() >= regularized.rules.cell_clip
+        f = f.masked_fill(beyond, 0)
+        for gate in spec.gates[:-1]:
+            by[gate].masked_fill_(beyond, 0)
     if not spec.diagonal:
         return dc_by_dh, f
     dc_by_dc = torch.addcmul(f, by["f"], v_if[-1])

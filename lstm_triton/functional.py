@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, 
 import torch
 import torch.nn.functional as F
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.regularize import NONE, Rules
 from lstm_triton_kernels.sizes import Layer
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights, OutputPeephole, Peephole
 from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import aten, autograd, checks, parameters, routing, second_order, stack, transforms
+from lstm_triton import aten, autograd, checks, parameters, regularization, routing, second_order, stack, transforms
 from lstm_triton.layer import Call
 from lstm_triton.layout import Layout
 from lstm_triton.ragged import Packing, all_full, checked_lengths, without_waiting
+from lstm_triton.regularization import DroppedOn, Zoneout
 from lstm_triton.routing import Strategy
 
 if TYPE_CHECKING:
@@ -56,6 +58,13 @@ class Options(TypedDict, total=False):
     coupled: bool
     peephole: Peephole | None
     output_peephole: OutputPeephole
+    layer_norm: bool
+    recurrent_dropout: float
+    recurrent_dropout_on: DroppedOn
+    zoneout: Zoneout
+    weight_dropout: float
+    cell_clip: float | None
+    proj_clip: float | None
     strategy: Strategy
     recompute: bool
     lengths: Lengths | None
@@ -74,6 +83,14 @@ def lstm_cell(
     coupled: bool = False,
     peephole: Peephole | None = None,
     output_peephole: OutputPeephole = "previous",
+    layer_norm: bool = False,
+    weight_ln_ih: Tensor | None = None,
+    weight_ln_hh: Tensor | None = None,
+    weight_ln_c: Tensor | None = None,
+    bias_ln_c: Tensor | None = None,
+    zoneout: Zoneout = (0.0, 0.0),
+    cell_clip: float | None = None,
+    training: bool = False,
 ) -> States:
     """Compute one step of one layer, as `lstm_triton.LSTMCell` does: (h', c') from the input and the states (h, c).
 
@@ -91,8 +108,11 @@ def lstm_cell(
     - hx: (h, c), each (B, H), or (H,) unbatched; zeros if None
     - weight_ih: W_ih, (G·H, I); weight_hh: W_hh, (G·H, H); bias_ih, bias_hh: (G·H,), both or neither
     - weight_ch: V, given exactly if there is a peephole; diagonal (Q·H,), full (Q·H, H)
-    - coupled, peephole, output_peephole: the variant, as in `lstm_triton.LSTMCell`. By default the output gate reads
-      the "previous" cell state, a simplified form; textbook peepholes are "current"
+    - coupled, peephole, output_peephole, layer_norm: the variant, as in `lstm_triton.LSTMCell`. By default the output
+      gate reads the "previous" cell state, a simplified form; textbook peepholes are "current"
+    - weight_ln_ih, weight_ln_hh: (G·H,), weight_ln_c: (H,), bias_ln_c: (H,) if there are biases; given exactly with
+      layer_norm
+    - zoneout, cell_clip: as in `lstm_triton.LSTM`; training: whether zoneout is drawn, or else its expectation
     - returns (h', c'), each of the shape of its state in hx and of the inputs' type
 
     Types: float16, bfloat16, float32 or float64; on a CPU, for the standard variant, complex64 and complex128 as well.
@@ -104,11 +124,14 @@ def lstm_cell(
     """
     if not torch.compiler.is_compiling():
         check_launches()
-    spec = LSTMSpec.of(coupled, peephole, output_peephole)
-    weights = LSTMWeights(weight_ih, weight_hh, bias_ih, bias_hh, weight_ch=weight_ch)
+    spec = LSTMSpec.of(coupled, peephole, output_peephole, layer_norm)
+    rules = regularization.rules_of(0.0, "hidden", zoneout, cell_clip, None, 0, training)
+    weights = LSTMWeights(
+        weight_ih, weight_hh, bias_ih, bias_hh, None, weight_ch, weight_ln_ih, weight_ln_hh, weight_ln_c, bias_ln_c
+    )
     dtype = autocast_dtype(input)
-    both = (bias_ih is None) == (bias_hh is None) and weight_ch is None
-    plain = dtype is None and both and type(weight_ih) in autograd.PLAIN
+    both = (bias_ih is None) == (bias_hh is None) and all(weight is None for weight in weights[4:])
+    plain = dtype is None and both and rules == NONE and type(weight_ih) in autograd.PLAIN
     sizes = Layer(spec, 1, 1, weight_hh.shape[-1], 1, dtype or input.dtype)
     route = routing.cell(sizes, input.device, plain)
     if route.name == "operator":
@@ -131,12 +154,14 @@ def lstm_cell(
     checks.cell_dtypes(x, (h, c, *flat))
     checks.same_device(x.device, (h, c), flat)
 
+    seed = regularization.seed_for(rules, training, x.device)
+    call = Call(spec.name, bias_ih is not None, False, route.name, rules=() if rules == NONE else rules)
+    given = (x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0))
     if route.name == "reference":
         checks.computed_dtype(x.dtype)
-        h, c = second_order.cell(x, h, c, weights, spec)
+        h, c = second_order.cell(x, h, c, weights, spec, call.regularized(seed, *given).direction(0).at(0))
     else:
-        call = Call(spec.name, bias_ih is not None, False, route.name)
-        _, h_n, c_n, _ = autograd.lstm_layer(x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), [weights], Order(1), call)
+        _, h_n, c_n, _ = autograd.lstm_layer(*given, [weights], Order(1), call, seed)
         h, c = h_n[0], c_n[0]
     return (h, c) if batched else (h[0], c[0])
 
@@ -183,6 +208,13 @@ def lstm(
     coupled: bool = False,
     peephole: Peephole | None = None,
     output_peephole: OutputPeephole = "previous",
+    layer_norm: bool = False,
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_on: DroppedOn = "hidden",
+    zoneout: Zoneout = (0.0, 0.0),
+    weight_dropout: float = 0.0,
+    cell_clip: float | None = None,
+    proj_clip: float | None = None,
     strategy: Strategy = "auto",
     recompute: bool = False,
     lengths: Lengths | None = None,
@@ -198,10 +230,13 @@ def lstm(
     - hx: (h_0, c_0), of shapes (D·L, B, P) and (D·L, B, H), or without B for unbatched input; zeros if None
     - weights: for each layer, for each direction: weight_ih (G·H, I; above the first layer G·H, D·P), weight_hh
       (G·H, P), with `bias` bias_ih and bias_hh (G·H,), with `proj_size` weight_hr (P, H), with `peephole` weight_ch,
-      diagonal (Q·H,) or full (Q·H, H)
+      diagonal (Q·H,) or full (Q·H, H), with `layer_norm` weight_ln_ih and weight_ln_hh (G·H,), weight_ln_c (H,), and
+      with `bias` bias_ln_c (H,)
     - dropout: probability of zeroing an element of the output of each layer but the last, where `training`
-    - coupled, peephole, output_peephole: the variant, as in `lstm_triton.LSTM`. By default the output gate reads the
-      "previous" cell state, a simplified form; textbook peepholes are "current"
+    - coupled, peephole, output_peephole, layer_norm: the variant, as in `lstm_triton.LSTM`. By default the output gate
+      reads the "previous" cell state, a simplified form; textbook peepholes are "current"
+    - recurrent_dropout, recurrent_dropout_on, zoneout, weight_dropout, cell_clip, proj_clip: as in `lstm_triton.LSTM`;
+      the dropouts only where `training`, zoneout then drawn and otherwise its expectation
     - strategy: what computes the recurrence. "persistent": all time steps in one kernel launch, with the recurrent
       weights kept on the chip; "stepwise": kernels launched for each time step; "cudnn": PyTorch's own LSTM operator
       on cuDNN, for variants without peepholes on a CUDA device; "auto" chooses by estimated time
@@ -225,17 +260,22 @@ def lstm(
 
     Raises ValueError or RuntimeError, as `torch.nn.LSTM` does, for sizes and types that do not fit and for T = 0;
     TypeError or ValueError for lengths and resets that do not fit; TypeError for a type that is not computed;
-    ValueError for an unknown variant or strategy; RuntimeError with the reason where the chosen backend or strategy
-    cannot run, and for parameters sharded by FSDP2.
+    ValueError for an unknown variant or strategy and for a probability or limit that is none; RuntimeError with the
+    reason where the chosen backend or strategy cannot run, and for parameters sharded by FSDP2.
     """
     if not torch.compiler.is_compiling():
         check_launches()
-    spec = LSTMSpec.of(coupled, peephole, output_peephole)
+    spec = LSTMSpec.of(coupled, peephole, output_peephole, layer_norm)
     checks.flag("recompute", recompute)
+    rules = regularization.rules_of(
+        recurrent_dropout, recurrent_dropout_on, zoneout, cell_clip, proj_clip, proj_size, training
+    )
+    regularization.probability("weight_dropout", weight_dropout)
     L, D = num_layers, 2 if bidirectional else 1
     taken = take(
-        input, hx, weights, spec, L, D, bias, batch_first, proj_size, strategy, lengths, resets, return_cell_states
-    )
+        input, hx, weights, spec, L, D, bias, batch_first, proj_size, strategy, lengths, resets, return_cell_states,
+        rules,
+    )  # fmt: skip
     layout, x, h_0, c_0, weights, order, autocast, question = taken
     engine = routing.route(*question).name
     if not engine.startswith("operator"):
@@ -243,6 +283,7 @@ def lstm(
     if order.lengths is not None:
         x = order.zero_beyond(x)
     drop = dropout if training and L > 1 else 0.0
+    weights = regularization.drop_weights(weights, spec.parameter_names(bias, proj_size > 0), weight_dropout, training)
     cell_states = None
     # Autocast would cast the arguments of PyTorch's operator once more: on CUDA to float16, whatever was asked for.
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
@@ -250,10 +291,11 @@ def lstm(
             options = aten.Options(bias, L, drop, bidirectional, layout.packing)
             x, h_n, c_n = aten.lstm(x, h_0, c_0, aten.standard_weights(weights, spec), options)
         else:
-            call = Call(spec.name, bias, proj_size > 0, engine, False, recompute, return_cell_states)
+            values = () if rules == NONE else rules
+            call = Call(spec.name, bias, proj_size > 0, engine, False, recompute, return_cell_states, values)
             groups = call.group(weights)
             layers = [groups[n : n + D] for n in range(0, L * D, D)]
-            x, h_n, c_n, cell_states = run_layers(x, h_0, c_0, layers, order, layout.packing, call, drop)
+            x, h_n, c_n, cell_states = run_layers(x, h_0, c_0, layers, order, layout.packing, call, drop, training)
     result = (layout.user_sequence(x), (layout.user_state(h_n), layout.user_state(c_n)))
     return (*result, layout.user_sequence(cell_states)) if cell_states is not None and return_cell_states else result
 
@@ -279,7 +321,7 @@ class Taken(NamedTuple):
 def take(
     input: Tensor | PackedSequence, hx: States | None, weights: Sequence[Tensor], spec: LSTMSpec, L: int, D: int,
     bias: bool, batch_first: bool, proj_size: int, strategy: Strategy, lengths: Lengths | None, resets: Tensor | None,
-    return_cell_states: bool,
+    return_cell_states: bool, rules: Rules = NONE,
 ) -> Taken:  # fmt: skip
     """Check and lay out the arguments of a call of `lstm`, which says what they are and what is raised."""
     routing.check_strategy(strategy, spec)
@@ -301,6 +343,8 @@ def take(
     if steps is not None or resets is not None or return_cell_states:
         given = dict(resets=resets is not None, lengths=steps is not None and not (full and strategy == "auto"))
         asked = tuple(name for name, there in (given | dict(return_cell_states=return_cell_states)).items() if there)
+    if rules != NONE:
+        asked += regularization.asked(rules)
     if full:
         steps = None
     if steps is not None and not transforms.exporting_to_onnx():  # an ONNX graph has no place for the check
@@ -322,17 +366,19 @@ def take(
 
 def run_layers(
     x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], order: Order,
-    packing: Packing | None, call: Call, dropout: float,
+    packing: Packing | None, call: Call, dropout: float, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute a stack layer by layer, or by `stack.lstm` where that is asked for: output, h_n, c_n as in `lstm`, and
     every c_t of the last layer if asked for.
+
+    dropout: between layers; training: whether masks of regularised steps are drawn.
 
     x is (T, B, I), or with a packing (N, I), and so is the output if PyTorch's operator computes it; else it is padded.
     """
     if packing is not None and call.engine != "operator":
         x, order = packing.pad(x), order._replace(lengths=packing.lengths)
     if len(layers) == 1:
-        return run_layer(x, h_0, c_0, layers[0], order, packing, call)
+        return run_layer(x, h_0, c_0, layers[0], order, packing, call, training)
     if packing is None and not torch.compiler.is_compiling():
         how = stack.how_of(x, h_0, c_0, layers, order, call, dropout)
         if how is not None:
@@ -348,7 +394,7 @@ def run_layers(
                 x = packing.pad(F.dropout(packing.pack(x), dropout))
         own = slice(n * D, (n + 1) * D)
         of_layer = call if n == len(layers) - 1 else call._replace(states=False)
-        x, h_n, c_n, cell_states = run_layer(x, h_0[own], c_0[own], weights, order, packing, of_layer)
+        x, h_n, c_n, cell_states = run_layer(x, h_0[own], c_0[own], weights, order, packing, of_layer, training)
         last_h.append(h_n)
         last_c.append(c_n)
     return x, torch.cat(last_h), torch.cat(last_c), cell_states
@@ -356,7 +402,7 @@ def run_layers(
 
 def run_layer(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], order: Order, packing: Packing | None,
-    call: Call,
+    call: Call, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute one layer: output, h_n, c_n, and every c_t if that is asked for; else the fourth tensor has no meaning.
 
@@ -366,10 +412,13 @@ def run_layer(
         options = aten.layer_options(weights)._replace(packing=packing)
         flat = aten.standard_weights(aten.flat_weights(weights), call.spec)
         return (*aten.lstm(x, h_0, c_0, flat, options), x)
+    seed = regularization.seed_for(Rules(*call.rules), training, x.device) if call.rules else None
     if call.engine != "reference":
-        return autograd.lstm_layer(x, h_0, c_0, weights, order, call)
+        return autograd.lstm_layer(x, h_0, c_0, weights, order, call, seed)
+    regularized = call.regularized(seed, x, h_0, c_0)
     if order.T == 1 and not order.ragged and not call.states:
-        return (*second_order.single_step(x.squeeze(0), h_0, c_0, weights, call.spec), x)
+        return (*second_order.single_step(x.squeeze(0), h_0, c_0, weights, call.spec, regularized), x)
+    order = order._replace(regularized=regularized)
     return second_order.forward(x, h_0, c_0, [weights], call.spec, order)
 
 

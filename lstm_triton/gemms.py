@@ -41,14 +41,31 @@ def activated_gates(
         reads.append(previous.to(x.dtype))
         weights.append(spec.previous_peephole(w.weight_ch))
     gates = project_input(torch.cat(reads, -1), w._replace(weight_ih=torch.cat(weights, 1)))
-    for gate, block in spec.split_gates(gates).items():
+    for gate, block in spec.split_gates(gates).items():  # o is the last, and may read what the others make
         a = block.to(cells.dtype)
+        if gate == "o" and spec.output_current:
+            current = computed_cells(gates, cells, spec, order)
         if gate in v and spec.diagonal:
             a = torch.addcmul(a, previous if gate in spec.previous_gates else current, v[gate])
         elif gate in v and gate not in spec.previous_gates:
             a = a + current @ v[gate].t().to(current.dtype)
         block.copy_(a.tanh() if gate == "g" else a.sigmoid())
     return gates
+
+
+def computed_cells(gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Order) -> Tensor:
+    """Return c~ (T, B, H), the cell state that each step computed: c_t but for zoneout.
+
+    gates (T, B, G·H): of the activated gates those of i, f and g are read; cells (T + 1, B, H).
+    """
+    previous, current = order.cells_read(cells)
+    regularized = order.regularized
+    if regularized.rules.zoneout_c == 0:
+        return current
+    act = spec.split_gates(gates.to(cells.dtype))
+    i = 1 - act["f"] if spec.coupled else act["i"]
+    computed = regularized.clip_cell(act["f"] * previous + i * regularized.drop_candidate(act["g"]))
+    return computed if regularized.codes is None else regularized.zone_cell(current, computed)
 
 
 def input_gradient(d_gates: Tensor, weights: Sequence[LSTMWeights]) -> Tensor:
@@ -61,8 +78,8 @@ def input_gradient(d_gates: Tensor, weights: Sequence[LSTMWeights]) -> Tensor:
 
 
 def initial_hidden_gradient(d_gates: Tensor, w: LSTMWeights, order: Order) -> Tensor:
-    """Return the gradient of h_0 (B, P) from that of the gates, (T, B, G·H)."""
-    return order.read_first(order.first(d_gates)) @ w.weight_hh
+    """Return the gradient of h_0 (B, P) through the gates, from that of the gates, (T, B, G·H)."""
+    return order.regularized.drop_hidden(order.read_first(order.first(d_gates)) @ w.weight_hh)
 
 
 def weight_gradients(
@@ -81,7 +98,7 @@ def weight_gradients(
     if "weight_hh" in wanted:
         d_rest = order.after_first(d_gates).flatten(0, 1)
         h_rest = order.hidden_read_after_first(output).reshape(len(d_rest), h_0.shape[1])
-        first = order.first(d_gates).t() @ order.read_first(h_0)
+        first = order.first(d_gates).t() @ order.hidden_read_first(h_0)
         gradients["weight_hh"] = torch.addmm(first, d_rest.t(), h_rest)
     if "bias_ih" in wanted or "bias_hh" in wanted:
         bias = d_rows.sum(0)
@@ -89,14 +106,16 @@ def weight_gradients(
     if "weight_hr" in wanted and d_hidden is not None:
         gradients["weight_hr"] = projection_gradient(d_hidden, gates, cells, spec, order)
     if "weight_ch" in wanted:
-        gradients["weight_ch"] = peephole_gradient(d_gates, cells, spec, order)
+        gradients["weight_ch"] = peephole_gradient(d_gates, gates, cells, spec, order)
     return gradients
 
 
-def peephole_gradient(d_gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Order) -> Tensor:
+def peephole_gradient(d_gates: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Order) -> Tensor:
     """Return the gradient of weight_ch: of each block d_gates (T, B, G·H) times the c that it read."""
     d = spec.split_gates(d_gates)
     previous, current = order.cells_read(cells)
+    if spec.output_current:
+        current = computed_cells(gates, cells, spec, order)
     blocks = []
     for gate in spec.peephole_gates:
         read = previous if gate in spec.previous_gates else current
@@ -110,5 +129,15 @@ def peephole_gradient(d_gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Ord
 
 def projection_gradient(d_hidden: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Order) -> Tensor:
     """Return the gradient of weight_hr (P, H) from d_hidden (T, B, P), that of h_t; o tanh(c_t) is computed again."""
-    unprojected = (spec.split_gates(gates)["o"] * order.cells_written(cells).tanh()).to(d_hidden.dtype)
-    return d_hidden.flatten(0, 1).t() @ unprojected.flatten(0, 1)
+    return d_hidden.flatten(0, 1).t() @ unprojected(gates, cells, spec, order).flatten(0, 1)
+
+
+def projected(gates: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, order: Order) -> Tensor:
+    """Return W_hr (o tanh(c~)) of every step, (T, B, P), from what the forward pass saved."""
+    assert w.weight_hr is not None
+    return unprojected(gates, cells, spec, order) @ w.weight_hr.t()
+
+
+def unprojected(gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Order) -> Tensor:
+    """Return o tanh(c~) of every step, (T, B, H), in the type of the gates."""
+    return (spec.split_gates(gates)["o"] * computed_cells(gates, cells, spec, order).tanh()).to(gates.dtype)

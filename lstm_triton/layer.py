@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.regularize import NONE, Regularized, Rules, drawn
 from lstm_triton_kernels.sizes import accumulator_dtype
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
@@ -25,6 +26,7 @@ class Call(NamedTuple):
     - engine: who computes, see routing.py
     - save: what a backward pass reads; with recompute that will compute the gates again, and they are not saved
     - states: every c_t
+    - rules: the values of the steps' `Rules`; empty for none
     """
 
     variant: str
@@ -34,6 +36,7 @@ class Call(NamedTuple):
     save: bool = False
     recompute: bool = False
     states: bool = False
+    rules: Sequence[float] = ()
 
     @property
     def spec(self) -> LSTMSpec:
@@ -49,6 +52,12 @@ class Call(NamedTuple):
     def every_cell(self) -> bool:
         """Whether every c_t is kept."""
         return self.save or self.states
+
+    def regularized(self, seed: Tensor | None, x: Tensor, h_0: Tensor, c_0: Tensor) -> Regularized:
+        """Return the rules of the steps with masks drawn from a seed (1,) int64, for x (T, B, I) and the states."""
+        D, B, H = c_0.shape
+        rules = Rules(*self.rules) if self.rules else NONE
+        return drawn(rules, seed, D, x.shape[0], B, H, h_0.shape[2], x.dtype)
 
     def fused(self, T: int) -> bool:
         """Return whether the input side of the gates is computed in the step's own matmul, not by a GEMM before it."""
@@ -116,9 +125,20 @@ States = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """output (T, B, D·P), h_n (D, B, P), c_n (D, B, H), and cells (D, T + 1, B, H) in the accumulator type, see `Order`,
 which may be anything where they are not kept."""
 
-StepGradients = tuple[Tensor, Tensor | None, Tensor]
-"""The gradients of the pre-activations (D, T, B, G·H), with a projection those of h_t (D, T, B, P), and those of c_0
-(D, B, H) in the accumulator type."""
+
+class StepGradients(NamedTuple):
+    """What the loop over the steps leaves of the gradients.
+
+    - gates: of the pre-activations (D, T, B, G·H)
+    - hidden: with a projection, of the W_hr (o tanh(c_t)) of every step (D, T, B, P); else None
+    - c_0: (D, B, H) in the accumulator type
+    - h_0: (D, B, P), of h_0 what has not come through the gates, but by zoneout; None where there is none
+    """
+
+    gates: Tensor
+    hidden: Tensor | None
+    c_0: Tensor
+    h_0: Tensor | None = None
 
 
 Loop = Any
@@ -180,6 +200,10 @@ def backward(
 ) -> LayerGradients:  # fmt: skip
     """Return the gradients that `needs` names, from those of the results and what `forward` saved."""
     gates = activated_gates(x, h_0, weights, output, gates, cells, order, call)
+    if order.regularized.rules.proj_clip:
+        order = order._replace(
+            regularized=order.regularized._replace(clipped=clipped(gates, cells, weights, order, call))
+        )
     steps = loop.backward(grads, gates, cells, weights, order, call)
     return gradients(steps, x, h_0, weights, output, gates, cells, order, call, needs)
 
@@ -199,6 +223,13 @@ def activated_gates(
     return together(again)
 
 
+def clipped(gates: Tensor, cells: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call) -> Tensor:
+    """Return where the projected h~ of a layer is at its limit, (D, T, B, P) bool; gates as of `activated_gates`."""
+    limit = order.regularized.rules.proj_clip
+    hidden = (gemms.projected(gates[n], cells[n], w, call.spec, order.direction(n)) for n, w in enumerate(weights))
+    return torch.stack([h.abs() >= limit for h in hidden])
+
+
 def gradients(
     steps: StepGradients, x: Tensor, h_0: Tensor, weights: Sequence[LSTMWeights], output: Tensor, gates: Tensor,
     cells: Tensor, order: Order, call: Call, needs: Needs,
@@ -207,11 +238,12 @@ def gradients(
     spec, P = call.spec, h_0.shape[2]
     orders = [order.direction(n) for n in range(len(weights))]
     outputs = [output[:, :, n * P : (n + 1) * P] for n in range(len(weights))]
-    d_gates, d_hidden, grad_c_0 = steps
+    d_gates, d_hidden, grad_c_0, kept_h_0 = steps
     grad_h_0, grad_weights = [], []
     for n, w in enumerate(weights):
         if needs.h_0:
-            grad_h_0.append(gemms.initial_hidden_gradient(d_gates[n], w, orders[n]))
+            gradient = gemms.initial_hidden_gradient(d_gates[n], w, orders[n])
+            grad_h_0.append(gradient if kept_h_0 is None else (gradient + kept_h_0[n]).to(x.dtype))
         own = (d_gates[n], None if d_hidden is None else d_hidden[n], gates[n], cells[n], spec, orders[n])
         grad_weights.append(gemms.weight_gradients(needs.weights[n], x, h_0[n], outputs[n], *own))
     return LayerGradients(

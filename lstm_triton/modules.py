@@ -5,6 +5,7 @@ The sizes in the docstrings, T, B, I, H, P, L, D, G and Q, are explained in `lst
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections.abc import Callable
@@ -13,16 +14,18 @@ from operator import is_
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
+from lstm_triton_kernels.regularize import Rules
 from lstm_triton_kernels.spec import LSTMSpec, OutputPeephole, Peephole, state_dict_name
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import checks, functional, routing
+from lstm_triton import checks, functional, init, regularization, routing
 from lstm_triton.captured import Captured
 from lstm_triton.explain import Explanation, explanation
 from lstm_triton.functional import Lengths, States, TensorOrPacked
+from lstm_triton.regularization import DroppedOn, Zoneout
 from lstm_triton.routing import Strategy
 from lstm_triton.session import Session
 
@@ -41,14 +44,19 @@ class VariantModule(nn.Module):
     coupled: bool = False
     peephole: Peephole | None = None
     output_peephole: OutputPeephole = "previous"
+    layer_norm: bool = False
+    zoneout: Zoneout = (0.0, 0.0)
+    cell_clip: float | None = None
+    forget_bias: float | None = None
 
     def _set_variant(self, spec: LSTMSpec) -> None:
         self.coupled, self.peephole, self.output_peephole = spec.coupled, spec.peephole, spec.output_peephole
+        self.layer_norm = spec.layer_norm
 
     @property
     def spec(self) -> LSTMSpec:
         """The variant of this module, as one value."""
-        return LSTMSpec.of(self.coupled, self.peephole, self.output_peephole)
+        return LSTMSpec.of(self.coupled, self.peephole, self.output_peephole, self.layer_norm)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse `torch.jit.script`, which calls this. Raises RuntimeError that names what to use instead."""
@@ -62,20 +70,30 @@ class VariantModule(nn.Module):
         )
 
     def reset_parameters(self, bound: float | None = None) -> None:
-        """Draw every parameter from the uniform distribution on [-bound, bound].
+        """Draw every parameter from the uniform distribution on [-bound, bound], but those of layer normalisation.
 
-        The default bound is 1 / sqrt(hidden_size), as in `torch.nn.LSTM`.
+        The default bound is 1 / sqrt(hidden_size), as in `torch.nn.LSTM`. Gains are one and shifts zero. With a
+        forget_bias the biases of the forget gate are set as `init.forget_bias_` does.
         """
         if bound is None:
             bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        for name, parameter in self.named_parameters():
+            if "_ln_" in name:
+                nn.init.constant_(parameter, float(name.startswith("weight")))
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+        if self.forget_bias is not None:
+            init.forget_bias_(self, self.forget_bias)
 
     def _variant_repr(self) -> str:
         """Return the variant's options as they would be written, where they are not the defaults."""
         text = ", coupled=True" if self.coupled else ""
         text += f", peephole={self.peephole!r}" if self.peephole else ""
-        return text + (f", output_peephole={self.output_peephole!r}" if self.output_peephole != "previous" else "")
+        text += f", output_peephole={self.output_peephole!r}" if self.output_peephole != "previous" else ""
+        names = ("layer_norm", "recurrent_dropout", "recurrent_dropout_on", "zoneout", "weight_dropout", "cell_clip",
+                 "proj_clip", "forget_bias")  # fmt: skip
+        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return text + "".join(f", {n}={v!r}" for n, v in given.items() if v != getattr(type(self), n))
 
 
 class LSTMCell(VariantModule, nn.RNNCellBase):
@@ -118,6 +136,10 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
     bias_ih: Any  # a Parameter or None
     bias_hh: Any
     weight_ch: Tensor | None
+    weight_ln_ih: Tensor
+    weight_ln_hh: Tensor
+    weight_ln_c: Tensor
+    bias_ln_c: Tensor | None
 
     def __init__(
         self,
@@ -130,14 +152,23 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
         coupled: bool = False,
         peephole: Peephole | None = None,
         output_peephole: OutputPeephole = "previous",
+        layer_norm: bool = False,
+        zoneout: Zoneout = (0.0, 0.0),
+        cell_clip: float | None = None,
+        forget_bias: float | None = None,
     ) -> None:
         nn.Module.__init__(self)  # RNNCellBase would make the parameters of the standard variant
-        spec = LSTMSpec.of(coupled, peephole, output_peephole)
+        spec = LSTMSpec.of(coupled, peephole, output_peephole, layer_norm)
+        regularization.rules_of(0.0, "hidden", zoneout, cell_clip, None, 0, training=True)
+        checks.forget_bias(forget_bias, bias)
         self._set_variant(spec)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
-        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch"):
+        self.zoneout, self.cell_clip, self.forget_bias = (zoneout[0], zoneout[1]), cell_clip, forget_bias
+        names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch"]
+        names += ["weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"] if layer_norm else []
+        for name in names:
             shape = spec.parameter_shapes(input_size, hidden_size, bias).get(name)
             parameter = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
@@ -165,6 +196,14 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
             coupled=self.coupled,
             peephole=self.peephole,
             output_peephole=self.output_peephole,
+            layer_norm=self.layer_norm,
+            weight_ln_ih=self.weight_ln_ih if self.layer_norm else None,
+            weight_ln_hh=self.weight_ln_hh if self.layer_norm else None,
+            weight_ln_c=self.weight_ln_c if self.layer_norm else None,
+            bias_ln_c=self.bias_ln_c if self.layer_norm else None,
+            zoneout=self.zoneout,
+            cell_clip=self.cell_clip,
+            training=self.training,
         )
 
     if TYPE_CHECKING:
@@ -227,6 +266,10 @@ class LSTM(VariantModule, nn.RNNBase):
 
     mode: str = "LSTM"
     proj_size: int = 0
+    recurrent_dropout: float = 0.0
+    recurrent_dropout_on: DroppedOn = "hidden"
+    weight_dropout: float = 0.0
+    proj_clip: float | None = None
     strategy: Strategy = "auto"
     recompute: bool = False
 
@@ -246,14 +289,26 @@ class LSTM(VariantModule, nn.RNNBase):
         coupled: bool = False,
         peephole: Peephole | None = None,
         output_peephole: OutputPeephole = "previous",
+        layer_norm: bool = False,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_on: DroppedOn = "hidden",
+        zoneout: Zoneout = (0.0, 0.0),
+        weight_dropout: float = 0.0,
+        cell_clip: float | None = None,
+        proj_clip: float | None = None,
+        forget_bias: float | None = None,
         strategy: Strategy = "auto",
         recompute: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # RNNBase would make the parameters of the standard variant
         checks.lstm_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        spec = LSTMSpec.of(coupled, peephole, output_peephole)
+        spec = LSTMSpec.of(coupled, peephole, output_peephole, layer_norm)
         routing.check_strategy(strategy, spec)
         checks.flag("recompute", recompute)
+        limits = (cell_clip, proj_clip, proj_size)
+        regularization.rules_of(recurrent_dropout, recurrent_dropout_on, zoneout, *limits, training=True)
+        regularization.probability("weight_dropout", weight_dropout)
+        checks.forget_bias(forget_bias, bias)
         self._set_variant(spec)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -263,6 +318,9 @@ class LSTM(VariantModule, nn.RNNBase):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = proj_size
+        self.recurrent_dropout, self.recurrent_dropout_on = recurrent_dropout, recurrent_dropout_on
+        self.zoneout, self.weight_dropout = (zoneout[0], zoneout[1]), weight_dropout
+        self.cell_clip, self.proj_clip, self.forget_bias = cell_clip, proj_clip, forget_bias
         self.strategy = strategy
         self.recompute = recompute
         directions = 2 if bidirectional else 1
@@ -371,7 +429,7 @@ class LSTM(VariantModule, nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         taken = functional.take(
             input, hx, self._current_weights(), self.spec, self.num_layers, directions, self.bias, self.batch_first,
-            self.proj_size, self.strategy, lengths, resets, return_cell_states,
+            self.proj_size, self.strategy, lengths, resets, return_cell_states, self._rules(),
         )  # fmt: skip
         return explanation(*taken.question, gpu=gpu, recompute=self.recompute)
 
@@ -449,9 +507,23 @@ class LSTM(VariantModule, nn.RNNBase):
             coupled=self.coupled,
             peephole=self.peephole,
             output_peephole=self.output_peephole,
+            layer_norm=self.layer_norm,
+            recurrent_dropout=self.recurrent_dropout,
+            recurrent_dropout_on=self.recurrent_dropout_on,
+            zoneout=self.zoneout,
+            weight_dropout=self.weight_dropout,
+            cell_clip=self.cell_clip,
+            proj_clip=self.proj_clip,
             strategy=self.strategy,
             recompute=self.recompute,
         )
+
+    def _rules(self) -> Rules:
+        """Return the rules of the steps of a call."""
+        return regularization.rules_of(
+            self.recurrent_dropout, self.recurrent_dropout_on, self.zoneout, self.cell_clip, self.proj_clip,
+            self.proj_size, self.training,
+        )  # fmt: skip
 
     def _current_weights(self) -> list[Tensor]:
         """Return the weights of this call in the order of `functional.lstm`: PyTorch's private list `_flat_weights`.
@@ -542,22 +614,26 @@ def leaf(module: nn.Module, input: Any, hx: Any, **asked: Any) -> Any:
     return tracer.create_proxy("call_module", path, arguments, asked)
 
 
+def constructor(**defaults: Any) -> Callable[..., None]:
+    """Return the constructor of `LSTM` with other defaults of options that are keywords."""
+
+    def __init__(self: LSTM, *arguments: Any, **options: Any) -> None:
+        LSTM.__init__(self, *arguments, **(defaults | options))
+
+    signature = inspect.signature(LSTM.__init__)
+    parameters = [p.replace(default=defaults.get(p.name, p.default)) for p in signature.parameters.values()]
+    __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return __init__
+
+
 class CoupledLSTM(LSTM):
     """`LSTM` whose default is coupled=True: c_t = f c_{t-1} + (1 - f) g (CIFG, Greff et al. 2017).
 
     All arguments, and all else, are those of `LSTM`.
     """
 
-    def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
-        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device: Any = None,
-        dtype: torch.dtype | None = None, *, coupled: bool = True, peephole: Peephole | None = None,
-        output_peephole: OutputPeephole = "previous", strategy: Strategy = "auto", recompute: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
-            coupled=coupled, peephole=peephole, output_peephole=output_peephole, strategy=strategy, recompute=recompute,
-        )  # fmt: skip
+    if not TYPE_CHECKING:
+        __init__ = constructor(coupled=True)
 
 
 class PeepholeLSTM(LSTM):
@@ -567,13 +643,5 @@ class PeepholeLSTM(LSTM):
     c_{t-1}. The peepholes of the paper, of TensorFlow and of ONNX are output_peephole="current".
     """
 
-    def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
-        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device: Any = None,
-        dtype: torch.dtype | None = None, *, coupled: bool = False, peephole: Peephole | None = "diagonal",
-        output_peephole: OutputPeephole = "previous", strategy: Strategy = "auto", recompute: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
-            coupled=coupled, peephole=peephole, output_peephole=output_peephole, strategy=strategy, recompute=recompute,
-        )  # fmt: skip
+    if not TYPE_CHECKING:
+        __init__ = constructor(peephole="diagonal")

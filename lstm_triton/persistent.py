@@ -46,7 +46,7 @@ def backward(
         if spec.full and w.weight_ch is not None:  # the kernel leaves out what the first step adds
             own = order.direction(n)
             dc[n] += own.read_first(own.first(d_gates[n])) @ spec.previous_peephole(w.weight_ch)
-    return d_gates, found.get("d_hidden_ptr"), dc
+    return StepGradients(d_gates, found.get("d_hidden_ptr"), dc, found.get("d_h_0_ptr"))
 
 
 def recurrent_weights(weights: Sequence[LSTMWeights]) -> tuple[Tensor, Tensor | None, Tensor | None]:

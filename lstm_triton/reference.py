@@ -1,7 +1,7 @@
 """The LSTM, equation by equation: the oracle that everything else is tested against.
 
 Any dtype, any device, differentiable as often as PyTorch is. Shapes: B batch rows, I input features, H hidden units,
-P hidden size after projection (else H), T time steps, D directions.
+P hidden size after projection (else H), T time steps, D directions, G gate blocks.
 
     a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
     i = s(a_i + V_i c_{t-1})          coupled: i = 1 - f
@@ -10,6 +10,13 @@ P hidden size after projection (else H), T time steps, D directions.
     c_t = f c_{t-1} + i g
     o = s(a_o + V_o c_*)              c_* = c_{t-1}, or c_t with output_peephole="current"
     h_t = o tanh(c_t)                 with projection: h_t = W_hr (o tanh(c_t))
+
+With layer normalisation (Ba et al. 2016), where n(v) is v less its mean, divided by its standard deviation:
+
+    a = w_ih n(W_ih x_t) + b_ih + w_hh n(W_hh h_{t-1}) + b_hh
+    h_t = o tanh(w_c n(c_t) + b_c)
+
+Regularised steps (dropout within the recurrence, zoneout, clipping) are in `lstm_triton_kernels.regularize`.
 """
 
 from __future__ import annotations
@@ -18,14 +25,21 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from lstm_triton_kernels.regularize import UNREGULARIZED, Regularized
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
 
+NORM_EPS = 1e-5
+"""Added to a variance before its root is taken: the default of `torch.nn.LayerNorm`."""
 
-def cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) -> tuple[Tensor, Tensor]:
-    """One step. x (B, I), h (B, P), c (B, H) -> h (B, P), c (B, H)."""
+
+def cell(
+    x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec, regularized: Regularized = UNREGULARIZED
+) -> tuple[Tensor, Tensor]:
+    """One step. x (B, I), h (B, P), c (B, H) -> h (B, P), c (B, H); regularized: of this step."""
     a = spec.split_gates(
-        F.linear(x, weights.weight_ih, weights.bias_ih) + F.linear(h, weights.weight_hh, weights.bias_hh)
+        product(x, weights.weight_ih, weights.bias_ih, weights.weight_ln_ih)
+        + product(regularized.drop_hidden(h), weights.weight_hh, weights.bias_hh, weights.weight_ln_hh)
     )
     v = spec.split_peephole(weights.weight_ch) if weights.weight_ch is not None else {}
     full = spec.full
@@ -37,18 +51,30 @@ def cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) 
 
     f = gate("f", c)
     i = 1 - f if spec.coupled else gate("i", c)
-    g = torch.tanh(a["g"])
-    c_next = f * c + i * g
+    g = regularized.drop_candidate(torch.tanh(a["g"]))
+    c_next = regularized.clip_cell(f * c + i * g)
     o = gate("o", c_next if spec.output_current else c)
-    h_next = o * torch.tanh(c_next)
+    h_next = o * torch.tanh(normalized(c_next, weights.weight_ln_c, weights.bias_ln_c))
     if weights.weight_hr is not None:
-        h_next = F.linear(h_next, weights.weight_hr)
-    return h_next, c_next
+        h_next = regularized.clip_hidden(F.linear(h_next, weights.weight_hr))
+    return regularized.zone_hidden(h_next, h), regularized.zone_cell(c_next, c)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    """Return W x + b, or with a gain (G·H,) the product normalised: x (B, I) -> (B, G·H)."""
+    if gain is None:
+        return F.linear(x, weight, bias)
+    return normalized(F.linear(x, weight), gain, bias)
+
+
+def normalized(x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Return x (B, N) with each row normalised, times the gain (N,), plus the shift (N,); without a gain x itself."""
+    return x if gain is None else F.layer_norm(x, gain.shape, gain, shift, NORM_EPS)
 
 
 def layer_states(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec,
-    lengths: Tensor | None = None, resets: Tensor | None = None,
+    lengths: Tensor | None = None, resets: Tensor | None = None, regularized: Regularized = UNREGULARIZED,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """One layer, all its directions (the second runs backwards in time), and every cell state.
 
@@ -57,16 +83,18 @@ def layer_states(
     - lengths: (B,), steps of each row: beyond them the row keeps its state (the second direction has not started yet),
       and its output and cells are zero
     - resets: (T, B) bool, where the state is zero before that step, in each direction
+    - regularized: the rules and masks of the layer's steps
     """
     outputs, cells, last_h, last_c = [], [], [], []
     for direction, direction_weights in enumerate(weights):
         h, c = h_0[direction], c_0[direction]
         hidden, states = [], []
+        own = regularized.direction(direction)
         for t in reversed(range(len(x))) if direction else range(len(x)):
             kept_h, kept_c = h, c
             if resets is not None:
                 h, c = (state.masked_fill(resets[t][:, None], 0) for state in (h, c))
-            h, c = cell(x[t], h, c, direction_weights, spec)
+            h, c = cell(x[t], h, c, direction_weights, spec, own.at(t))
             hidden.append(h)
             states.append(c)
             if lengths is not None:
@@ -82,9 +110,10 @@ def layer_states(
 
 def lstm(
     x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], spec: LSTMSpec,
-    lengths: Tensor | None = None, resets: Tensor | None = None,
+    lengths: Tensor | None = None, resets: Tensor | None = None, regularized: Sequence[Regularized] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """A stack of layers, without dropout; lengths and resets as in `layer_states`.
+    """A stack of layers, without dropout between them; lengths, resets and, one a layer, regularized as in
+    `layer_states`.
 
     x (T, B, I), h_0 (D·L, B, P), c_0 (D·L, B, H) -> output (T, B, D·P), h_n (D·L, B, P), c_n (D·L, B, H), and the cell
     states of the last layer (T, B, D·H).
@@ -92,7 +121,8 @@ def lstm(
     last_h, last_c = [], []
     for n, weights in enumerate(layers):
         states = slice(n * len(weights), (n + 1) * len(weights))
-        x, cells, h_n, c_n = layer_states(x, h_0[states], c_0[states], weights, spec, lengths, resets)
+        own = regularized[n] if regularized is not None else UNREGULARIZED
+        x, cells, h_n, c_n = layer_states(x, h_0[states], c_0[states], weights, spec, lengths, resets, own)
         last_h.append(h_n)
         last_c.append(c_n)
     return x, torch.cat(last_h), torch.cat(last_c), cells

@@ -206,8 +206,8 @@ def why_not_cudnn(device: torch.device, spec: LSTMSpec) -> str | None:
     """Return what keeps `torch.nn.LSTM`'s own operator from computing a variant with cuDNN; None if nothing does."""
     if device.type != "cuda":
         return f"it computes on CUDA devices, not on {device.type}"
-    if spec.peephole is not None:
-        return f"it has no peepholes, as {spec.name!r} has"
+    if (obstacle := why_not_in_operator(spec)) is not None:
+        return obstacle
     if not cudnn_is_on():
         return "cuDNN is not available, or switched off"
     return None
@@ -254,6 +254,8 @@ def check_strategy(strategy: Any, spec: LSTMSpec) -> None:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     if strategy == "cudnn" and spec.peephole is not None:
         raise ValueError(f"strategy 'cudnn' computes no peepholes, got the variant {spec.name!r}")
+    if strategy == "cudnn" and spec.layer_norm:
+        raise ValueError(f"strategy 'cudnn' computes no layer normalisation, got the variant {spec.name!r}")
 
 
 def requested() -> str:
@@ -288,13 +290,20 @@ def why_not_dtype(dtype: torch.dtype) -> str | None:
     return f"the kernels compute in {', '.join(map(str, SUPPORTED_DTYPES))}, got {dtype}"
 
 
+def why_not_in_operator(spec: LSTMSpec) -> str | None:
+    """Return what a variant has that `torch.nn.LSTM`'s own operator has not; None if nothing."""
+    if spec.peephole is not None:
+        return f"it has no peepholes, as {spec.name!r} has"
+    return f"it has no layer normalisation, as {spec.name!r} has" if spec.layer_norm else None
+
+
 def why_not_operator(device: torch.device, layer: Layer, asked: tuple[str, ...]) -> str | None:
     """Return what keeps `torch.nn.LSTM`'s own operator from computing a call; None if nothing does.
 
     asked: the arguments of the call that `torch.nn.LSTM` does not have.
     """
-    if layer.spec.peephole is not None:
-        return f"it has no peepholes, as {layer.spec.name!r} has"
+    if (obstacle := why_not_in_operator(layer.spec)) is not None:
+        return obstacle
     if device.type != "cuda" and layer.dtype not in CPU_DTYPES:
         return f"in {layer.dtype} it rounds the cell state at every step"
     if transforms.active() or transforms.forward_mode():
@@ -313,7 +322,7 @@ def facts_of(layer: Layer, device: torch.device, strategy: str = "auto", asked: 
     if strategy == name == "auto" and device.type != "cuda":
         no_kernels: str | None = ON_CPU if device.type == "cpu" else f"the kernels run on CUDA devices, not on {device}"
     else:
-        no_kernels = why_not_triton(device, layer.dtype)
+        no_kernels = why_not_triton(device, layer.dtype) or ("no norm yet" if layer.spec.layer_norm else None)
         compiling = torch.compiler.is_compiling()
         if no_kernels is None and not compiling:
             layer, gpu = layer._replace(precision=matmul_precision()), gpu_of(device)
@@ -358,6 +367,8 @@ def _route(
         return Choice("reference", "a transform differentiates in a way that no operator is made for")
     if found.name == "eager" and layer.T == 1 and not asked and not packed:
         return Choice("reference", found.reason)  # a single step has nothing to prepare for others
+    if found.name == "eager" and layer.spec.layer_norm:
+        return Choice("reference", found.reason)
     return found
 
 
@@ -428,12 +439,17 @@ def now(engine: str, layer: Layer, device: torch.device) -> str:
     return kernels(strategy, layer, gpu_of(device)).name
 
 
-def double_backward(engine: str, device: torch.device, dtype: torch.dtype, watched: bool) -> Choice:
+def double_backward(
+    engine: str, device: torch.device, dtype: torch.dtype, watched: bool, regularized: bool = False
+) -> Choice:
     """Return what computes a backward pass that is differentiated itself: an engine that a layer has, or "reference".
 
     - engine: of the forward pass, that of a layer or "operator"
     - watched: whether something beside autograd looks at the tensors, or they are a batch or have tangents
+    - regularized: whether steps are regularised or normalised
     """
+    if regularized:
+        return Choice("reference", "the kernels for second derivatives are of plain steps")
     if watched:
         return Choice("reference", "torch.func, a mode or a tracer is at work, or the gradients are a batch")
     if (obstacle := why_not_dtype(dtype)) is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.regularize import UNREGULARIZED, Regularized
 from lstm_triton_kernels.sizes import accumulator_dtype
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
@@ -32,30 +33,36 @@ def forward(
     with torch.autocast(x.device.type, enabled=False):
         wide = [[w.map(lambda weight: weight.to(dtype)) for w in weights] for weights in layers]
         inputs = (x.to(dtype), h_0.to(dtype), c_0.to(dtype))
-        results = reference.lstm(*inputs, wide, spec, order.lengths, order.resets)
+        rules = [order.regularized] * len(layers)
+        results = reference.lstm(*inputs, wide, spec, order.lengths, order.resets, rules)
     output, h_n, c_n, cells = (result.to(x.dtype) for result in results)
     return output, h_n, c_n, cells
 
 
 def single_step(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec,
+    regularized: Regularized = UNREGULARIZED,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute a layer of one step by the reference: x (B, I) -> output (1, B, D·P), h_n (D, B, P), c_n (D, B, H)."""
     if len(weights) == 1:
-        h, c = cell(x, h_0.squeeze(0), c_0.squeeze(0), weights[0], spec)
+        h, c = cell(x, h_0.squeeze(0), c_0.squeeze(0), weights[0], spec, regularized.direction(0).at(0))
         return h.unsqueeze(0), torch.stack([h]), c.unsqueeze(0)
-    states = zip(h_0.unbind(0), c_0.unbind(0), weights, strict=True)
-    hidden, cells = zip(*[cell(x, h, c, w, spec) for h, c, w in states], strict=True)
+    rules = (regularized.direction(n).at(0) for n in range(2))
+    states = zip(h_0.unbind(0), c_0.unbind(0), weights, rules, strict=True)
+    hidden, cells = zip(*[cell(x, h, c, w, spec, own) for h, c, w, own in states], strict=True)
     return torch.cat(hidden, -1).unsqueeze(0), torch.stack(hidden), torch.stack(cells)
 
 
-def cell(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec) -> tuple[Tensor, Tensor]:
+def cell(
+    x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec, regularized: Regularized = UNREGULARIZED
+) -> tuple[Tensor, Tensor]:
     """Compute one step by the reference, x (B, I), h (B, P), c (B, H), in the accumulator type as the kernels do."""
     dtype = accumulator_dtype(x.dtype)
     if dtype == x.dtype:
-        return reference.cell(x, h, c, weights, spec)
+        return reference.cell(x, h, c, weights, spec, regularized)
     with torch.autocast(x.device.type, enabled=False):
-        h_next, c_next = reference.cell(x.to(dtype), h.to(dtype), c.to(dtype), weights.map(lambda w: w.to(dtype)), spec)
+        wide = (x.to(dtype), h.to(dtype), c.to(dtype), weights.map(lambda w: w.to(dtype)))
+        h_next, c_next = reference.cell(*wide, spec, regularized)
     return h_next.to(x.dtype), c_next.to(x.dtype)
 
 

@@ -66,7 +66,8 @@ def how_of(
 ) -> How | None:  # fmt: skip
     """Return how a stack is overlapped, x (T, B, I), h_0, c_0 (L, B, H); None where it is computed layer by layer."""
     asked = getattr(_asked, "how", None)
-    if asked is None or call.engine != "persistent" or order.lengths is not None or dropout == 1:
+    plain = call.engine == "persistent" and not call.rules and not call.spec.layer_norm
+    if asked is None or not plain or order.lengths is not None or dropout == 1:
         return None
     flat = [w for directions in layers for weights in directions for w in weights if w is not None]
     if not unwatched((x, h_0, c_0, *flat)):

@@ -26,6 +26,7 @@ from lstm_triton_kernels.equations import (
     previous_cell_gradient,
     store_gates,
 )
+from lstm_triton_kernels.regularize import KernelRules
 from lstm_triton_kernels.spec import LSTMSpec
 
 
@@ -40,7 +41,7 @@ def carried_rows(resets_ptr, t, row, B, HAS_RESETS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "t", "hidden_t", "previous", "current"])
 def cell_forward_kernel(
-    preact_ptr, cells_ptr, hidden_ptr, gates_ptr, w_ch_ptr, resets_ptr,
+    preact_ptr, cells_ptr, hidden_ptr, gates_ptr, w_ch_ptr, resets_ptr, rules,
     B, H, t, hidden_t, previous, current, stride_ht, stride_hb,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, SAVE_GATES: tl.constexpr,
     HAS_RESETS: tl.constexpr, UPDATE_CELL: tl.constexpr, UPDATE_HIDDEN: tl.constexpr,
@@ -85,7 +86,7 @@ def cell_forward_kernel(
 
 @triton.jit(do_not_specialize=["B", "t", "previous", "current"])
 def cell_backward_kernel(
-    grad_output_ptr, dh_ptr, dc_ptr, gates_ptr, cells_ptr, d_gates_ptr, w_ch_ptr, resets_ptr,
+    grad_output_ptr, dh_ptr, dc_ptr, gates_ptr, cells_ptr, d_gates_ptr, w_ch_ptr, resets_ptr, rules,
     B, H, t, previous, current, stride_gt, stride_gb,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr,
     HAS_RESETS: tl.constexpr, GRAD_HIDDEN: tl.constexpr, GRAD_CELL: tl.constexpr,
@@ -162,6 +163,7 @@ def cell_forward(
         gates_ptr=gates,
         w_ch_ptr=weight_ch if spec.diagonal else None,
         resets_ptr=resets,
+        rules=KernelRules(),
         B=B,
         H=H,
         t=t,
@@ -200,6 +202,7 @@ def cell_backward(
         d_gates_ptr=d_gates,
         w_ch_ptr=weight_ch if spec.diagonal else None,
         resets_ptr=resets,
+        rules=KernelRules(),
         B=B,
         H=H,
         t=t,

@@ -77,7 +77,7 @@ def publish_gates(
 def exchanged_backward_kernel(
     d_gates_ptr, d_hidden_ptr, dc_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr, gates_ptr,
     cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr, grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, streamed_ptr,
-    lengths_ptr, resets_ptr, error_ptr,
+    lengths_ptr, resets_ptr, error_ptr, rules,
     T, B, rows, row_blocks, max_polls, pause,
     H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
     OUTPUT_CURRENT: gl.constexpr, HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr,

@@ -64,7 +64,7 @@ def publish_state(
 @gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def exchanged_forward_kernel(
     gates_ptr, output_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr, cells_ptr, h_n_ptr, c_n_ptr,
-    h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, streamed_ptr, lengths_ptr, resets_ptr, error_ptr,
+    h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, streamed_ptr, lengths_ptr, resets_ptr, error_ptr, rules,
     T, B, rows, row_blocks, max_polls, pause,
     H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
     OUTPUT_CURRENT: gl.constexpr, SAVE_GATES: gl.constexpr, CELLS: gl.constexpr, HAS_LENGTHS: gl.constexpr,

@@ -12,6 +12,8 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from lstm_triton_kernels.regularize import UNREGULARIZED, Regularized
+
 
 class Step(NamedTuple):
     """One time step.
@@ -34,12 +36,14 @@ class Order(NamedTuple):
     - lengths: (B,) int64, steps of each row, 1 to T; None: all rows have T. The second direction starts at a row's end
     - resets: (T, B) bool, where the state is zero before that step; None: nowhere
     - reverse: whether the steps run from the last to the first
+    - regularized: the rules and masks of regularised steps: of a layer, but in the order of one direction those of that
     """
 
     T: int
     lengths: Tensor | None = None
     resets: Tensor | None = None
     reverse: bool = False
+    regularized: Regularized = UNREGULARIZED
 
     @property
     def ragged(self) -> bool:
@@ -53,7 +57,7 @@ class Order(NamedTuple):
 
     def direction(self, n: int) -> Order:
         """Return the order of direction n of a layer: the second runs backwards in time."""
-        return self._replace(reverse=n == 1)
+        return self._replace(reverse=n == 1, regularized=self.regularized.direction(n))
 
     # Single steps, for a loop over them. `saved`: `cells` has T + 1 slots and keeps every c_t, with c_0 before the
     # first (behind the last when reversed); else it has a single slot that each step overwrites.
@@ -78,7 +82,7 @@ class Order(NamedTuple):
         """Return the order of some of the steps, of rows of full length."""
         assert self.lengths is None
         resets = None if self.resets is None else self.resets[now]
-        return self._replace(T=now.stop - now.start, resets=resets)
+        return self._replace(T=now.stop - now.start, resets=resets, regularized=self.regularized.at(now))
 
     # All steps of a row that has a length of its own.
 
@@ -145,7 +149,9 @@ class Order(NamedTuple):
 
     def flipped(self) -> Order:
         """Return the order of flipped sequences, which run forwards."""
-        return Order(self.T, self.lengths, self.flip(self.resets))
+        codes, clipped = self.flip(self.regularized.codes), self.flip(self.regularized.clipped)
+        regularized = self.regularized._replace(codes=codes, clipped=clipped)
+        return Order(self.T, self.lengths, self.flip(self.resets), regularized=regularized)
 
     # The states that the steps read.
 
@@ -161,23 +167,27 @@ class Order(NamedTuple):
         return previous, self.cells_written(cells)
 
     def read_first(self, values: Tensor) -> Tensor:
-        """Return h_0 or the like, (B, F), as the first step of each row read it: zero where that is reset."""
+        """Return c_0 or the like, (B, F), as the first step of each row read it: zero where that is reset."""
         return values if self.resets is None else values.masked_fill(self.first(self.resets)[:, None], 0)
 
+    def hidden_read_first(self, h_0: Tensor) -> Tensor:
+        """Return h_0 (B, P) as W_hh read it in the first step of each row."""
+        return self.regularized.drop_hidden(self.read_first(h_0))
+
     def hidden_read_after_first(self, output: Tensor) -> Tensor:
-        """Return h_{t-1} (T - 1, B, P) as all steps but the first of T read it; zero where a row begins later."""
+        """Return h_{t-1} (T - 1, B, P) as W_hh read it in all steps but the first; zero where a row begins later."""
         rest = output[1:] if self.reverse else output[:-1]
-        if self.resets is None:
-            return rest
-        return rest.masked_fill(self.after_first(self.resets)[..., None], 0)
+        if self.resets is not None:
+            rest = rest.masked_fill(self.after_first(self.resets)[..., None], 0)
+        return self.regularized.drop_hidden(rest)
 
     def after_first(self, sequence: Tensor) -> Tensor:
         """Return a sequence without the first of the T steps."""
         return sequence[:-1] if self.reverse else sequence[1:]
 
     def hidden_read(self, output: Tensor, h_0: Tensor) -> Tensor:
-        """Return h_{t-1} (T, B, P) as every step read it, from the output (T, B, P)."""
-        rest, first = self.hidden_read_after_first(output), self.read_first(h_0)
+        """Return h_{t-1} (T, B, P) as W_hh read it in every step, from the output (T, B, P)."""
+        rest, first = self.hidden_read_after_first(output), self.hidden_read_first(h_0)
         if not self.reverse:
             return torch.cat([first[None], rest])
         hidden = torch.cat([rest, first[None]])

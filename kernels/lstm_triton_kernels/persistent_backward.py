@@ -50,7 +50,7 @@ from lstm_triton_kernels.time_loop import load_saved, rows_in_turn, step_of
 @triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def persistent_backward_kernel(
     d_gates_ptr, d_hidden_ptr, dc_ptr, gates_ptr, cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr,
-    grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr, resets_ptr, counters_ptr, error_ptr,
+    grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr, resets_ptr, counters_ptr, error_ptr, rules,
     T, B, H, P, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_CELLS: tl.constexpr,

@@ -61,7 +61,7 @@ from lstm_triton_kernels.time_loop import cell_places, load_gate_inputs, rows_in
 @triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def persistent_forward_kernel(
     gates_ptr, hidden_ptr, unprojected_ptr, cells_ptr, h_n_ptr, c_n_ptr, h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr,
-    lengths_ptr, resets_ptr, counters_ptr, error_ptr,
+    lengths_ptr, resets_ptr, counters_ptr, error_ptr, rules,
     T, B, H, P, padded_H, padded_P, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     SAVE_GATES: tl.constexpr, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,

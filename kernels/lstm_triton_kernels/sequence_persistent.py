@@ -162,8 +162,9 @@ def backward_launch(
 
 
 def order_arguments(order: Order) -> dict[str, Any]:
-    """Return what a kernel is given of the lengths and resets of rows."""
+    """Return what a kernel is given of the lengths and resets of rows, and of the rules of steps."""
     return dict(
+        rules=order.regularized.for_kernels(),
         lengths_ptr=order.lengths,
         resets_ptr=order.reset_bytes,
         HAS_LENGTHS=order.lengths is not None,

@@ -107,6 +107,7 @@ def forward(
 def backward(
     grad_output: Tensor | None, grad_cells: Tensor | None, dh: Tensor, dc: Tensor, weights: LSTMWeights,
     spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
+    kept: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Compute all steps backward, into d_gates (and d_hidden), in place in dh and dc, as `sequence_stepwise` does."""
     chunk = None

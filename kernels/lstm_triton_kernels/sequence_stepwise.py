@@ -60,6 +60,7 @@ def forward(
 def backward(
     grad_output: Tensor | None, grad_cells: Tensor | None, dh: Tensor, dc: Tensor, weights: LSTMWeights,
     spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
+    kept: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Compute all steps backward, into d_gates; dh and dc become the gradients of h_0 and c_0.
 
@@ -67,7 +68,9 @@ def backward(
     - dh: (B, P), gradient of h_n, in place; dc: (B, H) accumulator type, gradient of c_n, in place
     - gates (T, B, G·H), cells (T + 1, B, H): saved by `forward`
     - d_gates: (T, B, G·H) gradients of the pre-activations, out
-    - d_hidden: (T, B, P) gradients of h_t, out; with a projection only, else None
+    - d_hidden: (T, B, P) gradients of W_hr (o tanh(c_t)), out; with a projection only, else None
+    - kept: (B, P) accumulator type, of h_n, in place, the gradient that zoneout passes on from h_t to h_{t-1}; zero.
+      None without zoneout of h
     """
     H = cells.shape[-1]
     projected = d_hidden is not None

@@ -1,6 +1,6 @@
 """LSTM variants: their gate blocks, their parameters, shapes and names.
 
-The only place that knows what a combination of `coupled`, `peephole` and `output_peephole` means.
+The only place that knows what a combination of `coupled`, `peephole`, `output_peephole` and `layer_norm` means.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class LSTMWeights(NamedTuple):
     - bias_ih, bias_hh: (G·H,) each
     - weight_hr: (P, H), projection of the hidden state
     - weight_ch: peephole, cell state to gates; diagonal (Q·H,), full (Q·H, H)
+    - weight_ln_ih, weight_ln_hh: (G·H,), gains of the normalised products
+    - weight_ln_c, bias_ln_c: (H,), gain and shift of the normalised cell state
     """
 
     weight_ih: Tensor
@@ -35,6 +37,10 @@ class LSTMWeights(NamedTuple):
     bias_hh: Tensor | None = None
     weight_hr: Tensor | None = None
     weight_ch: Tensor | None = None
+    weight_ln_ih: Tensor | None = None
+    weight_ln_hh: Tensor | None = None
+    weight_ln_c: Tensor | None = None
+    bias_ln_c: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
         """Name to tensor of the parameters there are, in the order of a state dict."""
@@ -47,34 +53,37 @@ class LSTMWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class LSTMSpec:
-    """One of the ten LSTM variants.
+    """One of the ten LSTM variants, or of the same ten with layer normalisation.
 
     - coupled: the input gate is 1 - f (CIFG: Greff et al. 2017), three gate blocks instead of four
     - peephole: None, "diagonal" (elementwise: Gers & Schmidhuber 2000) or "full" (a matrix)
     - output_peephole: which cell state the output gate reads: "previous", the default, is a simplified form in which it
       reads c_{t-1}; textbook peepholes (Gers & Schmidhuber 2000; TensorFlow, ONNX) are "current", and read c_t
+    - layer_norm: whether both products and the cell state are normalised (Ba et al. 2016)
 
     What follows from them, settled once since every step of a layer asks for it:
 
-    - name: "standard", "coupled", "diagonal", "coupled+full+current", ...
+    - name: "standard", "coupled", "diagonal", "coupled+full+current", "norm", "coupled+norm", ...
     - gates: the gate blocks in the order in which they are stacked in the weights
     - peephole_gates: those that read the cell state, in the order of `weight_ch`
     - previous_gates: those that read c_{t-1}
 
-    Raises ValueError for an unknown value, and for "current" without a peephole.
+    Raises ValueError for an unknown value, and for "current" without a peephole, TypeError for a flag that is no bool.
     """
 
     coupled: bool = False
     peephole: Peephole | None = None
     output_peephole: OutputPeephole = "previous"
+    layer_norm: bool = False
     name: str = field(init=False, repr=False, compare=False)
     gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
     peephole_gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
     previous_gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.coupled, bool):
-            raise TypeError(f"coupled should be of type bool, got: {type(self.coupled).__name__}")
+        for flag, given in (("coupled", self.coupled), ("layer_norm", self.layer_norm)):
+            if not isinstance(given, bool):
+                raise TypeError(f"{flag} should be of type bool, got: {type(given).__name__}")
         if self.peephole not in PEEPHOLES:
             raise ValueError(f"peephole must be None, 'diagonal' or 'full', got {self.peephole!r}")
         if self.output_peephole not in OUTPUT_PEEPHOLES:
@@ -87,6 +96,7 @@ class LSTMSpec:
         reading = tuple(gate for gate in gates if gate != "g") if self.peephole else ()
         previous = tuple(gate for gate in reading if not (gate == "o" and self.output_current))
         parts = ["coupled"] * self.coupled + [self.peephole or ""] + ["current"] * self.output_current
+        parts += ["norm"] * self.layer_norm
         name = "+".join(part for part in parts if part) or "standard"
         settled = dict(name=name, gates=gates, peephole_gates=reading, previous_gates=previous)
         for attribute, value in settled.items():
@@ -110,16 +120,19 @@ class LSTMSpec:
     @property
     def standard(self) -> bool:
         """Whether this is `torch.nn.LSTM`'s variant."""
-        return not self.coupled and self.peephole is None
+        return not self.coupled and self.peephole is None and not self.layer_norm
 
     @classmethod
-    def of(cls, coupled: bool, peephole: Peephole | None, output_peephole: OutputPeephole) -> LSTMSpec:
+    def of(
+        cls, coupled: bool, peephole: Peephole | None, output_peephole: OutputPeephole, layer_norm: bool = False
+    ) -> LSTMSpec:
         """Return the variant with these options, without building it again. Raises as the class does."""
-        if isinstance(coupled, bool) and isinstance(peephole, (str, type(None))) and isinstance(output_peephole, str):
-            known = BY_OPTIONS.get((coupled, peephole, output_peephole))
+        names = isinstance(peephole, (str, type(None))) and isinstance(output_peephole, str)
+        if isinstance(coupled, bool) and isinstance(layer_norm, bool) and names:
+            known = BY_OPTIONS.get((coupled, peephole, output_peephole, layer_norm))
             if known is not None:
                 return known
-        return cls(coupled, peephole, output_peephole)
+        return cls(coupled, peephole, output_peephole, layer_norm)
 
     @classmethod
     def parse(cls, name: str) -> LSTMSpec:
@@ -129,11 +142,13 @@ class LSTMSpec:
         raise ValueError(f"variant must be one of {', '.join(BY_NAME)}, got {name!r}")
 
     def parameter_names(self, bias: bool = True, projection: bool = False) -> tuple[str, ...]:
-        """Return the fields of LSTMWeights that the variant has, in `torch.nn.LSTM`'s order, the peephole last."""
+        """Return the fields of LSTMWeights that the variant has, in `torch.nn.LSTM`'s order, those of its own last."""
         names: tuple[str, ...] = ("weight_ih", "weight_hh")
         names += ("bias_ih", "bias_hh") if bias else ()
         names += ("weight_hr",) if projection else ()
-        return names + (("weight_ch",) if self.peephole else ())
+        names += ("weight_ch",) if self.peephole else ()
+        names += ("weight_ln_ih", "weight_ln_hh", "weight_ln_c") if self.layer_norm else ()
+        return names + (("bias_ln_c",) if self.layer_norm and bias else ())
 
     def parameter_shapes(
         self, input_size: int, hidden_size: int, bias: bool = True, proj_size: int = 0
@@ -148,6 +163,10 @@ class LSTMSpec:
             "bias_hh": (gate_rows,),
             "weight_hr": (proj_size, hidden_size),
             "weight_ch": (peephole_rows, hidden_size) if self.full else (peephole_rows,),
+            "weight_ln_ih": (gate_rows,),
+            "weight_ln_hh": (gate_rows,),
+            "weight_ln_c": (hidden_size,),
+            "bias_ln_c": (hidden_size,),
         }
         return {name: shapes[name] for name in self.parameter_names(bias, proj_size > 0)}
 
@@ -172,13 +191,18 @@ VARIANTS: tuple[LSTMSpec, ...] = tuple(
     for peephole in PEEPHOLES
     for output_peephole in (OUTPUT_PEEPHOLES if peephole else ("previous",))
 )
-"""All ten variants."""
+"""The ten variants without layer normalisation."""
+
+NORMALIZED: tuple[LSTMSpec, ...] = tuple(
+    LSTMSpec(spec.coupled, spec.peephole, spec.output_peephole, layer_norm=True) for spec in VARIANTS
+)
+"""The same ten with it."""
 
 STANDARD = VARIANTS[0]
 """`torch.nn.LSTM`'s variant."""
 
-BY_NAME = {spec.name: spec for spec in VARIANTS}
-BY_OPTIONS = {(spec.coupled, spec.peephole, spec.output_peephole): spec for spec in VARIANTS}
+BY_NAME = {spec.name: spec for spec in (*VARIANTS, *NORMALIZED)}
+BY_OPTIONS = {(spec.coupled, spec.peephole, spec.output_peephole, spec.layer_norm): spec for spec in BY_NAME.values()}
 
 
 def state_dict_name(name: str, layer: int, direction: int) -> str:

@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 from lstm_triton_kernels import sequence_persistent, sequence_stepwise, tensor_core_plan, watch
 from lstm_triton_kernels.gpus import GPUS
-from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.plan import PersistentPlan, Preference
 from lstm_triton_kernels.planner import ranked_plans
+from lstm_triton_kernels.regularize import NONE, Rules
 from lstm_triton_kernels.sizes import Layer, ceil_div
 from torch import Tensor
 
@@ -73,6 +73,8 @@ class Case:
     own_plans: Plans | None = None
     I: int = 3  # noqa: E741
     P: int = 0
+    rules: Rules = NONE
+    training: bool = True
 
     def __str__(self) -> str:
         plans = self.own_plans
@@ -94,7 +96,9 @@ class Case:
             f"sm_{self.capability}": self.capability != 90,
             f"{self.multiprocessors} multiprocessors": self.multiprocessors,
             "in weak memory": self.weak,
+            "evaluated": not self.training,
         }
+        words |= {f"{name} {value:.2g}": value > 0 for name, value in self.rules._asdict().items()}
         return ", ".join(text for text, present in words.items() if present)
 
     @property
@@ -182,6 +186,8 @@ class Case:
             dtype=DTYPES[self.dtype],
             seed=1,
             P=self.P,
+            rules=self.rules,
+            training=self.training,
         )
 
     def emulation(self) -> Emulation:
@@ -200,7 +206,7 @@ def computed(case: Case, inputs: Inputs, engine: str, plans: Plans | None) -> li
     spec, loop = case.spec, LOOPS[engine]
     keep = not case.infer
     call = layer.Call(spec.name, True, case.P > 0, engine, save=keep, recompute=case.recompute, states=keep)
-    order = Order(case.T, inputs.lengths, inputs.resets)
+    order = case.layer_case().order(inputs.lengths, inputs.resets, DTYPES[case.dtype])
     needs = layer.Needs(True, True, True, [list(spec.parameter_names(projection=case.P > 0))] * case.D)
     grad_output, grad_cells, grad_h_n, grad_c_n = inputs.gradients
     grads = layer.Gradients(grad_output, grad_h_n, grad_c_n, grad_cells)

@@ -62,7 +62,8 @@ class Far:
         if persistent:
             numbers["row_blocks"] = arguments["row_blocks"] + turns * more
         spreads: dict[int, Spread] = {}
-        for name, value in arguments.items():
+        rules = arguments.get("rules") or ()
+        for name, value in (*arguments.items(), *((f"rules.{n}", mask) for n, mask in enumerate(rules))):
             if name in TIME_STRIDES:
                 assert value % B == 0
                 numbers[name] = value // B * numbers["B"]

@@ -66,7 +66,7 @@ class Emulation:
         ptx = compiled.asm["ptx"]
         if self.change is not None:
             ptx = self.change(kernel.__name__, ptx)
-        given = [arguments[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+        given = flat(arguments, compiled.src.signature)
         self.seed += 1
         machine = Machine(
             ptx, grid, given, compiled.metadata.shared,
@@ -80,6 +80,18 @@ class Emulation:
         self.launches[kernel.__name__] += 1
         if self.stats:
             self.statistics.append((kernel.__name__, machine.statistics()))
+
+
+def flat(arguments: dict[str, Any], signature: dict[str, Any]) -> list[Any]:
+    """Return the arguments that a compiled kernel has, by its signature: those of a tuple one by one, no constants."""
+    found = []
+    for name, kind in signature.items():
+        if isinstance(kind, tuple):
+            fields = zip(arguments[name], kind, strict=True)
+            found += [value for value, of_field in fields if of_field != "constexpr"]
+        elif kind != "constexpr":
+            found.append(arguments[name])
+    return found
 
 
 class StandIn:

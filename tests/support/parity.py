@@ -6,14 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from lstm_triton_kernels.regularize import NONE, Regularized, Rules, drawn
 from lstm_triton_kernels.spec import state_dict_name
 from torch import Tensor
 
 import lstm_triton
-from lstm_triton import LSTMSpec, functional, parameters, reference
+from lstm_triton import LSTMSpec, functional, parameters, reference, regularization
 
 BOUND = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """||actual - expected|| / ||expected|| allowed on the CPU, T up to 64 (the numerics contract)."""
+
+MASKS = 5
+"""The seed of PyTorch's generator before a call, from which masks are drawn."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Case:
     resets: bool = False
     states: bool = False
     """whether rows have lengths, whether they are reset, and whether every c_t is wanted"""
+    rules: Rules = NONE
+    training: bool = True
+    """the rules of regularised steps (one dropout at most), and whether masks are drawn"""
     layout: str = "contiguous"
     """how the input is laid out: "contiguous", "transposed" (columns far apart), "expanded" (all rows one)"""
 
@@ -44,6 +51,8 @@ class Case:
         flags = [self.spec.name, str(self.dtype).removeprefix("torch."), f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"]
         flags += [f"L{self.L}"] * (self.L > 1) + ["both-directions"] * self.bidirectional + ["cell"] * self.cell
         flags += [name for name in ("lengths", "resets", "states") if getattr(self, name)]
+        flags += [f"{name}{value:.1g}" for name, value in self.rules._asdict().items() if value]
+        flags += ["evaluated"] * (not self.training)
         flags += ["no-bias"] * (not self.bias) + [f"P{self.proj_size}"] * (self.proj_size > 0)
         flags += [self.layout] * (self.layout != "contiguous") + [self.strategy] * (self.strategy != "auto")
         return "-".join(flags)
@@ -58,7 +67,25 @@ class Case:
 
     @property
     def variant(self) -> dict:
-        return dict(coupled=self.spec.coupled, peephole=self.spec.peephole, output_peephole=self.spec.output_peephole)
+        return {name: getattr(self.spec, name) for name in ("coupled", "peephole", "output_peephole", "layer_norm")}
+
+    @property
+    def regularization(self) -> dict:
+        """The rules as options of `functional.lstm`."""
+        rules = self.rules
+        on = "candidate" if rules.candidate_dropout else "hidden"
+        return dict(
+            recurrent_dropout=rules.hidden_dropout or rules.candidate_dropout, recurrent_dropout_on=on,
+            zoneout=(rules.zoneout_h, rules.zoneout_c), cell_clip=rules.cell_clip or None,
+            proj_clip=rules.proj_clip or None, training=self.training,
+        )  # fmt: skip
+
+    def drawn(self, n: int) -> list[Regularized]:
+        """What the steps of the first n layers are regularised with, drawn as the library draws: after MASKS."""
+        torch.manual_seed(MASKS)
+        device, T = torch.device(self.device), 1 if self.cell else self.T
+        seeds = [regularization.seed_for(self.rules, self.training, device) for _ in range(n)]
+        return [drawn(self.rules, seed, self.D, T, self.B, self.H, self.P, torch.float64) for seed in seeds]
 
     def parameter_names(self) -> list[str]:
         if self.cell:
@@ -112,12 +139,14 @@ def ragged(case: Case) -> dict[str, Tensor]:
 def call(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The public function that the case is about: (output, h_n, c_n), for a cell (h, c)."""
     x = laid_out(case, x)
+    torch.manual_seed(MASKS)
     if case.cell:
         named = dict(zip(case.parameter_names(), weights, strict=True))
-        return functional.lstm_cell(x, (h_0, c_0), **named, **case.variant)
+        own = {name: case.regularization[name] for name in ("zoneout", "cell_clip", "training")}
+        return functional.lstm_cell(x, (h_0, c_0), **named, **case.variant, **own)
     output, (h_n, c_n), *states = functional.lstm(
         x, (h_0, c_0), weights, num_layers=case.L, bias=case.bias, bidirectional=case.bidirectional,
-        proj_size=case.proj_size, strategy=case.strategy, **case.variant, **ragged(case),
+        proj_size=case.proj_size, strategy=case.strategy, **case.variant, **case.regularization, **ragged(case),
         return_cell_states=case.states,
     )  # fmt: skip
     return output, h_n, c_n, *states
@@ -128,8 +157,8 @@ def call_reference(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Te
     x = laid_out(case, x)
     layers = parameters.group_layers(weights, case.spec, case.D, case.bias, case.proj_size)
     if case.cell:
-        return reference.cell(x, h_0, c_0, layers[0][0], case.spec)
-    *results, states = reference.lstm(x, h_0, c_0, layers, case.spec, **ragged(case))
+        return reference.cell(x, h_0, c_0, layers[0][0], case.spec, case.drawn(1)[0].direction(0).at(0))
+    *results, states = reference.lstm(x, h_0, c_0, layers, case.spec, **ragged(case), regularized=case.drawn(case.L))
     return (*results, states) if case.states else tuple(results)
 
 
@@ -173,6 +202,31 @@ def assert_parity(case: Case, backend: str) -> None:
     found = errors(actual, expected_results(case, inputs))
     wrong = {name: error for name, error in found.items() if not error <= BOUND[case.dtype]}
     assert not wrong, f"{case}: beyond {BOUND[case.dtype]:.0e}: {wrong}"
+
+
+RULES = [
+    Rules.rounded(0.4, 0.0, 0.0, 0.0, 0.0, 0.0),
+    Rules.rounded(0.0, 0.3, 0.0, 0.0, 0.0, 0.0),
+    Rules.rounded(0.0, 0.0, 0.3, 0.2, 0.0, 0.0),
+    Rules.rounded(0.4, 0.0, 0.3, 0.2, 0.6, 0.0),
+    Rules.rounded(0.0, 0.3, 0.3, 0.2, 0.6, 0.0),
+]
+"""Rules that between them have every one, alone and together, but proj_clip."""
+
+
+def regularized_cases(spec: LSTMSpec) -> list[Case]:
+    """Cases that between them have all rules with every option, for one variant."""
+    both = dict(bidirectional=True, states=True)
+    return [
+        *(Case(spec, T=5, B=3, I=4, H=7, rules=rules, **both) for rules in RULES),
+        *(Case(spec, T=5, B=3, I=4, H=7, rules=rules, training=False, **both) for rules in RULES[2:4]),
+        Case(spec, T=6, B=5, I=3, H=9, rules=RULES[3], lengths=True, **both),
+        Case(spec, T=6, B=5, I=3, H=9, rules=RULES[4], resets=True, **both),
+        Case(spec, T=6, B=5, I=3, H=9, rules=RULES[4], lengths=True, resets=True, proj_size=4, **both),
+        Case(spec, T=4, B=3, I=5, H=10, L=2, proj_size=6, bias=False, rules=RULES[3]._replace(proj_clip=0.25)),
+        Case(spec, T=4, B=3, I=5, H=10, proj_size=6, rules=RULES[3]._replace(proj_clip=0.25), training=False),
+        Case(spec, T=1, B=4, I=3, H=6, rules=RULES[4]),
+    ]
 
 
 def odd_cases(spec: LSTMSpec) -> list[Case]:

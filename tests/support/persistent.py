@@ -13,6 +13,7 @@ from lstm_triton_kernels import sequence_persistent
 from lstm_triton_kernels.float32_plan import second_columns
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.plan import PersistentPlan, Second
+from lstm_triton_kernels.regularize import NONE, Rules, drawn
 from lstm_triton_kernels.spec import LSTMWeights
 from torch import Tensor
 
@@ -70,6 +71,15 @@ class LayerCase:
     dtype: torch.dtype = torch.float64
     seed: int = 0
     P: int = 0
+    rules: Rules = NONE
+    training: bool = True
+
+    def order(self, lengths: Tensor | None, resets: Tensor | None, dtype: torch.dtype) -> Order:
+        """Return the order of its steps, with masks of a type where rules draw some."""
+        D, B, H, P = self.plan.directions, self.B, self.H, self.P or self.H
+        seed = torch.tensor([self.seed + 17]) if self.rules.random and self.training else None
+        regularized = drawn(self.rules, seed, D, self.T, B, H, P, dtype)
+        return Order(self.T, lengths, resets, regularized=regularized)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -82,6 +92,8 @@ class LayerCase:
         flags = [self.spec.name, f"T{self.T}-B{self.B}-H{self.H}", f"{plan.wait or 'alone'}-{grid}"]
         flags += [f"P{self.P}"] * (self.P > 0)
         flags += [name for name in ("lengths", "resets", "recompute") if getattr(self, name)]
+        flags += [f"{name}{value:.1g}" for name, value in self.rules._asdict().items() if value]
+        flags += ["evaluated"] * (not self.training)
         return "-".join(flags + [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float64))
 
 
@@ -138,8 +150,9 @@ def expected(case: LayerCase, inputs: Inputs) -> list[Tensor]:
     """By the reference, in float64."""
     double = inputs.map(lambda t: t.detach().double().requires_grad_())
     results = reference.layer_states(
-        double.x, double.h_0, double.c_0, double.weights, case.spec, inputs.lengths, inputs.resets
-    )
+        double.x, double.h_0, double.c_0, double.weights, case.spec, inputs.lengths, inputs.resets,
+        case.order(None, None, torch.float64).regularized,
+    )  # fmt: skip
     given = [(r, g.detach()) for r, g in zip(results, double.gradients, strict=True) if g is not None]
     gradients = torch.autograd.grad(
         [r for r, _ in given], double.leaves(), [g for _, g in given], materialize_grads=True, allow_unused=True
@@ -159,7 +172,7 @@ def both_passes(case: LayerCase, inputs: Inputs) -> list[Tensor]:
     grad_output, grad_cells, grad_h_n, grad_c_n = inputs.gradients
     grads = layer.Gradients(grad_output, grad_h_n, grad_c_n, grad_cells)
     arguments = (inputs.x, inputs.h_0, inputs.c_0, inputs.weights)
-    order = Order(case.T, inputs.lengths, inputs.resets)
+    order = case.order(inputs.lengths, inputs.resets, case.dtype)
     call = layer.Call(case.spec.name, case.bias, case.P > 0, "persistent", True, case.recompute, states=True)
     with torch.no_grad():
         result = layer.forward(*arguments, order, call, persistent)

@@ -1,0 +1,75 @@
+"""The rules of regularised steps on blocks of any shape: dropout of the candidate, clipping, zoneout.
+
+`rules` is a `regularize.KernelRules`, whose fields are None for what there is not: then a function returns what it is
+given, and nothing of it is compiled. `code` holds the bits of a block's elements, int32; it is read where masks are
+drawn. Equations and bits: regularize.py.
+"""
+
+import triton
+import triton.language as tl
+
+from lstm_triton_kernels.regularize import CANDIDATE, ZONEOUT_C, ZONEOUT_H
+
+CANDIDATE_BIT = tl.constexpr(CANDIDATE)
+ZONEOUT_H_BIT = tl.constexpr(ZONEOUT_H)
+ZONEOUT_C_BIT = tl.constexpr(ZONEOUT_C)
+
+
+@triton.jit
+def drop_candidate(g, code, rules):
+    """Return g, or its gradient, with the mask of this step."""
+    if rules.candidate_scale is not None:
+        g = tl.where((code & CANDIDATE_BIT) != 0, 0.0, g * rules.candidate_scale)
+    return g
+
+
+@triton.jit
+def clip(x, limit):
+    """Return x within [-limit, limit]; a NaN stays one."""
+    if limit is not None:
+        x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
+    return x
+
+
+@triton.jit
+def clip_gradient(d, x, limit):
+    """Return the gradient of a value from that of the clipped x: zero where x is at the limit."""
+    if limit is not None:
+        d = tl.where((x >= limit) | (x <= -limit), 0.0, d)
+    return d
+
+
+@triton.jit
+def zone(new, previous, code, rate, DRAWN: tl.constexpr, BIT: tl.constexpr):
+    """Return the new value, or where its bit is set the previous one; not DRAWN the expectation."""
+    if rate is not None:
+        if DRAWN:
+            new = tl.where((code & BIT) != 0, previous, new)
+        else:
+            new += rate * (previous - new)
+    return new
+
+
+@triton.jit
+def zone_gradients(d, code, rate, DRAWN: tl.constexpr, BIT: tl.constexpr):
+    """Return of the gradient of what `zone` returned that of the new value and that of the previous one."""
+    if rate is not None:
+        if DRAWN:
+            kept = (code & BIT) != 0
+            return tl.where(kept, 0.0, d), tl.where(kept, d, 0.0)
+        else:
+            return d - rate * d, rate * d
+    else:
+        return d, d * 0.0
+
+
+@triton.jit
+def computed_cell(i, f, g, c_previous, c, code, rules):
+    """Return c~, what a step computed, from its gates and c_{t-1}, and from c_t where that is c~."""
+    if rules.zoneout_c is not None:
+        again = clip(f * c_previous + i * drop_candidate(g, code, rules), rules.cell_clip)
+        if rules.codes is not None:
+            c = tl.where((code & ZONEOUT_C_BIT) != 0, again, c)
+        else:
+            c = again
+    return c
