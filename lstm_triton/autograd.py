@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.regularize import Rules
 from lstm_triton_kernels.sizes import Layer, matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 
-from lstm_triton import aten, double_backward, layer, onnx_node, routing, second_order, transforms
+from lstm_triton import aten, double_backward, layer, onnx_node, regularization, routing, second_order, transforms
 from lstm_triton.batching import one_by_one
 from lstm_triton.directions import OneByOne
 from lstm_triton.layer import Call, Gradients, LayerGradients, LayerResult, Needs
@@ -127,7 +128,7 @@ def differentiable_layer(*arguments: Any) -> Any:
     call = given.call
     if type(given.x) not in PLAIN and transforms.exporting_to_onnx() and not torch.jit.is_tracing():
         asked = ("resets",) * (given.resets is not None) + ("return_cell_states",) * call.states
-        asked += ("regularised steps",) * bool(call.rules)
+        asked += regularization.asked(Rules(*call.rules)) if call.rules else ()
         onnx_node.check(call.spec, call.projection, asked)
         results = onnx_node.layer(given.x, given.h_0, given.c_0, call.group(given.weights), call.spec, given.lengths)
         return *results, given.x.new_empty(0)

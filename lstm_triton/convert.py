@@ -63,8 +63,8 @@ def to_torch(module: Model) -> Model:
     converted if they are of the standard variant. Other subclasses may compute something else and are left as they are.
 
     Raises TypeError if it is no module; ValueError naming the layer, before anything is changed, if a layer (also one
-    of a subclass) is not of the standard variant, has a replaced `forward`, has an attribute with a name that PyTorch's
-    class uses, or is sharded by FSDP2.
+    of a subclass) is not of the standard variant, has regularised steps, has a replaced `forward`, has an attribute
+    with a name that PyTorch's class uses, or is sharded by FSDP2.
     """
     return swap(module, TORCHS)
 
@@ -83,6 +83,11 @@ def swap(module: Model, classes: dict[type[nn.Module], type[nn.Module]]) -> Mode
             raise ValueError(
                 f"{name} ({type(found).__name__}) is of the variant {found.spec.name!r}, which PyTorch does not have: "
                 "only the standard variant can be converted"
+            )
+        if classes is TORCHS and isinstance(found, (LSTM, LSTMCell)) and (given := found.regularization):
+            raise ValueError(
+                f"{name} ({type(found).__name__}) has {', '.join(given)}, which PyTorch does not have: set "
+                "them to their defaults first"
             )
         if isinstance(found, (LSTM, LSTMCell, nn.LSTM, nn.LSTMCell)) and is_sharded(found):
             raise ValueError(f"{name} ({type(found).__name__}) is sharded: convert the model before fully_shard")

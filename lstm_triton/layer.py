@@ -56,7 +56,7 @@ class Call(NamedTuple):
     def regularized(self, seed: Tensor | None, x: Tensor, h_0: Tensor, c_0: Tensor) -> Regularized:
         """Return the rules of the steps with masks drawn from a seed (1,) int64, for x (T, B, I) and the states."""
         D, B, H = c_0.shape
-        rules = Rules(*self.rules) if self.rules else NONE
+        rules = Rules.rounded(*self.rules) if self.rules else NONE
         return drawn(rules, seed, D, x.shape[0], B, H, h_0.shape[2], x.dtype)
 
     def fused(self, T: int) -> bool:

@@ -58,6 +58,13 @@ class VariantModule(nn.Module):
         """The variant of this module, as one value."""
         return LSTMSpec.of(self.coupled, self.peephole, self.output_peephole, self.layer_norm)
 
+    @property
+    def regularization(self) -> dict[str, Any]:
+        """The options of regularised steps and weights that are not their defaults, by name."""
+        names = ("recurrent_dropout", "recurrent_dropout_on", "zoneout", "weight_dropout", "cell_clip", "proj_clip")
+        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {name: value for name, value in given.items() if value != getattr(type(self), name)}
+
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse `torch.jit.script`, which calls this. Raises RuntimeError that names what to use instead."""
         way = (
@@ -90,10 +97,9 @@ class VariantModule(nn.Module):
         text = ", coupled=True" if self.coupled else ""
         text += f", peephole={self.peephole!r}" if self.peephole else ""
         text += f", output_peephole={self.output_peephole!r}" if self.output_peephole != "previous" else ""
-        names = ("layer_norm", "recurrent_dropout", "recurrent_dropout_on", "zoneout", "weight_dropout", "cell_clip",
-                 "proj_clip", "forget_bias")  # fmt: skip
-        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return text + "".join(f", {n}={v!r}" for n, v in given.items() if v != getattr(type(self), n))
+        text += ", layer_norm=True" if self.layer_norm else ""
+        text += "".join(f", {name}={value!r}" for name, value in self.regularization.items())
+        return text + (f", forget_bias={self.forget_bias!r}" if self.forget_bias is not None else "")
 
 
 class LSTMCell(VariantModule, nn.RNNCellBase):

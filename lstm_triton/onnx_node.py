@@ -27,8 +27,10 @@ def check(spec: LSTMSpec, projection: bool, asked: Sequence[str]) -> None:
         obstacle = "the output gate of ONNX's LSTM node reads c_t: train with output_peephole='current'"
     elif projection:
         obstacle = "ONNX's LSTM node has no projection"
-    elif "resets" in asked or "return_cell_states" in asked:
-        obstacle = f"ONNX's LSTM node has no {'resets' if 'resets' in asked else 'return_cell_states'}"
+    elif spec.layer_norm:
+        obstacle = "ONNX's LSTM node has no layer normalisation"
+    elif others := [name for name in asked if name != "lengths"]:
+        obstacle = f"ONNX's LSTM node has no {others[0]}"
     if obstacle is not None:
         raise RuntimeError(f"this LSTM ({spec.name}) cannot be exported to ONNX: {obstacle}")
 

@@ -59,6 +59,10 @@ def why_not(layer: Layer, asked: tuple[str, ...] = (), recompute: bool = False) 
         return "rows have lengths"
     if "return_cell_states" in asked:
         return "the cell states are returned"
+    if regularized := [name for name in asked if name not in ("lengths", "resets", "return_cell_states")]:
+        return f"{regularized[0]} is for layers one after another"
+    if layer.spec.layer_norm:
+        return "layer normalisation is for layers one after another"
     if recompute:
         return "recompute=True computes the gates again, of all steps of one layer after another"
     if layer.T < 2 or layer.B == 0:

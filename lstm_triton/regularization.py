@@ -30,26 +30,13 @@ def rules_of(
 
     Raises TypeError or ValueError for a value that is none.
     """
-    return rules_of_options(
-        recurrent_dropout,
-        recurrent_dropout_on,
-        tuple(zoneout) if isinstance(zoneout, list) else zoneout,
-        cell_clip,
-        proj_clip,
-        proj_size > 0,
-        training,
-    )
-
-
-def rules_of_options(*options: Any) -> Rules:
-    """Return the rules of options, which torch.compile does not trace."""
+    options = (recurrent_dropout, recurrent_dropout_on, zoneout, cell_clip, proj_clip, proj_size > 0, training)
+    if torch.compiler.is_compiling():
+        return _rules(*options)
     try:
         return _known_rules(*options)
-    except TypeError:  # an option that is not even hashable; or what the checks raise, again
+    except TypeError:  # an option cannot be hashed: a list, or what is refused
         return _rules(*options)
-
-
-rules_of_options._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _rules(
@@ -59,7 +46,7 @@ def _rules(
     dropout = probability("recurrent_dropout", recurrent_dropout)
     if recurrent_dropout_on not in DROPPED_ON:
         raise ValueError(f"recurrent_dropout_on must be 'hidden' or 'candidate', got {recurrent_dropout_on!r}")
-    if not isinstance(zoneout, tuple) or len(zoneout) != 2:
+    if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2:
         raise ValueError(f"zoneout must be two probabilities, of h and of c, got {zoneout!r}")
     rates = [probability("zoneout", rate) for rate in zoneout]
     limits = [limit("cell_clip", cell_clip), limit("proj_clip", proj_clip)]

@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from lstm_triton_kernels.gpus import gpu_of
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.regularize import Rules
 from lstm_triton_kernels.schedule import Schedule, Task
 from lstm_triton_kernels.sizes import Layer, accumulator_dtype, matmul_precision
 from lstm_triton_kernels.spec import LSTMWeights
 from lstm_triton_kernels.watch import check_launches, one_at_a_time
 from torch import Tensor
 
-from lstm_triton import gemms
+from lstm_triton import gemms, regularization
 from lstm_triton.autograd import computing_on, unwatched
 from lstm_triton.layer import Call
 from lstm_triton.overlap import Overlap, overlap_of, why_not
@@ -66,8 +67,7 @@ def how_of(
 ) -> How | None:  # fmt: skip
     """Return how a stack is overlapped, x (T, B, I), h_0, c_0 (L, B, H); None where it is computed layer by layer."""
     asked = getattr(_asked, "how", None)
-    plain = call.engine == "persistent" and not call.rules and not call.spec.layer_norm
-    if asked is None or not plain or order.lengths is not None or dropout == 1:
+    if asked is None or call.engine != "persistent" or order.lengths is not None or dropout == 1:
         return None
     flat = [w for directions in layers for weights in directions for w in weights if w is not None]
     if not unwatched((x, h_0, c_0, *flat)):
@@ -78,7 +78,8 @@ def how_of(
         call.spec, T, B, H, len(layers[0]), x.dtype, matmul_precision(), I=I, P=call.projection * h_0.shape[2],
         training=tracked, ragged=order.ragged, L=len(layers),
     )  # fmt: skip
-    if why_not(layer, ("return_cell_states",) * call.states, call.recompute) is not None:
+    wanted = ("return_cell_states",) * call.states + regularization.asked(Rules(*call.rules))
+    if why_not(layer, wanted, call.recompute) is not None:
         return None
     apart = Overlap(1, T)
     found = [apart, apart]

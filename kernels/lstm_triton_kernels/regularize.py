@@ -80,11 +80,10 @@ def keep_scale(rate: float) -> float:
     return 0.0 if rate >= 1 else float32(1.0 / (1.0 - rate))
 
 
-keep_scale._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def float32(value: float) -> float:
-    """Return the nearest number that float32 has."""
+    """Return the nearest number that float32 has; what torch.compile traces is rounded when it runs (`Call`)."""
+    if torch.compiler.is_compiling():
+        return value
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
 

@@ -75,7 +75,7 @@ def test_a_wrong_recomputed_gate_is_seen(gate, by_eager_steps, monkeypatch):
 def test_recomputing_keeps_no_gates(spec):
     case = Case(spec, T=5)
     x, h_0, c_0, *weights = (t.detach() for t in random_inputs(case).values())
-    inputs = (x, h_0, c_0, weights, None, None)
+    inputs = (x, h_0, c_0, weights, None, None, None)
     gates = {
         (save, recompute): autograd.layer_forward(*inputs, *Call(spec.name, True, False, "eager", save, recompute))[
             4

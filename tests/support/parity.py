@@ -82,7 +82,8 @@ class Case:
 
     def drawn(self, n: int) -> list[Regularized]:
         """What the steps of the first n layers are regularised with, drawn as the library draws: after MASKS."""
-        torch.manual_seed(MASKS)
+        if self.rules.random:
+            torch.manual_seed(MASKS)
         device, T = torch.device(self.device), 1 if self.cell else self.T
         seeds = [regularization.seed_for(self.rules, self.training, device) for _ in range(n)]
         return [drawn(self.rules, seed, self.D, T, self.B, self.H, self.P, torch.float64) for seed in seeds]
@@ -139,7 +140,6 @@ def ragged(case: Case) -> dict[str, Tensor]:
 def call(case: Case, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The public function that the case is about: (output, h_n, c_n), for a cell (h, c)."""
     x = laid_out(case, x)
-    torch.manual_seed(MASKS)
     if case.cell:
         named = dict(zip(case.parameter_names(), weights, strict=True))
         own = {name: case.regularization[name] for name in ("zoneout", "cell_clip", "training")}
@@ -166,6 +166,7 @@ def results(
     case: Case, inputs: dict[str, Tensor], function: Callable[..., tuple[Tensor, ...]], seed: int = 1
 ) -> dict[str, Tensor]:
     """Outputs by name, and the gradient of every input for random gradients of every output."""
+    torch.manual_seed(MASKS)
     outputs = function(case, *inputs.values())
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, case.dtype) for t in outputs]
