@@ -11,12 +11,13 @@ import math
 from dataclasses import replace
 
 import torch
+from lstm_triton_kernels.regularize import drawn
 from torch import Tensor
 
 from benchmarks.problem import Problem, layers_of, make_problem
 from benchmarks.providers import Model, leaves
 from benchmarks.suites import FORWARD, TRAINING
-from lstm_triton import reference
+from lstm_triton import reference, regularization
 
 STEPS = 64
 """Steps over which all rows and gradients are compared."""
@@ -27,6 +28,9 @@ ROWS = 2
 ALLOWED = {"float32": 1e-4, "tf32": 1e-2, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest error of the baseline. Only a wrong function is further off; every row names its error."""
 
+MASKS = 0
+"""The seed of the masks of regularised steps."""
+
 TIMES_BASELINE = 4.0
 FLOOR = {"float32": 1e-5, "tf32": 2e-3, "float16": 3e-3, "bfloat16": 2e-2}
 """A provider may err by TIMES_BASELINE times what the baseline errs by, or by the FLOOR where that is more."""
@@ -35,8 +39,10 @@ FLOOR = {"float32": 1e-5, "tf32": 2e-3, "float16": 3e-3, "bfloat16": 2e-2}
 def results(model: Model, problem: Problem) -> dict[str, Tensor]:
     """Return by name the outputs on the first input and, in training, the gradients of x and every weight.
 
-    Of a stream the output on all inputs, one after the other, from the zero states of a new model.
+    Of a stream the output on all inputs, one after the other, from the zero states of a new model. Masks are drawn as
+    the reference draws them.
     """
+    torch.manual_seed(MASKS)
     if problem.case.stream:
         with torch.inference_mode(), model.settings():
             return {"output": torch.cat([model.run(chunk)[0] for chunk in problem.inputs])}
@@ -67,7 +73,7 @@ def double(problem: Problem) -> Problem:
 
 
 class Reference(Model):
-    """The library's reference on a problem in float64, with its lengths and resets if there are any."""
+    """The library's reference on a problem in float64, with its lengths, resets and masks if there are any."""
 
     def __init__(self, problem: Problem) -> None:
         self.case, self.lengths, self.resets = problem.case, problem.lengths, problem.resets
@@ -80,7 +86,10 @@ class Reference(Model):
         if case.cell:
             return reference.cell(x, h_0[0], c_0[0], self.layers[0][0], case.spec)
         lengths = self.lengths.to(x.device) if self.lengths is not None else None
-        *found, _ = reference.lstm(x, h_0, c_0, self.layers, case.spec, lengths, self.resets)
+        rules, T, B = case.rules, x.shape[0], x.shape[1]
+        seeds = [regularization.seed_for(rules, case.mode == TRAINING, x.device) for _ in range(case.L)]
+        masks = [drawn(rules, seed, case.D, T, B, case.H, case.hidden, x.dtype) for seed in seeds]
+        *found, _ = reference.lstm(x, h_0, c_0, self.layers, case.spec, lengths, self.resets, masks)
         return tuple(found)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -101,10 +110,11 @@ class Oracle:
             x = whole.inputs[0].detach()[:, :ROWS]
             lengths = whole.lengths[:ROWS] if whole.lengths is not None else None
             resets = whole.resets[:, :ROWS] if whole.resets is not None else None
-            alike = replace(case, B=x.shape[1], mode=FORWARD)
+            alike = replace(case, B=x.shape[1], mode=case.mode if case.options else FORWARD)
             rows = replace(whole, case=alike, inputs=[x], lengths=lengths, resets=resets)
             with torch.inference_mode():
                 rows = double(rows)
+                torch.manual_seed(MASKS)
                 self.output = Reference(rows).run(rows.inputs[0])[0]
 
     def errors(self, short_model: Model, whole_model: Model) -> dict[str, float]:
@@ -115,6 +125,7 @@ class Oracle:
         found = distances(results(short_model, self.problem), self.expected)
         if self.output is not None:
             name = f"output of {ROWS} rows over all steps"
+            torch.manual_seed(MASKS)
             with torch.inference_mode(), whole_model.settings():
                 output = whole_model.run(self.whole.inputs[0])[0][:, :ROWS]
             found |= distances({name: output}, {name: self.output})

@@ -28,7 +28,7 @@ import lstm_triton
 from benchmarks.problem import Problem
 from benchmarks.rows import BASELINE
 from benchmarks.suites import OWN, STORAGE, TRAINING, VARIANTS, Case
-from lstm_triton import estimates, overlap, plan_words, reference, routing
+from lstm_triton import estimates, overlap, plan_words, reference, regularization, routing
 from lstm_triton.dtypes import DTYPES
 
 Results = tuple[Tensor, ...]
@@ -332,6 +332,7 @@ class LstmTriton(Provider):
             return ""
         if self.how.strategy == "auto" and self.how.backend == "auto":
             asked = ("lengths",) * self.how.lengths + ("resets",) * (case.resets > 0)
+            asked += regularization.asked(case.rules)
             engine = routing.decide(routing.facts_of(case.layer, device, "auto", asked)).name
             if engine != "persistent":
                 return "cudnn" if engine == "operator" else engine
@@ -352,7 +353,8 @@ class LstmTriton(Provider):
 
     def build(self, problem: Problem) -> Model:
         case, spec = problem.case, problem.case.spec
-        variant: dict[str, Any] = {name: getattr(spec, name) for name in ("coupled", "peephole", "output_peephole")}
+        names = ("coupled", "peephole", "output_peephole", "layer_norm")
+        variant: dict[str, Any] = {name: getattr(spec, name) for name in names} | case.options
         if case.cell:
             return LstmTritonModel(lstm_triton.LSTMCell(case.I, case.H, **variant), problem, self.how)
         variant |= dict(bidirectional=case.D == 2, proj_size=case.P, strategy=self.how.strategy)
@@ -365,16 +367,20 @@ class CompiledReference(Provider):
 
     name = "reference"
     strategy = "torch.compile"
-    leaves_out = "layers, directions, lengths, projection"
+    leaves_out = "layers, directions, lengths, projection, regularised steps"
     detour = 2
 
     def __init__(self, **options: Any) -> None:
         self.compile_step = partial(torch.compile, dynamic=False, **options)
 
     def refuses(self, case: Case, device_type: str) -> str | None:
-        if case.L > 1 or case.D > 1 or case.ragged or case.P:
-            return "computes one layer in one direction, without lengths and projection"
-        return None if case.suite in ("anchor", "variants", "cell", "odd", OWN) else "is measured in smaller suites"
+        if case.L > 1 or case.D > 1 or case.ragged or case.P or case.options:
+            return "computes one layer in one direction, without lengths, projection and regularised steps"
+        return (
+            None
+            if case.suite in ("anchor", "variants", "regularized", "cell", "odd", OWN)
+            else "is measured in smaller suites"
+        )
 
     def build(self, problem: Problem) -> Model:
         unlimited_compilation()

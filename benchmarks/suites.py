@@ -13,9 +13,10 @@ from functools import cache, partial
 from itertools import product
 from typing import Any
 
+from lstm_triton_kernels.regularize import NONE, Rules
 from lstm_triton_kernels.sizes import Layer
 
-from lstm_triton import LSTMSpec, estimates
+from lstm_triton import LSTMSpec, estimates, regularization
 from lstm_triton.dtypes import DTYPES
 
 STORAGE = {name: DTYPES[name][0] for name in ("float16", "bfloat16", "tf32", "float32")}
@@ -34,6 +35,14 @@ VARIANTS = ("standard", "coupled", "diagonal", "full")
 MORE_VARIANTS = (*VARIANTS, "full+current")
 """Those of the suite of variants: also a full peephole whose output gate reads c_t, a product within the step."""
 
+REGULARIZED: dict[str, dict[str, Any]] = {
+    "recurrent_dropout": dict(recurrent_dropout=0.25),
+    "candidate_dropout": dict(recurrent_dropout=0.25, recurrent_dropout_on="candidate"),
+    "zoneout": dict(zoneout=(0.1, 0.1)),
+    "cell_clip": dict(cell_clip=3.0),
+}
+"""The standard cell with options of regularised steps, by the name that a case has for its variant."""
+
 OWN = "own"
 """The suite of shapes that are given on the command line."""
 
@@ -46,7 +55,7 @@ INFERENCE = (SERVER, STREAMING_VAD)
 class Case:
     """One shape of one suite in one type and mode.
 
-    - variant: name of an LSTMSpec; dtype: a key of STORAGE; mode: one of MODES
+    - variant: name of an LSTMSpec, or one of REGULARIZED; dtype: a key of STORAGE; mode: one of MODES
     - ragged: rows have lengths uniform in 1..T; cell: one step by the cell's class (T = 1)
     - resets: probability that a row begins anew, with zero states, at a step
     - stream: T steps are a chunk of a stream: each call goes on from the states that the one before left
@@ -94,7 +103,24 @@ class Case:
     @property
     def spec(self) -> LSTMSpec:
         """Return the variant."""
-        return LSTMSpec.parse(self.variant)
+        return LSTMSpec() if self.variant in REGULARIZED else LSTMSpec.parse(self.variant)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options of regularised steps."""
+        return REGULARIZED.get(self.variant, {})
+
+    @property
+    def rules(self) -> Rules:
+        """Return the rules of the steps: in inference without dropout."""
+        default = dict(recurrent_dropout=0.0, recurrent_dropout_on="hidden", zoneout=(0.0, 0.0), cell_clip=None)
+        given: dict[str, Any] = default | self.options
+        return regularization.rules_of(**given, proj_clip=None, proj_size=self.P, training=self.mode == TRAINING)
+
+    @property
+    def training_only(self) -> bool:
+        """Return whether in inference it would be the standard cell."""
+        return bool(self.options) and replace(self, mode=FORWARD).rules == NONE
 
     @property
     def layer(self) -> Layer:
@@ -132,6 +158,10 @@ def _cases(suite: str) -> Iterator[Case]:
     elif suite == "variants":
         for rank, dtype in ((0, "bfloat16"), (2, "float16"), (3, "tf32")):
             for (B, H), variant in product(((16, 768), (64, 512), (64, 1024)), MORE_VARIANTS[1:]):
+                yield new(512, B, H, H, dtype, variant=variant, rank=rank + (H != 768))
+    elif suite == "regularized":
+        for rank, dtype in ((0, "bfloat16"), (2, "float16"), (3, "tf32")):
+            for (B, H), variant in product(((16, 768), (64, 512)), (*REGULARIZED, "norm")):
                 yield new(512, B, H, H, dtype, variant=variant, rank=rank + (H != 768))
     elif suite == "deepbench":  # the LSTM cases of baidu-research/DeepBench, rnn_problems.h
         half = partial(new, dtype="float16")
@@ -223,6 +253,7 @@ WORDS = {
     "anchor": "one layer of 768 units, 16 rows, 1,024 steps",
     "odd": "500 units, 12 rows: sizes that no tile divides",
     "variants": "coupled and peephole cells, beside the standard cell of `torch.nn.LSTM`",
+    "regularized": "dropout in the recurrence, zoneout, clipping, layer normalisation, beside `torch.nn.LSTM` without",
     "deepbench": "DeepBench's LSTM shapes: 25 to 150 steps",
     "workloads": "layers of published models",
     "cell": "one step by `LSTMCell`",
@@ -247,7 +278,8 @@ def cases(suites: tuple[str, ...], dtypes: tuple[str, ...] = (), modes: tuple[st
     """Return all cases of the named suites in the given types (none: all) and modes, the highest priority first."""
     found = [
         replace(case, mode=mode) for name in suites for mode in MODES for case in _cases(name)
-        if mode in modes and (not dtypes or case.dtype in dtypes) and (mode == FORWARD or not case.forward_only)
+        if mode in modes and (not dtypes or case.dtype in dtypes)
+        and not (case.training_only if mode == FORWARD else case.forward_only)
     ]  # fmt: skip
     return sorted(found, key=lambda case: case.rank)
 
@@ -284,7 +316,9 @@ def parse_shape(text: str) -> Case:
     if not re.fullmatch(r"0|0?\.[0-9]+", resets):
         raise ValueError(f"resets={resets} in {text!r}: a probability below 1, as 0.03")
     T, B, H, I, L, D = (int(given[size]) for size in SHAPE_KEYS[:6])
-    variant = LSTMSpec.parse(given.get("variant", "standard")).name
+    variant = given.get("variant", "standard")
+    if variant not in REGULARIZED:
+        variant = LSTMSpec.parse(variant).name
     case = Case(OWN, T, B, I, H, "", L=L, D=D, P=int(P), variant=variant, ragged=lengths == "1", resets=float(resets))
     # The name tells the rows of a results file apart whose sizes are equal.
     words = given.get("name", ""), "lengths" * case.ragged, f"resets={resets}" if case.resets else ""

@@ -1,11 +1,13 @@
-"""Train a character-level language model with torch.nn.LSTM and with this library's variants, side by side.
+"""Train a character-level language model with torch.nn.LSTM and with this library's LSTMs, side by side.
 
     python examples/train_text.py --steps 200 --plot curves.png
+    python examples/train_text.py --variant zoneout --variant recurrent_dropout --variant layer_norm
     torchrun --nproc-per-node 2 examples/train_text.py --parallel fsdp --checkpoint run
     python examples/train_text.py --checkpoint run --resume --steps 2000
 
-The first line trains on the GPU if there is one; the second in two processes, each with its share of the batch; the
-third continues that run in any number of processes. A checkpoint is unpickled: it must come from a source you trust.
+The first line trains on the GPU if there is one; the second trains regularised LSTMs, beside torch.nn.LSTM without; the
+third in two processes, each with its share of the batch; the last continues that run in any number of processes. A
+checkpoint is unpickled: it must come from a source you trust.
 All models start from the same weights, see the same batches and take turns step by step, so that they can be compared.
 
 Shapes: B streams of text, T characters in a window, V characters in the vocabulary, L layers, H hidden units.
@@ -42,7 +44,15 @@ except ImportError as error:
     raise SystemExit(f'{error.name} is not installed: pip install "lstm-triton[examples]"') from None
 
 BASELINE = "torch.nn.LSTM"
-SPECS = {spec.name: spec for spec in VARIANTS}
+OPTIONS = ("coupled", "peephole", "output_peephole")
+MODELS = {spec.name: {option: getattr(spec, option) for option in OPTIONS} for spec in VARIANTS} | {
+    "recurrent_dropout": dict(recurrent_dropout=0.25),
+    "candidate_dropout": dict(recurrent_dropout=0.25, recurrent_dropout_on="candidate"),
+    "zoneout": dict(zoneout=(0.1, 0.1)),
+    "weight_dropout": dict(weight_dropout=0.25),
+    "layer_norm": dict(layer_norm=True),
+}
+"""Name to the options of `LSTM`: the variants, and the standard one regularised."""
 MAIN_VARIANTS = ["standard", "coupled", "diagonal", "full"]
 NUMBERS = {
     "embedding": "size of the character embedding",
@@ -82,10 +92,10 @@ def build_models(args: Namespace, vocabulary_size: int) -> dict[str, CharacterMo
     models = {BASELINE: CharacterModel(vocabulary_size, nn.LSTM(*sizes, batch_first=True))}
     for name in args.variant:
         torch.manual_seed(args.seed)  # for the peephole weights
-        options = {option: getattr(SPECS[name], option) for option in ("coupled", "peephole", "output_peephole")}
+        options = MODELS[name]
         model = models[name] = CharacterModel(vocabulary_size, LSTM(*sizes, batch_first=True, **options))
         shared = models[BASELINE].state_dict()
-        if options["coupled"]:  # of the gate blocks i, f, g, o it has no i
+        if options.get("coupled"):  # of the gate blocks i, f, g, o it has no i
             shared = {key: w[len(w) // 4 :] if key.startswith("lstm.") else w for key, w in shared.items()}
         model.load_state_dict(model.state_dict() | shared)
     return models
@@ -177,6 +187,7 @@ def train(learners: list[Learner], args: Namespace, streams: list[Tensor], conso
     """Train to the last step on streams[0] (B, characters); after each tenth validate on streams[1], print, save."""
     steps = range(args.record["step"] + 1, args.steps + 1)
     for step in track(steps, "training", console=console, disable=not console.is_terminal):
+        torch.manual_seed(step * WORLD_SIZE + RANK)  # of dropout and zoneout: a resumed run draws what this one does
         begin = (step - 1) % ((streams[0].shape[1] - 1) // args.window) * args.window
         for learner in learners[step % len(learners) :] + learners[: step % len(learners)]:  # in turns
             learner.state *= begin > 0  # zeros where the text begins, else carried from the window before
@@ -247,7 +258,7 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     numbers = curves | dict(steps=1000, sample_length=400, temperature=0.7)
     parser.add_argument("--text", type=Path, help="UTF-8 text to learn (default: Python's language reference)")
     parser.add_argument(
-        "--variant", action="append", choices=SPECS, help=f"repeat (default: {', '.join(MAIN_VARIANTS)})"
+        "--variant", action="append", choices=MODELS, help=f"repeat (default: {', '.join(MAIN_VARIANTS)})"
     )
     for name, value in numbers.items():
         words = f"{NUMBERS[name]} (default: {value})"

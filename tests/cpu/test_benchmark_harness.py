@@ -705,7 +705,11 @@ def test_providers_of_other_packages_get_the_same_problem(packages, measured, mo
         ("torchrl:triton", dict(L=2), "computes one layer in one direction"),
         ("flashrnn:cuda_fused", dict(P=3), "has no projection"),
         ("torchrl:triton", dict(P=3), "has no projection"),
-        ("reference:torch.compile", dict(P=3), "computes one layer in one direction, without lengths and projection"),
+        (
+            "reference:torch.compile",
+            dict(P=3),
+            "computes one layer in one direction, without lengths, projection and regularised steps",
+        ),
         ("by-hand:eager", dict(suite="overhead", P=3), "has no projection"),
         ("torchrl:triton", dict(ragged=True), "takes no lengths"),
         ("torchrl:triton", dict(dtype="float16"), "has no float16"),

@@ -97,6 +97,24 @@ def test_every_variant_trains_and_standard_is_the_baseline(dtype):
         assert (learners[0].losses, learners[0].validation) == (learners[1].losses, learners[1].validation)
 
 
+REGULARIZED = ["recurrent_dropout", "candidate_dropout", "zoneout", "weight_dropout", "layer_norm"]
+
+
+def test_regularized_models_train_beside_the_baseline_and_resume(directory):
+    """Each draws masks in training alone: the first validation of a model that drew none would be the baseline's."""
+    options = [*OPTIONS, "--dtype=float64", *(f"--variant={name}" for name in REGULARIZED), "--learning-rate=0.03"]
+    learners = train_text.main([*options, "--steps=30"])
+    assert [learner.name for learner in learners] == [train_text.BASELINE, *REGULARIZED]
+    for learner in learners[1:]:
+        assert learner.losses[-1] < learner.losses[0] - 1, learner.name
+        assert learner.losses[0] != learners[0].losses[0]
+        assert learner.model.lstm.weight_hh_l0.shape == learners[0].model.lstm.weight_hh_l0.shape
+    train_text.main([*options, "--steps=13", "--checkpoint=masks"])
+    resumed = train_text.main([*options, "--steps=30", "--checkpoint=masks", "--resume"])
+    for learner, other in zip(learners, resumed, strict=True):
+        assert learner.losses == other.losses
+
+
 def test_models_start_from_the_same_weights():
     args = train_text.parse_arguments([*OPTIONS, *(f"--variant={name}" for name in NAMES), "--layers=2"])
     models = train_text.build_models(args, 30)
