@@ -17,17 +17,29 @@ from torch import Tensor
 from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.blocks import elementwise_blocks
 from lstm_triton_kernels.equations import (
-    cell_derivatives,
     load_blocks,
     load_peephole,
-    next_cell,
     output_derivatives,
     output_gate,
     previous_cell_gradient,
     store_gates,
 )
 from lstm_triton_kernels.regularize import KernelRules
+from lstm_triton_kernels.rules import (
+    ZONEOUT_C_BIT,
+    ZONEOUT_H_BIT,
+    clip_gradient,
+    computed_cell,
+    computed_cell_derivatives,
+    load_codes,
+    next_computed_cell,
+    zone,
+    zone_gradients,
+)
 from lstm_triton_kernels.spec import LSTMSpec
+
+NO_RULES = KernelRules()
+"""Of steps by the equations of their variant alone."""
 
 
 @triton.jit
@@ -41,8 +53,8 @@ def carried_rows(resets_ptr, t, row, B, HAS_RESETS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "t", "hidden_t", "previous", "current"])
 def cell_forward_kernel(
-    preact_ptr, cells_ptr, hidden_ptr, gates_ptr, w_ch_ptr, resets_ptr, rules,
-    B, H, t, hidden_t, previous, current, stride_ht, stride_hb,
+    preact_ptr, cells_ptr, hidden_ptr, gates_ptr, w_ch_ptr, resets_ptr, before_ptr, rules,
+    B, H, t, hidden_t, previous, current, stride_ht, stride_hb, stride_bb,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, SAVE_GATES: tl.constexpr,
     HAS_RESETS: tl.constexpr, UPDATE_CELL: tl.constexpr, UPDATE_HIDDEN: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
@@ -52,8 +64,10 @@ def cell_forward_kernel(
     preact (B, G·H), cells[previous] -> cells[current] (slots, B, H), hidden[hidden_t] (., B, H), gates[t] (T, B, G·H).
 
     The gates are saved activated. With HAS_RESETS cells[previous] is read as zero where resets (T, B) uint8 is not
-    zero, at t. Program: (row block, unit block).
+    zero, at t. rules: a `KernelRules` of one direction; before (B, H), None without zoneout of h: h_{t-1}, which is read
+    as zero likewise. Of two launches the first leaves c~ in cells[current]. Program: (row block, unit block).
     """
+    DRAWN: tl.constexpr = rules.codes is not None
     F: tl.constexpr = 0 if COUPLED else 1
     unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
@@ -64,20 +78,28 @@ def cell_forward_kernel(
     carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
     c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
+    code = load_codes(rules.codes, t.to(tl.int64) * B * H + state, tile_mask)
+    c_place = cells_ptr + current.to(tl.int64) * B * H + state
 
     if UPDATE_CELL:
         a = load_blocks(preact_ptr + gate, H, tile_mask, F + 2)
-        i, f, g, c = next_cell(a, v, c_previous, COUPLED, DIAGONAL)
-        tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c, mask=tile_mask)
+        i, f, g, c = next_computed_cell(a, v, c_previous, code, rules, COUPLED, DIAGONAL)
+        if rules.zoneout_c is None or not UPDATE_HIDDEN:
+            tl.store(c_place, c, mask=tile_mask)
         if SAVE_GATES:
             store_gates(gates_ptr + saved, i, f, g, H, tile_mask, COUPLED)
     else:
-        c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=tile_mask, other=0.0)
+        c = tl.load(c_place, mask=tile_mask, other=0.0)
 
     if UPDATE_HIDDEN:
+        if rules.zoneout_c is not None:
+            tl.store(c_place, zone(c, c_previous, code, rules.zoneout_c, DRAWN, ZONEOUT_C_BIT), mask=tile_mask)
         a_o = tl.load(preact_ptr + gate + (F + 2) * H, mask=tile_mask, other=0.0)
         o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
         h = o * tanh(c)
+        if before_ptr is not None:
+            h_previous = tl.load(before_ptr + row[:, None] * stride_bb + unit[None, :], mask=carried, other=0.0)
+            h = zone(h, h_previous.to(h.dtype), code, rules.zoneout_h, DRAWN, ZONEOUT_H_BIT)
         h_out = hidden_ptr + hidden_t.to(tl.int64) * stride_ht + row[:, None] * stride_hb + unit[None, :]
         tl.store(h_out, h.to(hidden_ptr.dtype.element_ty), mask=tile_mask)
         if SAVE_GATES:
@@ -86,7 +108,7 @@ def cell_forward_kernel(
 
 @triton.jit(do_not_specialize=["B", "t", "previous", "current"])
 def cell_backward_kernel(
-    grad_output_ptr, dh_ptr, dc_ptr, gates_ptr, cells_ptr, d_gates_ptr, w_ch_ptr, resets_ptr, rules,
+    grad_output_ptr, dh_ptr, dc_ptr, gates_ptr, cells_ptr, d_gates_ptr, w_ch_ptr, resets_ptr, kept_ptr, of_o_ptr, rules,
     B, H, t, previous, current, stride_gt, stride_gb,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr,
     HAS_RESETS: tl.constexpr, GRAD_HIDDEN: tl.constexpr, GRAD_CELL: tl.constexpr,
@@ -97,8 +119,12 @@ def cell_backward_kernel(
     The gradient of h_t is dh (B, H) plus, with HAS_GRAD_OUTPUT, grad_output (T, B, H)[t]; gates (T, B, G·H)[t] are the
     saved activations, cells (slots, B, H) the saved cell states. With HAS_RESETS the step read zero in place
     of c_{t-1} where resets (T, B) uint8 is not zero, at t; dc becomes the gradient of what it read.
-    Program: (row block, unit block).
+
+    rules: a `KernelRules` of one direction. kept (B, H), None without zoneout of h: a part of the gradient of h_t; it
+    becomes what zoneout passes on to h_{t-1}, zero where that is reset. of_o (B, H), None but with zoneout of c: the
+    part of the gradient of c~ that comes through a full peephole. Program: (row block, unit block).
     """
+    DRAWN: tl.constexpr = rules.codes is not None
     F: tl.constexpr = 0 if COUPLED else 1
     unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
@@ -114,17 +140,9 @@ def cell_backward_kernel(
     o = tl.load(gates_ptr + gate + (F + 2) * H, mask=tile_mask, other=0.0).to(dc.dtype)
     c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=tile_mask, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
-
-    by_o, by_c = output_derivatives(o, c)
-    d_o = dh * by_o
-    if GRAD_HIDDEN:
-        tl.store(d_gates_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=tile_mask)
-
-    if GRAD_CELL:
-        dc += dh * by_c
-        if DIAGONAL and OUTPUT_CURRENT:
-            dc += v[F + 1] * d_o
-        carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
+    code = load_codes(rules.codes, t.to(tl.int64) * B * H + state, tile_mask)
+    carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
+    if GRAD_CELL or rules.zoneout_c is not None:
         c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
         f = tl.load(gates_ptr + gate + F * H, mask=tile_mask, other=0.0).to(dc.dtype)
         g = tl.load(gates_ptr + gate + (F + 1) * H, mask=tile_mask, other=0.0).to(dc.dtype)
@@ -132,10 +150,32 @@ def cell_backward_kernel(
             i = 1.0 - f
         else:
             i = tl.load(gates_ptr + gate, mask=tile_mask, other=0.0).to(dc.dtype)
-        by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
+        c = computed_cell(i, f, g, c_previous, c, code, rules)
+
+    if kept_ptr is not None:
+        dh += tl.load(kept_ptr + state, mask=tile_mask, other=0.0)
+        dh, kept = zone_gradients(dh, code, rules.zoneout_h, DRAWN, ZONEOUT_H_BIT)
+        if GRAD_CELL:
+            tl.store(kept_ptr + state, tl.where(carried, kept, 0.0), mask=tile_mask)
+    by_o, by_c = output_derivatives(o, c)
+    d_o = dh * by_o
+    if GRAD_HIDDEN:
+        tl.store(d_gates_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=tile_mask)
+
+    if GRAD_CELL:
+        dc, kept_c = zone_gradients(dc, code, rules.zoneout_c, DRAWN, ZONEOUT_C_BIT)
+        if of_o_ptr is not None:
+            dc += tl.load(of_o_ptr + state, mask=tile_mask, other=0.0).to(dc.dtype)
+        dc += dh * by_c
+        if DIAGONAL and OUTPUT_CURRENT:
+            dc += v[F + 1] * d_o
+        dc = clip_gradient(dc, c, rules.cell_clip)
+        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED)
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         store_gates(d_gates_ptr + gate, d_i, d_f, d_g, H, tile_mask, COUPLED)
         dc_previous = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
+        if rules.zoneout_c is not None:
+            dc_previous += kept_c
         tl.store(dc_ptr + state, dc_previous, mask=tile_mask)
 
 
@@ -147,12 +187,14 @@ def variant_constants(spec: LSTMSpec) -> dict[str, bool]:
 def cell_forward(
     preact: Tensor, cells: Tensor, hidden: Tensor, gates: Tensor | None, weight_ch: Tensor | None, spec: LSTMSpec,
     t: int, hidden_index: int, previous: int, current: int, resets: Tensor | None = None,
-    *, update_cell: bool = True, update_hidden: bool = True,
+    before: Tensor | None = None, rules: KernelRules = NO_RULES, *, update_cell: bool = True,
+    update_hidden: bool = True,
 ) -> None:  # fmt: skip
     """Launch `cell_forward_kernel` for one step.
 
     preact (B, G·H), cells (slots, B, H) accumulator type; hidden (., B, H) with contiguous columns; gates (T, B, G·H)
-    or None; weight_ch diagonal (Q·H,) or None; resets (T, B) uint8 or None.
+    or None; weight_ch diagonal (Q·H,) or None; resets (T, B) uint8 or None; before (B, H) with contiguous columns, or
+    None without zoneout of h; rules of one direction.
     """
     B, H = cells.shape[-2:]
     blocks = elementwise_blocks(H)
@@ -163,7 +205,8 @@ def cell_forward(
         gates_ptr=gates,
         w_ch_ptr=weight_ch if spec.diagonal else None,
         resets_ptr=resets,
-        rules=KernelRules(),
+        before_ptr=before,
+        rules=rules,
         B=B,
         H=H,
         t=t,
@@ -172,6 +215,7 @@ def cell_forward(
         current=current,
         stride_ht=hidden.stride(0),
         stride_hb=hidden.stride(1),
+        stride_bb=before.stride(0) if before is not None else None,
         SAVE_GATES=gates is not None,
         HAS_RESETS=resets is not None,
         UPDATE_CELL=update_cell,
@@ -184,12 +228,14 @@ def cell_forward(
 def cell_backward(
     grad_output: Tensor | None, dh: Tensor, dc: Tensor, gates: Tensor, cells: Tensor, d_gates: Tensor,
     weight_ch: Tensor | None, spec: LSTMSpec, t: int, previous: int, current: int, resets: Tensor | None = None,
-    *, grad_hidden: bool = True, grad_cell: bool = True,
+    kept: Tensor | None = None, rules: KernelRules = NO_RULES, *, of_o: Tensor | None = None,
+    grad_hidden: bool = True, grad_cell: bool = True,
 ) -> None:  # fmt: skip
     """Launch `cell_backward_kernel` for one step.
 
     grad_output (T, B, H) with contiguous columns, or None; dh (B, H); dc (B, H) accumulator type, updated in place;
-    gates, d_gates (T, B, G·H); cells (T + 1, B, H); resets (T, B) uint8 or None.
+    gates, d_gates (T, B, G·H); cells (T + 1, B, H); resets (T, B) uint8 or None; kept (B, H) accumulator type, updated
+    in place, or None without zoneout of h; rules of one direction; of_o (B, H) or None.
     """
     B, H = cells.shape[-2:]
     blocks = elementwise_blocks(H)
@@ -202,7 +248,9 @@ def cell_backward(
         d_gates_ptr=d_gates,
         w_ch_ptr=weight_ch if spec.diagonal else None,
         resets_ptr=resets,
-        rules=KernelRules(),
+        kept_ptr=kept,
+        of_o_ptr=of_o,
+        rules=rules,
         B=B,
         H=H,
         t=t,

@@ -27,9 +27,12 @@ reads them. The PTX ISA asks for a fence.proxy.async there; Triton 3.6 leaves it
 @triton.jit
 def add_product(
     acc, a_ptr, w_ptr, row, unit, B, H, K, stride_ab, stride_w,
-    BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, mask_ptr=None,
 ):  # fmt: skip
-    """Return acc (BLOCK_B, BLOCK_U) + a w^T for a (B, K) and w (H, K) with the row strides stride_ab and stride_w."""
+    """Return acc (BLOCK_B, BLOCK_U) + a w^T for a (B, K) and w (H, K) with the row strides stride_ab and stride_w.
+
+    mask (B, K), or None: what a is multiplied with, rounded to its type.
+    """
     k = tl.arange(0, BLOCK_K)
     a_row = a_ptr + row[:, None] * stride_ab
     w_row = w_ptr + unit[None, :] * stride_w
@@ -37,6 +40,13 @@ def add_product(
         column = start + k
         a = tl.load(a_row + column[None, :], mask=(row[:, None] < B) & (column[None, :] < K), other=0.0)
         w = tl.load(w_row + column[:, None], mask=(unit[None, :] < H) & (column[:, None] < K), other=0.0)
+        if mask_ptr is not None:
+            m = tl.load(
+                mask_ptr + row[:, None] * K + column[None, :],
+                mask=(row[:, None] < B) & (column[None, :] < K),
+                other=0.0,
+            )
+            a = (a.to(acc.dtype) * m.to(acc.dtype)).to(a.dtype)
         a, w = as_operand(a, DOT, PRECISION), as_operand(w, DOT, PRECISION)
         acc = multiply_add(acc, a, w, PRECISION)
     return acc
@@ -45,7 +55,7 @@ def add_product(
 @triton.jit(do_not_specialize=["B", "t", "h_t", "c_slot"])
 def gate_preactivations_kernel(
     preact_ptr, x_ptr, w_ih_ptr, bias_ih_ptr, bias_hh_ptr, gate_input_ptr, h_ptr, w_hh_ptr, cells_ptr, w_ch_ptr,
-    B, I, H, P, t, h_t, c_slot, stride_xb, stride_ht, stride_hb,
+    mask_ptr, B, I, H, P, t, h_t, c_slot, stride_xb, stride_ht, stride_hb,
     GATES: tl.constexpr, HAS_X: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -53,7 +63,8 @@ def gate_preactivations_kernel(
     """Compute preact (B, G·H) = input side + W_hh h_{t-1} (+ V c_{t-1} for the gates that read it).
 
     Input side: with HAS_X, W_ih x + b_ih + b_hh for x (B, I); else row t of gate_input (T, B, G·H).
-    h (., B, P) is read at index h_t, cells (slots, B, H) at c_slot; w_ih (G·H, I), w_hh (G·H, P), w_ch (Q·H, H).
+    h (., B, P) is read at index h_t, and multiplied with mask (B, P) unless that is None; cells (slots, B, H) at
+    c_slot; w_ih (G·H, I), w_hh (G·H, P), w_ch (Q·H, H).
     Program: (row block, unit block, gate block).
     """
     gate = tl.program_id(2)
@@ -73,7 +84,9 @@ def gate_preactivations_kernel(
         acc = tl.load(gate_input_ptr + t.to(tl.int64) * B * GATES * H + tile, mask=tile_mask, other=0.0).to(ACC)
 
     h_base = h_ptr + h_t.to(tl.int64) * stride_ht
-    acc = add_product(acc, h_base, w_hh_ptr + block * P, row, unit, B, H, P, stride_hb, P, BLOCK_K, DOT, PRECISION)
+    acc = add_product(
+        acc, h_base, w_hh_ptr + block * P, row, unit, B, H, P, stride_hb, P, BLOCK_K, DOT, PRECISION, mask_ptr
+    )
 
     if FULL:
         has_peephole = gate != GATES - 2
@@ -117,12 +130,12 @@ def product_blocks(B: int, K: int, dtype: torch.dtype) -> Blocks:
 
 def gate_preactivations(
     preact: Tensor, x: Tensor | None, gate_input: Tensor | None, h: Tensor, cells: Tensor, weights: LSTMWeights,
-    spec: LSTMSpec, t: int, h_index: int, c_slot: int,
+    spec: LSTMSpec, t: int, h_index: int, c_slot: int, mask: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch `gate_preactivations_kernel` for one step; exactly one of x (B, I) and gate_input (T, B, G·H) is given.
 
-    preact (B, G·H) accumulator type, out; h (., B, P); cells (slots, B, H) accumulator type. Rows of x and h may be
-    strided, their columns and all else contiguous.
+    preact (B, G·H) accumulator type, out; h (., B, P); cells (slots, B, H) accumulator type; mask (B, P), of h, or
+    None. Rows of x and h may be strided, their columns and all else contiguous.
     """
     B, H = cells.shape[-2:]
     P = h.shape[-1]
@@ -141,6 +154,7 @@ def gate_preactivations(
         w_hh_ptr=weights.weight_hh,
         cells_ptr=cells if spec.full else None,
         w_ch_ptr=weights.weight_ch if spec.full else None,
+        mask_ptr=mask,
         B=B,
         I=I,
         H=H,

@@ -8,6 +8,7 @@ drawn. Equations and bits: regularize.py.
 import triton
 import triton.language as tl
 
+from lstm_triton_kernels.equations import cell_derivatives, next_cell
 from lstm_triton_kernels.regularize import CANDIDATE, ZONEOUT_C, ZONEOUT_H
 
 CANDIDATE_BIT = tl.constexpr(CANDIDATE)
@@ -73,3 +74,31 @@ def computed_cell(i, f, g, c_previous, c, code, rules):
         else:
             c = again
     return c
+
+
+@triton.jit
+def load_codes(codes_ptr, place, mask):
+    """Load the codes of a block at these offsets as int32, 0 where masked; 0 where no masks are drawn."""
+    if codes_ptr is not None:
+        return tl.load(codes_ptr + place, mask=mask, other=0).to(tl.int32)
+    else:
+        return 0
+
+
+@triton.jit
+def next_computed_cell(a, v, c_previous, code, rules, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Return i, f, g and c~, as `equations.next_cell` returns i, f, g and c_t; g is without its mask."""
+    i, f, g, c = next_cell(a, v, c_previous, COUPLED, DIAGONAL)
+    if rules.candidate_scale is not None:
+        c = f * c_previous + i * drop_candidate(g, code, rules)
+    return i, f, g, clip(c, rules.cell_clip)
+
+
+@triton.jit
+def computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED: tl.constexpr):
+    """Return how c~, before its clip, changes with the pre-activations of i, f and g: `equations.cell_derivatives`."""
+    by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
+    if rules.candidate_scale is not None:
+        by_i, by_f, _ = cell_derivatives(i, f, drop_candidate(g, code, rules), c_previous, COUPLED)
+        by_g = drop_candidate(by_g, code, rules)
+    return by_i, by_f, by_g

@@ -24,6 +24,7 @@ from torch import Tensor
 from lstm_triton_kernels import sequence_stepwise
 from lstm_triton_kernels.gpus import gpu_of, product_us
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.regularize import Regularized
 from lstm_triton_kernels.sizes import Layer, matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
@@ -69,29 +70,31 @@ def forward(
     layer = _layer_of(spec, order, cells, h_0)
     variant = (weights, spec)
     saved = len(cells) > 1
-    chunk = None
+    chunk, rules = None, order.regularized.rules
     if gate_input is not None and pays(layer, output.device):
         sizes = dict(gate_input=part(gate_input), h_0=h_0, output=part(output), gates=part(gates),
-                     cells=cells[: STEPS + 1], resets=part(order.resets))  # fmt: skip
+                     cells=cells[: STEPS + 1], **mask_sizes(order))  # fmt: skip
         one = order._replace(T=STEPS)
 
         def steps(b: dict[str, Tensor]) -> None:
-            own = one._replace(resets=b.get("resets"))
+            own = with_masks(one, b)
             given = (x, b["gate_input"], b["h_0"])
             sequence_stepwise.forward(*given, *variant, own, b["output"], b.get("gates"), b["cells"])
             b["h_0"].copy_(own.last(b["output"]))
             if saved:
                 b["cells"][own.initial_slot(saved)] = b["cells"][own.final_slot(saved)]
 
-        chunk = chunk_of(("forward", spec.name, order.reverse), sizes, weights, steps)
+        chunk = chunk_of(("forward", spec.name, order.reverse, rules), sizes, weights, steps)
     if chunk is None or gate_input is None:
         return sequence_stepwise.forward(x, gate_input, h_0, *variant, order, output, gates, cells)
     chunks, left = parts(order)
     with chunk.in_use() as b:
         b["h_0"].copy_(h_0)
         b["cells"][one.initial_slot(saved)] = cells[order.initial_slot(saved)]
+        if order.regularized.hidden is not None:
+            b["hidden"].copy_(order.regularized.hidden)
         for now in chunks:
-            replay(chunk, b, now, dict(gate_input=gate_input, resets=order.resets), dict(output=output, gates=gates))
+            replay(chunk, b, now, dict(gate_input=gate_input, **masks(order)), dict(output=output, gates=gates))
             if saved:
                 inner = slice(0, STEPS) if order.reverse else slice(1, STEPS + 1)
                 cells[now.start + inner.start : now.start + inner.stop] = b["cells"][inner]
@@ -109,38 +112,58 @@ def backward(
     spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
     kept: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Compute all steps backward, into d_gates (and d_hidden), in place in dh and dc, as `sequence_stepwise` does."""
-    chunk = None
+    """Compute all steps backward, into d_gates (and d_hidden), in place in dh, dc and kept, as `sequence_stepwise`."""
+    chunk, rules = None, order.regularized.rules
     variant = (weights, spec)
     if pays(_layer_of(spec, order, cells, dh), gates.device):
         sizes = dict(grad_output=part(grad_output), dh=dh, dc=dc, gates=part(gates), cells=cells[: STEPS + 1],
-                     d_gates=part(d_gates), d_hidden=part(d_hidden), resets=part(order.resets),
-                     grad_cells=part(grad_cells))  # fmt: skip
+                     d_gates=part(d_gates), d_hidden=part(d_hidden), grad_cells=part(grad_cells), kept=kept,
+                     **mask_sizes(order))  # fmt: skip
         one = order._replace(T=STEPS)
 
         def steps(b: dict[str, Tensor]) -> None:
             grads = (b.get("grad_output"), b.get("grad_cells"), b["dh"], b["dc"])
-            saved, out = (b["gates"], b["cells"]), (b["d_gates"], b.get("d_hidden"))
-            sequence_stepwise.backward(*grads, *variant, one._replace(resets=b.get("resets")), *saved, *out)
+            saved, out = (b["gates"], b["cells"]), (b["d_gates"], b.get("d_hidden"), b.get("kept"))
+            sequence_stepwise.backward(*grads, *variant, with_masks(one, b), *saved, *out)
 
-        chunk = chunk_of(("backward", spec.name, order.reverse), sizes, weights, steps)
+        chunk = chunk_of(("backward", spec.name, order.reverse, rules), sizes, weights, steps)
     if chunk is None:
         grads, saved = (grad_output, grad_cells, dh, dc), (gates, cells)
-        return sequence_stepwise.backward(*grads, *variant, order, *saved, d_gates, d_hidden)
+        return sequence_stepwise.backward(*grads, *variant, order, *saved, d_gates, d_hidden, kept)
     chunks, left = parts(order)
     if left is not None:  # what forward computed last
         of_output, of_cells, hidden = (t[left] if t is not None else None for t in (grad_output, grad_cells, d_hidden))
-        saved, out = (gates[left], cells[left.start : left.stop + 1]), (d_gates[left], hidden)
+        saved, out = (gates[left], cells[left.start : left.stop + 1]), (d_gates[left], hidden, kept)
         sequence_stepwise.backward(of_output, of_cells, dh, dc, *variant, order.part(left), *saved, *out)
     with chunk.in_use() as b:
-        b["dh"].copy_(dh)
-        b["dc"].copy_(dc)
-        given = dict(grad_output=grad_output, grad_cells=grad_cells, resets=order.resets, gates=gates)
+        carried = dict(dh=dh, dc=dc) | (dict(kept=kept) if kept is not None else {})
+        for name, tensor in carried.items():
+            b[name].copy_(tensor)
+        if order.regularized.hidden is not None:
+            b["hidden"].copy_(order.regularized.hidden)
+        given = dict(grad_output=grad_output, grad_cells=grad_cells, gates=gates, **masks(order))
         for now in reversed(chunks):
             b["cells"].copy_(cells[now.start : now.stop + 1])
             replay(chunk, b, now, given, dict(d_gates=d_gates, d_hidden=d_hidden))
-        dh.copy_(b["dh"])
-        dc.copy_(b["dc"])
+        for name, tensor in carried.items():
+            tensor.copy_(b[name])
+
+
+def masks(order: Order) -> dict[str, Tensor | None]:
+    """Return what an order has for each step, by the names of a chunk's buffers."""
+    return dict(resets=order.resets, codes=order.regularized.codes, clipped=order.regularized.clipped)
+
+
+def mask_sizes(order: Order) -> dict[str, Tensor | None]:
+    """Return what the buffers of an order's masks look like."""
+    return {name: part(mask) for name, mask in masks(order).items()} | dict(hidden=order.regularized.hidden)
+
+
+def with_masks(order: Order, buffers: dict[str, Tensor]) -> Order:
+    """Return the order with its masks in a chunk's buffers."""
+    of_rules = (buffers.get(name) for name in ("codes", "hidden", "clipped"))
+    regularized = Regularized(order.regularized.rules, *of_rules)
+    return order._replace(resets=buffers.get("resets"), regularized=regularized)
 
 
 def replay(

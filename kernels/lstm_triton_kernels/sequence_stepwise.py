@@ -36,6 +36,8 @@ def forward(
     begun = order.resets[..., None] if order.resets is not None else None
     resets = order.reset_bytes
     hidden = torch.empty(1, B, H, dtype=output.dtype, device=output.device) if projected else output
+    regularized = order.regularized
+    rules, of_kernels = regularized.rules, regularized.for_kernels()
     for step in order.steps(saved=cells.shape[0] > 1):
         h, h_index = (h_0.unsqueeze(0), 0) if step.h_index is None else (output, step.h_index)
         x_t = x[step.t] if gate_input is None else None
@@ -44,9 +46,11 @@ def forward(
             h, h_index = h[h_index].masked_fill(begun[step.t], 0).unsqueeze(0), 0
             if spec.full:
                 c, c_slot = c[c_slot].masked_fill(begun[step.t], 0).unsqueeze(0), 0
-        gate_preactivations(preact, x_t, gate_input, h, c, weights, spec, step.t, h_index, c_slot)
+        gate_preactivations(preact, x_t, gate_input, h, c, weights, spec, step.t, h_index, c_slot, regularized.hidden)
+        before = h[h_index] if rules.zoneout_h else None
         buffers = (preact, cells, hidden, gates, weights.weight_ch, spec)
         indices = (step.t, 0 if projected else step.t, step.previous, step.current, resets)
+        indices += (None if projected else before, of_kernels)
         if spec.full and spec.output_current:
             cell_forward(*buffers, *indices, update_hidden=False)
             add_output_peephole(preact, cells, weights, spec, step.current)
@@ -55,6 +59,10 @@ def forward(
             cell_forward(*buffers, *indices)
         if weights.weight_hr is not None:
             torch.mm(hidden[0], weights.weight_hr.t(), out=output[step.t])
+            if rules.proj_clip:
+                output[step.t].clamp_(-rules.proj_clip, rules.proj_clip)
+            if before is not None:
+                output[step.t].copy_(regularized.at(step.t).zone_hidden(output[step.t], before))
 
 
 def backward(
@@ -81,24 +89,38 @@ def backward(
         v_o = spec.split_peephole(weights.weight_ch)["o"] if spec.output_current else None
     begun = order.resets[..., None] if order.resets is not None else None
     resets = order.reset_bytes
+    regularized = order.regularized
+    rules, of_kernels = regularized.rules, regularized.for_kernels()
     for step in reversed(list(order.steps(saved=True))):
         d_step = d_gates[step.t]
         if grad_cells is not None:
             dc += grad_cells[step.t]
         if d_hidden is not None and weights.weight_hr is not None:
-            d_hidden[step.t] = dh if grad_output is None else dh + grad_output[step.t]
+            grad_h = dh if grad_output is None else dh + grad_output[step.t]
+            if kept is not None or regularized.clipped is not None:
+                own = regularized.at(step.t)
+                grad_h, of_previous = own.split_hidden(grad_h if kept is None else grad_h + kept)
+                if kept is not None:
+                    kept.copy_(of_previous)
+            d_hidden[step.t] = grad_h
             torch.mm(d_hidden[step.t], weights.weight_hr, out=dr)
         buffers = (None if projected else grad_output, dr, dc, gates, cells, d_gates, weights.weight_ch, spec)
-        indices = (step.t, step.previous, step.current, resets)
+        indices = (step.t, step.previous, step.current, resets, None if projected else kept, of_kernels)
         if v_o is not None:
             cell_backward(*buffers, *indices, grad_cell=False)
-            dc += d_step[:, -H:] @ v_o  # o is the last gate block
-            cell_backward(*buffers, *indices, grad_hidden=False)
+            of_o = d_step[:, -H:] @ v_o  # o is the last gate block
+            if not rules.zoneout_c:  # what comes to c~ that comes to c_t
+                dc += of_o
+            cell_backward(*buffers, *indices, of_o=of_o if rules.zoneout_c else None, grad_hidden=False)
         else:
             cell_backward(*buffers, *indices)
         if v_previous is not None:
             dc += d_step @ v_previous
         torch.mm(d_step, weights.weight_hh, out=dh)
+        if regularized.hidden is not None:
+            dh *= regularized.hidden
         if begun is not None:
             dh.masked_fill_(begun[step.t], 0)
             dc.masked_fill_(begun[step.t], 0)
+            if projected and kept is not None:
+                kept.masked_fill_(begun[step.t], 0)

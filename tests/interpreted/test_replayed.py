@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lstm_triton_kernels import sequence_replayed
@@ -9,7 +11,8 @@ from lstm_triton_kernels.sizes import Layer
 
 import lstm_triton
 from lstm_triton import VARIANTS, LSTMSpec
-from tests.support.parity import BOUND, Case, call, errors, expected_results, random_inputs, results
+from tests.support import parity
+from tests.support.parity import BOUND, RULES, Case, call, errors, expected_results, random_inputs, results
 
 
 @pytest.fixture
@@ -125,3 +128,24 @@ def test_when_it_pays(sizes, capturing, expected, monkeypatch):
     layer = Layer(LSTMSpec(), D=1, dtype=torch.bfloat16, **sizes)
     assert sequence_replayed.pays(layer, torch.device("cuda")) == expected
     assert not sequence_replayed.pays(layer, torch.device("cpu"))
+
+
+RULED = {
+    "all rules": dict(T=5, bidirectional=True, rules=RULES[3]),
+    "candidate": dict(T=5, bidirectional=True, resets=True, states=True, rules=RULES[4]),
+    "projection": dict(T=5, proj_size=3, rules=RULES[3]._replace(proj_clip=0.25)),
+    "evaluated": dict(T=5, rules=RULES[3], training=False),
+}
+
+
+@pytest.mark.parametrize("shape", RULED)
+@pytest.mark.parametrize("spec", [VARIANTS[0], LSTMSpec(True, "full", "current")], ids=lambda spec: spec.name)
+def test_regularised_chunks_read_the_masks_of_their_call(spec, shape, captures, monkeypatch):
+    case = Case(spec, B=2, I=3, H=5, strategy="stepwise", **RULED[shape])
+    inputs = random_inputs(case)
+    other = replace(case, rules=case.rules._replace(cell_clip=0.375))  # captured anew: a graph holds its limits
+    for asked, seed in ((case, 5), (case, 5), (case, 6), (other, 6), (other, 7), (case, 8)):
+        monkeypatch.setattr(parity, "MASKS", seed)
+        found = errors(stepwise(asked, inputs), expected_results(asked, inputs))
+        assert max(found.values()) <= BOUND[torch.float64], (seed, found)
+    assert len(captures) == 2 * 2 * case.D
