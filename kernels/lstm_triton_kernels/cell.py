@@ -64,8 +64,8 @@ def cell_forward_kernel(
     preact (B, G·H), cells[previous] -> cells[current] (slots, B, H), hidden[hidden_t] (., B, H), gates[t] (T, B, G·H).
 
     The gates are saved activated. With HAS_RESETS cells[previous] is read as zero where resets (T, B) uint8 is not
-    zero, at t. rules: a `KernelRules` of one direction; before (B, H), None without zoneout of h: h_{t-1}, which is read
-    as zero likewise. Of two launches the first leaves c~ in cells[current]. Program: (row block, unit block).
+    zero, at t. rules: a `KernelRules` of one direction; before (B, H): h_{t-1}, read as zero likewise; None without
+    zoneout of h. Of two launches the first leaves c~ in cells[current]. Program: (row block, unit block).
     """
     DRAWN: tl.constexpr = rules.codes is not None
     F: tl.constexpr = 0 if COUPLED else 1

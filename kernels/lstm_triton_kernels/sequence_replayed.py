@@ -123,8 +123,8 @@ def backward(
 
         def steps(b: dict[str, Tensor]) -> None:
             grads = (b.get("grad_output"), b.get("grad_cells"), b["dh"], b["dc"])
-            saved, out = (b["gates"], b["cells"]), (b["d_gates"], b.get("d_hidden"), b.get("kept"))
-            sequence_stepwise.backward(*grads, *variant, with_masks(one, b), *saved, *out)
+            saved, out = (b["gates"], b["cells"]), (b.get("d_hidden"), b.get("kept"))
+            sequence_stepwise.backward(*grads, *variant, with_masks(one, b), *saved, b["d_gates"], *out)
 
         chunk = chunk_of(("backward", spec.name, order.reverse, rules), sizes, weights, steps)
     if chunk is None:
@@ -133,8 +133,8 @@ def backward(
     chunks, left = parts(order)
     if left is not None:  # what forward computed last
         of_output, of_cells, hidden = (t[left] if t is not None else None for t in (grad_output, grad_cells, d_hidden))
-        saved, out = (gates[left], cells[left.start : left.stop + 1]), (d_gates[left], hidden, kept)
-        sequence_stepwise.backward(of_output, of_cells, dh, dc, *variant, order.part(left), *saved, *out)
+        saved, out = (gates[left], cells[left.start : left.stop + 1]), (hidden, kept)
+        sequence_stepwise.backward(of_output, of_cells, dh, dc, *variant, order.part(left), *saved, d_gates[left], *out)
     with chunk.in_use() as b:
         carried = dict(dh=dh, dc=dc) | (dict(kept=kept) if kept is not None else {})
         for name, tensor in carried.items():

@@ -50,13 +50,13 @@ def forward(
         before = h[h_index] if rules.zoneout_h else None
         buffers = (preact, cells, hidden, gates, weights.weight_ch, spec)
         indices = (step.t, 0 if projected else step.t, step.previous, step.current, resets)
-        indices += (None if projected else before, of_kernels)
+        regular = (None if projected else before, of_kernels)
         if spec.full and spec.output_current:
-            cell_forward(*buffers, *indices, update_hidden=False)
+            cell_forward(*buffers, *indices, *regular, update_hidden=False)
             add_output_peephole(preact, cells, weights, spec, step.current)
-            cell_forward(*buffers, *indices, update_cell=False)
+            cell_forward(*buffers, *indices, *regular, update_cell=False)
         else:
-            cell_forward(*buffers, *indices)
+            cell_forward(*buffers, *indices, *regular)
         if weights.weight_hr is not None:
             torch.mm(hidden[0], weights.weight_hr.t(), out=output[step.t])
             if rules.proj_clip:
