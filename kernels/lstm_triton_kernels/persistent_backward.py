@@ -15,13 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lstm_triton_kernels.equations import (
-    cell_derivatives,
-    load_peephole,
-    output_derivatives,
-    previous_cell_gradient,
-    store_gates,
-)
+from lstm_triton_kernels.equations import load_peephole, output_derivatives, previous_cell_gradient, store_gates
 from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
@@ -36,6 +30,14 @@ from lstm_triton_kernels.resident import (
     sum_units,
 )
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
+from lstm_triton_kernels.rules import (
+    ZONEOUT_C_BIT,
+    ZONEOUT_H_BIT,
+    clip_gradient,
+    computed_cell,
+    computed_cell_derivatives,
+    zone_gradients,
+)
 from lstm_triton_kernels.sync import (
     COUNTER_STRIDE,
     exchange_arrive,
@@ -44,12 +46,12 @@ from lstm_triton_kernels.sync import (
     exchange_store,
     exchange_wait,
 )
-from lstm_triton_kernels.time_loop import load_saved, rows_in_turn, step_of
+from lstm_triton_kernels.time_loop import load_saved, load_step_codes, rows_in_turn, step_of
 
 
 @triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def persistent_backward_kernel(
-    d_gates_ptr, d_hidden_ptr, dc_ptr, gates_ptr, cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr,
+    d_gates_ptr, d_hidden_ptr, dc_ptr, d_h_0_ptr, gates_ptr, cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr,
     grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr, resets_ptr, counters_ptr, error_ptr, rules,
     T, B, H, P, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
@@ -63,10 +65,12 @@ def persistent_backward_kernel(
     """Compute the gradients of all pre-activations, d_gates (D, T, B, G·H), and of c_0, without a full peephole's part.
 
     - dc: (D, B, H), the gradient of c_{t-1} when step t is done; zero before, unless ONE_BLOCK
+    - d_h_0: (D, B, P), likewise that of h_{t-1} which zoneout passes on; None without zoneout of h
     - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as saved
     - d_hidden: (D, T, B, P) out, the gradient of every projected h_t; None unless PROJECTED
     - grad_output (T, B, D·P), grad_cells (T, B, D·H); grad_h_n (D, B, P), grad_c_n (D, B, H)
-    - w_hh, w_hr, w_ch, lengths, resets, counters, error, and the constants of the product: as in the forward pass
+    - w_hh, w_hr, w_ch, lengths, resets, counters, error, rules, and the constants of the product: as in the forward
+      pass
     """
     G: tl.constexpr = 3 if COUPLED else 4
     Q: tl.constexpr = 2 if COUPLED else 3
@@ -75,6 +79,7 @@ def persistent_backward_kernel(
     if not PROJECTED:
         P = H
     CURRENT: tl.constexpr = FULL and OUTPUT_CURRENT
+    DRAWN: tl.constexpr = rules.codes is not None
     direction = tl.program_id(2)
     reverse = direction == 1
     D = tl.num_programs(2)
@@ -120,6 +125,15 @@ def persistent_backward_kernel(
     if PROJECTED:
         d_hidden_ptr += side * T * states_stride
     counters_ptr += side * row_blocks * COUNTER_STRIDE
+    codes_ptr, mask_ptr, clipped_ptr = rules.codes, rules.hidden, rules.clipped
+    if codes_ptr is not None:
+        codes_ptr += side * T * cells_stride
+    if mask_ptr is not None:
+        mask_ptr += side * states_stride
+    if clipped_ptr is not None:
+        clipped_ptr += side * T * states_stride
+    if d_h_0_ptr is not None:
+        d_h_0_ptr += side * states_stride
 
     block = tl.program_id(1)
     in_block = tl.arange(0, BLOCK_B)
@@ -128,6 +142,10 @@ def persistent_backward_kernel(
     hidden_mask = row_mask[:, None] & (unit < P)[None, :]
     state = row[:, None] * H + unit[None, :]
     dc = tl.zeros((BLOCK_B, BLOCK_U), ELEMENT)
+    if d_h_0_ptr is not None:
+        kept = tl.zeros((BLOCK_B, BLOCK_U), ELEMENT)
+    if mask_ptr is not None:
+        hidden_factor = tl.load(mask_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
     if ALONE:
         d_i = tl.zeros((BLOCK_B, BLOCK_U), ELEMENT)
         d_f, d_g, d_o = d_i, d_i, d_i
@@ -149,6 +167,12 @@ def persistent_backward_kernel(
         gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1, row, row_mask, length, unit, B,
         H, P, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
     )  # fmt: skip
+    codes_next = load_step_codes(
+        codes_ptr, steps - 1, row, row_mask, length, unit, H, reverse, cells_stride, HAS_LENGTHS
+    )
+    clipped_next = load_step_codes(
+        clipped_ptr, steps - 1, row, row_mask, length, unit, P, reverse, states_stride, HAS_LENGTHS
+    )
 
     for iteration in range(steps * blocks):
         done, b = step_of(iteration, block, blocks)
@@ -159,10 +183,14 @@ def persistent_backward_kernel(
             hidden_mask = row_mask[:, None] & (unit < P)[None, :]
             state = row[:, None] * H + unit[None, :]
             dc = tl.load(dc_ptr + state, mask=tile_mask, other=0.0)
+            if d_h_0_ptr is not None:
+                kept = tl.load(d_h_0_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
+            if mask_ptr is not None:
+                hidden_factor = tl.load(mask_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
         t = time_of_step(n, length, reverse)
         step_mask = row_mask & (n < length)
 
-        saved, c_read, grads = saved_next, c_next, grads_next
+        saved, c_read, grads, codes, clipped = saved_next, c_next, grads_next, codes_next, clipped_next
         done_next, next_block = step_of(iteration + 1, block, blocks)
         next_row, next_row_mask, next_length = rows_in_turn(
             in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
@@ -171,6 +199,13 @@ def persistent_backward_kernel(
             gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1 - done_next, next_row,
             next_row_mask, next_length, unit, B, H, P, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
         )  # fmt: skip
+        n_next = steps - 1 - done_next
+        codes_next = load_step_codes(
+            codes_ptr, n_next, next_row, next_row_mask, next_length, unit, H, reverse, cells_stride, HAS_LENGTHS
+        )
+        clipped_next = load_step_codes(
+            clipped_ptr, n_next, next_row, next_row_mask, next_length, unit, P, reverse, states_stride, HAS_LENGTHS
+        )
 
         last = step_mask[:, None] & row_values(n == length - 1, HAS_LENGTHS)
         if HAS_GRAD_H_N:
@@ -220,6 +255,8 @@ def persistent_backward_kernel(
             if FULL:
                 dc += sum_units(acc_c, WARPS)
 
+        if mask_ptr is not None:
+            dh *= hidden_factor
         if HAS_GRAD_OUTPUT:
             dh += grads[0]
         if HAS_GRAD_CELLS:
@@ -233,6 +270,15 @@ def persistent_backward_kernel(
         c_previous, c = c_read[0], c_read[1]
         if HAS_RESETS:
             c_previous = tl.where(reset[:, None], 0.0, c_previous)
+        code = codes[0].to(tl.int32) if DRAWN else 0
+        c = computed_cell(i, f, g, c_previous, c, code, rules)
+        dc, kept_c = zone_gradients(dc, code, rules.zoneout_c, DRAWN, ZONEOUT_C_BIT)
+        if d_h_0_ptr is not None:
+            dh, kept = zone_gradients(dh + kept, code, rules.zoneout_h, DRAWN, ZONEOUT_H_BIT)
+            if HAS_RESETS:
+                kept = tl.where(reset[:, None], 0.0, kept)
+        if clipped_ptr is not None:
+            dh = tl.where(clipped[0] != 0, 0.0, dh)
         d_now = at_time(d_gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
         if PROJECTED:
             d_hidden = at_time(d_hidden_ptr, t, states_stride, HAS_LENGTHS) + row[:, None] * P
@@ -265,9 +311,12 @@ def persistent_backward_kernel(
                 dc += of_o
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v[Q - 1] * d_o
-        by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
+        dc = clip_gradient(dc, c, rules.cell_clip)
+        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED)
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         dc = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
+        if rules.zoneout_c is not None:
+            dc += kept_c
         if HAS_RESETS:
             dc = tl.where(reset[:, None], 0.0, dc)
 
@@ -285,5 +334,9 @@ def persistent_backward_kernel(
             exchange_arrive(counters_ptr + b * COUNTER_STRIDE, WAIT)
         if not ONE_BLOCK:
             tl.store(dc_ptr + state, dc, mask=tile_mask)
+            if d_h_0_ptr is not None:
+                tl.store(d_h_0_ptr + row[:, None] * P + unit[None, :], kept, mask=hidden_mask)
     if ONE_BLOCK:
         tl.store(dc_ptr + state, dc, mask=tile_mask)
+        if d_h_0_ptr is not None:
+            tl.store(d_h_0_ptr + row[:, None] * P + unit[None, :], kept, mask=hidden_mask)

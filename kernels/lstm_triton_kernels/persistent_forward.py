@@ -15,6 +15,10 @@ A full peephole of the output gate on c_t, and a projection h_t = W_hr (o tanh(c
 what all programs publish in the same step, c_t or o tanh(c_t). A program has the rows of W_hr with the numbers of its
 units, as far as there are so many.
 
+With `rules`, steps are regularised (regularize.py). What is exchanged is h_t as W_hh reads it, with its mask: then
+the output is another buffer. A full peephole on c_t reads what the step computed, c~, and those on c_{t-1} what zoneout
+left of it: then both are exchanged.
+
 With `lengths`, row b ends after lengths[b] steps (the second direction starts there): it leaves its state in h_n and
 c_n, and writes zeros for the steps beyond. With `resets` (T, B), the state is zero before such a step.
 
@@ -32,7 +36,7 @@ import triton
 import triton.language as tl
 
 from lstm_triton_kernels.activations import tanh
-from lstm_triton_kernels.equations import load_peephole, next_cell, output_gate
+from lstm_triton_kernels.equations import load_peephole, output_gate
 from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
@@ -47,6 +51,7 @@ from lstm_triton_kernels.resident import (
     sum_gates,
 )
 from lstm_triton_kernels.rows import at_time, rows_of_block, time_of_step
+from lstm_triton_kernels.rules import ZONEOUT_C_BIT, ZONEOUT_H_BIT, clip, next_computed_cell, zone
 from lstm_triton_kernels.sync import (
     COUNTER_STRIDE,
     exchange_arrive,
@@ -55,13 +60,20 @@ from lstm_triton_kernels.sync import (
     exchange_store,
     exchange_wait,
 )
-from lstm_triton_kernels.time_loop import cell_places, load_gate_inputs, rows_in_turn, step_of, store_step
+from lstm_triton_kernels.time_loop import (
+    cell_places,
+    load_gate_inputs,
+    load_step_codes,
+    rows_in_turn,
+    step_of,
+    store_step,
+)
 
 
 @triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def persistent_forward_kernel(
-    gates_ptr, hidden_ptr, unprojected_ptr, cells_ptr, h_n_ptr, c_n_ptr, h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr,
-    lengths_ptr, resets_ptr, counters_ptr, error_ptr, rules,
+    gates_ptr, hidden_ptr, output_ptr, unprojected_ptr, computed_ptr, cells_ptr, h_n_ptr, c_n_ptr, h_0_ptr, c_0_ptr,
+    w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr, resets_ptr, counters_ptr, error_ptr, rules,
     T, B, H, P, padded_H, padded_P, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     SAVE_GATES: tl.constexpr, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
@@ -74,12 +86,14 @@ def persistent_forward_kernel(
 
     - hidden: (T + 1, B, D, padded_P) out, zero beyond P, the size of h: of a projected one, else H; slot T is that of
       h_0; unprojected: (T, B, D, padded_H) out, o tanh(c_t), zero beyond H; None unless PROJECTED or where ALONE
+    - output: (T, B, D, P) out, every h_t, where hidden has the mask with which W_hh reads it; else None
+    - computed: (D, T, B, H) out, c~ of every step; None but with zoneout of c and a full peephole on c_t, not ALONE
     - cells: (D, T + 1, B, H) out, slot t the state before step t, in the second direction after it (CELLS == "all"); or
       (D, 1, B, H), the state between two steps (CELLS == "one"); or None (CELLS == "none": c stays in registers)
     - h_n (D, B, P), c_n (D, B, H) out; h_0, c_0: likewise; w_hh: (D, G·H, P); w_hr: (D, P, H) or None; w_ch: (D, Q·H)
       diagonal, (D, Q·H, H) full
-    - lengths: (B,) int32 or int64; resets: (T, B) uint8; counters: one a direction and row block,
-      zero, then as many for V_o, and as many for W_hr, if the step has a product with one of these; error: int32
+    - lengths: (B,) int32 or int64; resets: (T, B) uint8; rules: a `KernelRules`; counters: one a direction and row
+      block, zero, then as many for V_o, and as many for W_hr, if the step has a product with one of these; error: int32
 
     ONE_BLOCK: no program has a second row block.
     CHUNKS, PARTS, BLOCK_K: how the columns of the product are cut (resident.py); GROUP chunks, a divisor of CHUNKS, are
@@ -96,6 +110,7 @@ def persistent_forward_kernel(
     if not PROJECTED:
         P = H
     CURRENT: tl.constexpr = FULL and OUTPUT_CURRENT
+    DRAWN: tl.constexpr = rules.codes is not None
     side = direction.to(tl.int64)
     unit_from = tl.program_id(0) * BLOCK_U
     unit = unit_from + tl.arange(0, BLOCK_U)
@@ -138,6 +153,15 @@ def persistent_forward_kernel(
     h_n_ptr += side * states_stride
     c_n_ptr += side * cells_stride
     counters_ptr += side * row_blocks * COUNTER_STRIDE
+    codes_ptr, mask_ptr = rules.codes, rules.hidden
+    if codes_ptr is not None:
+        codes_ptr += side * T * cells_stride
+    if mask_ptr is not None:
+        mask_ptr += side * states_stride
+    if output_ptr is not None:
+        output_ptr += side * P
+    if computed_ptr is not None:
+        computed_ptr += side * T * cells_stride
 
     # The initial states are published like all others.
     block = tl.program_id(1)
@@ -160,6 +184,10 @@ def persistent_forward_kernel(
         if not ALONE:
             hidden_mask = row_mask[:, None] & (unit < P)[None, :]
             h = tl.load(h_0_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
+            if rules.zoneout_h is not None and not ONE_BLOCK:  # h stands there between two steps
+                tl.store(h_n_ptr + row[:, None] * P + unit[None, :], h, mask=hidden_mask)
+            if mask_ptr is not None:
+                h *= tl.load(mask_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
             place = hidden_ptr + T * hidden_stride + row[:, None] * D * padded_P + unit[None, :]
             exchange_store(place, h, hidden_mask, WAIT)
             exchange_arrive(counters_ptr + b * COUNTER_STRIDE, WAIT)
@@ -168,8 +196,10 @@ def persistent_forward_kernel(
     hidden_mask = row_mask[:, None] & (unit < P)[None, :]
     state = row[:, None] * H + unit[None, :]
     c = tl.load(c_0_ptr + state, mask=tile_mask, other=0.0)
-    if ALONE:
+    if ALONE or rules.zoneout_h is not None:
         h = tl.load(h_0_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
+    if mask_ptr is not None:
+        hidden_factor = tl.load(mask_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
     steps = T
     blocks = 1
     if not ONE_BLOCK:
@@ -180,6 +210,7 @@ def persistent_forward_kernel(
 
     # Gate inputs do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
     a_next = load_gate_inputs(gates_ptr, 0, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
+    codes_next = load_step_codes(codes_ptr, 0, row, row_mask, length, unit, H, reverse, cells_stride, HAS_LENGTHS)
 
     for iteration in range(steps * blocks):
         n, b = step_of(iteration, block, blocks)
@@ -188,17 +219,24 @@ def persistent_forward_kernel(
             tile_mask = row_mask[:, None] & (unit < H)[None, :]
             hidden_mask = row_mask[:, None] & (unit < P)[None, :]
             state = row[:, None] * H + unit[None, :]
+            if rules.zoneout_h is not None:
+                h = tl.load(h_n_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
+            if mask_ptr is not None:
+                hidden_factor = tl.load(mask_ptr + row[:, None] * P + unit[None, :], mask=hidden_mask, other=0.0)
         t = time_of_step(n, length, reverse)
         step_mask = row_mask & (n < length)
         step_tile_mask = tile_mask & step_mask[:, None]
 
-        a = a_next
+        a, codes = a_next, codes_next
         after, next_block = step_of(iteration + 1, block, blocks)
         next_row, next_row_mask, next_length = rows_in_turn(
             in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
         )
         a_next = load_gate_inputs(
             gates_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, gates_stride, G, HAS_LENGTHS
+        )
+        codes_next = load_step_codes(
+            codes_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, cells_stride, HAS_LENGTHS
         )
         if CELLS != "none":
             cells_before, cells_now = cell_places(
@@ -215,6 +253,8 @@ def persistent_forward_kernel(
         sums = ()
         if ALONE:
             left = tl.where(carry_mask[:, None], h, 0.0)
+            if mask_ptr is not None:
+                left *= hidden_factor
             for g in tl.static_range(G):
                 acc = multiply_add(tl.zeros((BLOCK_B, BLOCK_U), ELEMENT), left, w[g])
                 if FULL and g != G - 2 and not (OUTPUT_CURRENT and g == G - 1):
@@ -245,16 +285,20 @@ def persistent_forward_kernel(
                 sums = sums + (a[g] + recurrent[g],)  # noqa: RUF005
 
         c_previous = c
-        i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
+        code = codes[0].to(tl.int32) if DRAWN else 0
+        i, f, g, c = next_computed_cell(sums, v, c_previous, code, rules, COUPLED, DIAGONAL)
         a_o = sums[G - 1]  # type: ignore[var-annotated]
         if CURRENT:
             if ALONE:
                 a_o = multiply_add(a_o, c, v_full[Q - 1])
             else:
                 peephole_counter = counter_ptr + D.to(tl.int64) * row_blocks * COUNTER_STRIDE
-                slot = tl.where(n < length, t + 1 - direction, n + 1)
-                c_now = at_time(cells_ptr, slot, cells_stride, HAS_LENGTHS) + row[:, None] * H
-                exchange_store(cells_now, tl.where(step_mask[:, None], c, 0.0), tile_mask, WAIT)
+                if computed_ptr is not None:
+                    c_now = at_time(computed_ptr, t, cells_stride, HAS_LENGTHS) + row[:, None] * H
+                else:
+                    slot = tl.where(n < length, t + 1 - direction, n + 1)
+                    c_now = at_time(cells_ptr, slot, cells_stride, HAS_LENGTHS) + row[:, None] * H
+                exchange_store(c_now + unit[None, :], tl.where(step_mask[:, None], c, 0.0), tile_mask, WAIT)
                 exchange_arrive(peephole_counter, WAIT)
                 of_c, max_polls = exchanged_product(
                     c_now, H, row_mask[:, None], w_o, peephole_counter, n + 1, pause, max_polls,
@@ -263,6 +307,7 @@ def persistent_forward_kernel(
                 a_o += of_c
         o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
         h_now = o * tanh(c)
+        c = zone(c, c_previous, code, rules.zoneout_c, DRAWN, ZONEOUT_C_BIT)
         if PROJECTED:
             if ALONE:
                 h_now = multiply_add(tl.zeros((BLOCK_B, BLOCK_U), ELEMENT), h_now, w_r)
@@ -276,17 +321,29 @@ def persistent_forward_kernel(
                         all_units, padded_H, row_mask[:, None], w_r, projection_counter, n + 1, pause, max_polls,
                         error_ptr, WAIT, PROJECTION_CHUNKS, PROJECTION_PIECES, PARTS, WARPS, BLOCK_B, BLOCK_U, BLOCK_K,
                     )  # fmt: skip
+            h_now = clip(h_now, rules.proj_clip)
+        if rules.zoneout_h is not None:
+            h_previous = tl.where(carry_mask[:, None], h, 0.0)
+            h_now = zone(h_now, h_previous, code, rules.zoneout_h, DRAWN, ZONEOUT_H_BIT)
 
         # What others wait for goes first.
         hidden_now = at_time(hidden_ptr, t, hidden_stride, HAS_LENGTHS) + row[:, None] * D * padded_P + unit[None, :]
         if ALONE:
             tl.store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0), mask=hidden_mask)
-            h = h_now
         else:
-            exchange_store(hidden_now, tl.where(step_mask[:, None], h_now, 0.0), hidden_mask, WAIT)
-            if FULL and not CURRENT:
+            h_read = h_now if mask_ptr is None else h_now * hidden_factor
+            exchange_store(hidden_now, tl.where(step_mask[:, None], h_read, 0.0), hidden_mask, WAIT)
+            if FULL and (not CURRENT or computed_ptr is not None):
                 exchange_store(cells_now, tl.where(step_mask[:, None], c, 0.0), tile_mask, WAIT)
             exchange_arrive(counters_ptr + b * COUNTER_STRIDE, WAIT)
+        if ALONE or rules.zoneout_h is not None:
+            h = h_now
+        if rules.zoneout_h is not None and not ONE_BLOCK:
+            place = h_n_ptr + row[:, None] * P + unit[None, :]
+            tl.store(place, h_now, mask=hidden_mask & step_mask[:, None])
+        if output_ptr is not None:
+            place = at_time(output_ptr, t, states_stride * D, HAS_LENGTHS) + row[:, None] * D * P + unit[None, :]
+            tl.store(place, tl.where(step_mask[:, None], h_now, 0.0), mask=hidden_mask)
         if CELLS != "none" and (ALONE or not FULL):
             tl.store(cells_now, tl.where(step_mask[:, None], c, 0.0), mask=tile_mask)
         store_step(
@@ -297,7 +354,10 @@ def persistent_forward_kernel(
 
     if HAS_LENGTHS and ONE_BLOCK:
         for n in range(steps, T):
-            place = hidden_ptr + hidden_stride * n + row[:, None] * D * padded_P + unit[None, :]
+            if output_ptr is not None:
+                place = output_ptr + states_stride * D * n + row[:, None] * D * P + unit[None, :]
+            else:
+                place = hidden_ptr + hidden_stride * n + row[:, None] * D * padded_P + unit[None, :]
             tl.store(place, 0.0, mask=hidden_mask)
             if CELLS == "all":
                 tl.store(cells_ptr + cells_stride * (n + 1) + state, 0.0, mask=tile_mask)

@@ -176,7 +176,9 @@ def forward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     """Return buffers for the results of a forward pass, and what its kernel must know of them.
 
     - output_ptr (T, B, D, P), every h_t; of a plain kernel hidden_ptr (T + 1, B, D, padded_P), h_t at index t, the last
-      is the kernel's own, and with a projection unprojected_ptr (T, B, D, padded_H), its own as well
+      is the kernel's own, and with a projection unprojected_ptr (T, B, D, padded_H), its own as well; output_ptr is
+      None, unless hidden_ptr is its own too, h_t with its mask. computed_ptr (D, T, B, H), its own, is c~ where zoneout
+      makes another c_t of that and a full peephole reads it, else None
     - h_n_ptr (D, B, P), c_n_ptr (D, B, H)
     - cells_ptr (D, T + 1, B, H) in the accumulator type, see order.py, with `save`; else the kernel's own, or None
     """
@@ -198,7 +200,17 @@ def forward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     width, units = (padded_row(n) if exchanged else n for n in (layer.hidden, H))
     hidden = torch.empty(T + 1, B, D, width, dtype=layer.dtype, device=device)
     unprojected = hidden.new_empty(T, B, D, units) if layer.P and exchanged else None
-    return results | dict(hidden_ptr=hidden, unprojected_ptr=unprojected, padded_H=units, padded_P=width)
+    rules = launch.inputs["rules"]
+    masked = exchanged and rules.hidden is not None
+    zoned = exchanged and layer.output_current and rules.zoneout_c is not None
+    return results | dict(
+        hidden_ptr=hidden,
+        output_ptr=hidden.new_empty(T, B, D, layer.hidden) if masked else None,
+        unprojected_ptr=unprojected,
+        computed_ptr=hidden.new_empty(D, T, B, H) if zoned else None,
+        padded_H=units,
+        padded_P=width,
+    )
 
 
 def backward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
@@ -207,23 +219,31 @@ def backward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     - d_gates_ptr (D, T, B, G·H), the gradients of the pre-activations; d_hidden_ptr (D, T, B, P), those of every h_t
       with a projection, else None
     - dc_ptr (D, B, H), that of c_0 in the accumulator type, without what a full peephole adds at the first step
+    - d_h_0_ptr (D, B, P), of that of h_0 what zoneout passes on, likewise; None without zoneout of h
     """
     gates, cells = launch.inputs["gates_ptr"], launch.inputs["cells_ptr"]
     layer, dc = launch.layer, launch.results.get("dc_ptr")
+    new = torch.zeros if plan.blocks_per_program > 1 else torch.empty
     if dc is None:
-        new = torch.zeros if plan.blocks_per_program > 1 else torch.empty
         dc = new(layer.D, layer.B, layer.H, dtype=cells.dtype, device=launch.device)
-    return dict(
+    results = dict(
         d_gates_ptr=launch.empty("d_gates_ptr", *gates.shape, dtype=gates.dtype),
         d_hidden_ptr=gates.new_empty(layer.D, layer.T, layer.B, layer.P) if layer.P else None,
         dc_ptr=dc,
     )
+    if not plan.exact:
+        return results
+    zoned = launch.inputs["rules"].zoneout_h is not None
+    d_h_0 = new(layer.D, layer.B, layer.hidden, dtype=cells.dtype, device=launch.device) if zoned else None
+    return results | dict(d_h_0_ptr=d_h_0)
 
 
 def hidden_of(found: dict[str, Any], layer: Layer) -> Tensor:
     """Return every h_t, (T, B, D·P) contiguous, of a forward launch that ran."""
     P = layer.hidden
-    hidden: Tensor = found["output_ptr"] if "output_ptr" in found else found["hidden_ptr"][: layer.T, ..., :P]
+    hidden = found["output_ptr"]
+    if hidden is None:
+        hidden = found["hidden_ptr"][: layer.T, ..., :P]
     return hidden.reshape(layer.T, layer.B, layer.D * P).contiguous()
 
 
@@ -366,10 +386,11 @@ def prepare_exchange(results: dict[str, Any], launch: Launch, plan: PersistentPl
     if plan.alone:
         return
     if plan.wait == "data":
-        cells = ("cells_ptr",) if layer.spec.full else ()
+        cells = ("cells_ptr", "computed_ptr") if layer.spec.full else ()
         projected = ("d_hidden_ptr" if launch.backward else "unprojected_ptr",) if layer.P else ()
         for name in ("d_gates_ptr", *projected) if launch.backward else ("hidden_ptr", *cells, *projected):
-            unpublish(results[name])
+            if results[name] is not None:
+                unpublish(results[name])
     if not launch.backward:
         for name, size in (("hidden_ptr", layer.hidden), ("unprojected_ptr", layer.H)):
             if results[name] is not None and results[name].shape[-1] > size:

@@ -41,6 +41,21 @@ def load_gate_inputs(
 
 
 @triton.jit
+def load_step_codes(codes_ptr, n, row, row_mask, length, unit, width, reverse, stride, HAS_LENGTHS: tl.constexpr):
+    """Load bytes (T, B, width) of step n, codes or where h~ is clipped, as a tuple; none where there are none.
+
+    0 in a row without the step.
+    """
+    codes = ()
+    if codes_ptr is not None:
+        step_tile_mask = (row_mask & (n < length) & (n >= 0))[:, None] & (unit < width)[None, :]
+        t = time_of_step(n, length, reverse)
+        place = at_time(codes_ptr, t, stride, HAS_LENGTHS) + row[:, None] * width + unit[None, :]
+        codes = codes + (tl.load(place, mask=step_tile_mask, other=0),)  # noqa: RUF005
+    return codes
+
+
+@triton.jit
 def cell_places(cells_ptr, n, t, length, state, direction, stride, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr):
     """Return where step n, of time index t, reads c and where it writes it; CELLS: "all" or "one"."""
     if CELLS == "all":

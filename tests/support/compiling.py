@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +36,10 @@ POINTER_TYPE = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as the compiler sees it: argument types, compile-time constants, options."""
+    """One launch as the compiler sees it: argument types, compile-time constants, options.
+
+    Of an argument that is a tuple each field, as "argument.field".
+    """
 
     module: str
     kernel: str
@@ -64,13 +67,20 @@ class Recorder:
         options = {name: arguments.pop(name) for name in LAUNCH_OPTIONS if name in arguments}
         signature, constants, aligned = {}, {}, []
         assert set(arguments) == set(self.kernel.arg_names)
+        given = []
         for parameter in self.kernel.params:
-            name, value = parameter.name, arguments[parameter.name]
+            value = arguments[parameter.name]
+            fields = value._asdict() if isinstance(value, tuple) else {}
+            given += [(parameter, f"{parameter.name}.{field}", of_field) for field, of_field in fields.items()]
+            given += [(parameter, parameter.name, value)] * (not fields)
+        for parameter, name, value in given:
             if parameter.is_constexpr or value is None:
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name] = POINTER_TYPE[value.dtype]
                 aligned.append(name)
+            elif isinstance(value, float):
+                signature[name] = "fp32"
             elif not parameter.do_not_specialize and value == 1:
                 signature[name], constants[name] = "constexpr", 1
             else:
@@ -130,12 +140,20 @@ class Compiled:
 
 def compile_launch(kernel: Any, launch: Launch, capability: int) -> Compiled:
     """Compile a recorded launch for a compute capability of SHARED_MEMORY_LIMIT."""
-    position = {name: n for n, name in enumerate(kernel.arg_names)}
+    place, signature = {}, {}
+    for n, name in enumerate(kernel.arg_names):
+        fields = {field: kind for field, kind in launch.signature if field.startswith(f"{name}.")}
+        place |= {name: (n,)} | {field: (n, k) for k, field in enumerate(fields)}
+        if fields:
+            kinds = namedtuple(name, [field.removeprefix(f"{name}.") for field in fields])
+            signature[name] = kinds(*fields.values())
+        else:
+            signature[name] = dict(launch.signature)[name]
     source = ASTSource(
         fn=kernel,
-        signature=dict(launch.signature),
-        constexprs=dict(launch.constants),
-        attrs={(position[name],): [["tt.divisibility", 16]] for name in launch.aligned},
+        signature=signature,
+        constexprs={place[name]: value for name, value in launch.constants},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in launch.aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     cubin = compiled.asm["cubin"]
