@@ -79,21 +79,21 @@ def cell_forward_kernel(
     c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     code = load_codes(rules.codes, t.to(tl.int64) * B * H + state, tile_mask)
-    c_place = cells_ptr + current.to(tl.int64) * B * H + state
 
     if UPDATE_CELL:
         a = load_blocks(preact_ptr + gate, H, tile_mask, F + 2)
         i, f, g, c = next_computed_cell(a, v, c_previous, code, rules, COUPLED, DIAGONAL)
         if rules.zoneout_c is None or not UPDATE_HIDDEN:
-            tl.store(c_place, c, mask=tile_mask)
+            tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c, mask=tile_mask)
         if SAVE_GATES:
             store_gates(gates_ptr + saved, i, f, g, H, tile_mask, COUPLED)
     else:
-        c = tl.load(c_place, mask=tile_mask, other=0.0)
+        c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=tile_mask, other=0.0)
 
     if UPDATE_HIDDEN:
         if rules.zoneout_c is not None:
-            tl.store(c_place, zone(c, c_previous, code, rules.zoneout_c, DRAWN, ZONEOUT_C_BIT), mask=tile_mask)
+            c_now = zone(c, c_previous, code, rules.zoneout_c, DRAWN, ZONEOUT_C_BIT)
+            tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c_now, mask=tile_mask)
         a_o = tl.load(preact_ptr + gate + (F + 2) * H, mask=tile_mask, other=0.0)
         o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
         h = o * tanh(c)
@@ -104,6 +104,20 @@ def cell_forward_kernel(
         tl.store(h_out, h.to(hidden_ptr.dtype.element_ty), mask=tile_mask)
         if SAVE_GATES:
             tl.store(gates_ptr + saved + (F + 2) * H, o.to(gates_ptr.dtype.element_ty), mask=tile_mask)
+
+
+@triton.jit
+def load_cell_inputs(gates_ptr, cells_ptr, gate, state, B, H, previous, tile_mask, carried, COUPLED: tl.constexpr):
+    """Load the activated i, f and g of a step, and c_{t-1}, 0 where it is not carried, in the type of c."""
+    F: tl.constexpr = 0 if COUPLED else 1
+    c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
+    f = tl.load(gates_ptr + gate + F * H, mask=tile_mask, other=0.0).to(c_previous.dtype)
+    g = tl.load(gates_ptr + gate + (F + 1) * H, mask=tile_mask, other=0.0).to(c_previous.dtype)
+    if COUPLED:
+        i = 1.0 - f
+    else:
+        i = tl.load(gates_ptr + gate, mask=tile_mask, other=0.0).to(c_previous.dtype)
+    return i, f, g, c_previous
 
 
 @triton.jit(do_not_specialize=["B", "t", "previous", "current"])
@@ -141,21 +155,18 @@ def cell_backward_kernel(
     c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=tile_mask, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     code = load_codes(rules.codes, t.to(tl.int64) * B * H + state, tile_mask)
-    carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
-    if GRAD_CELL or rules.zoneout_c is not None:
-        c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
-        f = tl.load(gates_ptr + gate + F * H, mask=tile_mask, other=0.0).to(dc.dtype)
-        g = tl.load(gates_ptr + gate + (F + 1) * H, mask=tile_mask, other=0.0).to(dc.dtype)
-        if COUPLED:
-            i = 1.0 - f
-        else:
-            i = tl.load(gates_ptr + gate, mask=tile_mask, other=0.0).to(dc.dtype)
-        c = computed_cell(i, f, g, c_previous, c, code, rules)
 
+    if rules.zoneout_c is not None:
+        carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
+        i, f, g, c_previous = load_cell_inputs(
+            gates_ptr, cells_ptr, gate, state, B, H, previous, tile_mask, carried, COUPLED
+        )
+        c = computed_cell(i, f, g, c_previous, c, code, rules)
     if kept_ptr is not None:
         dh += tl.load(kept_ptr + state, mask=tile_mask, other=0.0)
         dh, kept = zone_gradients(dh, code, rules.zoneout_h, DRAWN, ZONEOUT_H_BIT)
         if GRAD_CELL:
+            carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
             tl.store(kept_ptr + state, tl.where(carried, kept, 0.0), mask=tile_mask)
     by_o, by_c = output_derivatives(o, c)
     d_o = dh * by_o
@@ -169,6 +180,11 @@ def cell_backward_kernel(
         dc += dh * by_c
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v[F + 1] * d_o
+        if rules.zoneout_c is None:
+            carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
+            i, f, g, c_previous = load_cell_inputs(
+                gates_ptr, cells_ptr, gate, state, B, H, previous, tile_mask, carried, COUPLED
+            )
         dc = clip_gradient(dc, c, rules.cell_clip)
         by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED)
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
