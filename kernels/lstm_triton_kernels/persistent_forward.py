@@ -295,10 +295,11 @@ def persistent_forward_kernel(
                 peephole_counter = counter_ptr + D.to(tl.int64) * row_blocks * COUNTER_STRIDE
                 if computed_ptr is not None:
                     c_now = at_time(computed_ptr, t, cells_stride, HAS_LENGTHS) + row[:, None] * H
+                    exchange_store(c_now + unit[None, :], tl.where(step_mask[:, None], c, 0.0), tile_mask, WAIT)
                 else:
                     slot = tl.where(n < length, t + 1 - direction, n + 1)
                     c_now = at_time(cells_ptr, slot, cells_stride, HAS_LENGTHS) + row[:, None] * H
-                exchange_store(c_now + unit[None, :], tl.where(step_mask[:, None], c, 0.0), tile_mask, WAIT)
+                    exchange_store(cells_now, tl.where(step_mask[:, None], c, 0.0), tile_mask, WAIT)
                 exchange_arrive(peephole_counter, WAIT)
                 of_c, max_polls = exchanged_product(
                     c_now, H, row_mask[:, None], w_o, peephole_counter, n + 1, pause, max_polls,

@@ -19,6 +19,7 @@ indices alone: so that every engine draws the same, and the backward pass draws 
 from __future__ import annotations
 
 import struct
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -201,13 +202,28 @@ def drawn(rules: Rules, seed: Tensor | None, D: int, T: int, B: int, H: int, P: 
     """Return the rules with masks drawn from a seed (1,) int64, on its device; with none where nothing is drawn."""
     if seed is None:
         return Regularized(rules.evaluated())
-    codes = step_codes(rules, seed, D, T, B, H) if rules.of_steps else None
-    hidden = None
-    if rules.hidden_dropout:
-        dropped = events(seed, HIDDEN_STREAM, rules.hidden_dropout, D, 1, B, P)[:, 0]
-        hidden = torch.full(dropped.shape, keep_scale(rules.hidden_dropout), dtype=dtype, device=seed.device)
-        hidden = hidden.masked_fill(dropped, 0)
+    draw_codes, draw_factors = step_codes, hidden_factors
+    if drawn_by_kernels(seed):
+        from lstm_triton_kernels import draw
+
+        draw_codes, draw_factors = draw.step_codes, draw.hidden_factors
+    codes = draw_codes(rules, seed, D, T, B, H) if rules.of_steps else None
+    hidden = draw_factors(rules.hidden_dropout, seed, D, B, P, dtype) if rules.hidden_dropout else None
     return Regularized(rules, codes, hidden)
+
+
+def drawn_by_kernels(seed: Tensor) -> bool:
+    """Return whether masks are drawn by the kernels of draw.py: on a GPU that runs them, where nothing is traced."""
+    return (
+        seed.is_cuda
+        and type(seed) is Tensor
+        and torch.version.hip is None
+        and find_spec("triton") is not None
+        and torch.cuda.get_device_capability(seed.device) >= (8, 0)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def step_codes(rules: Rules, seed: Tensor, D: int, T: int, B: int, H: int) -> Tensor:
@@ -216,6 +232,12 @@ def step_codes(rules: Rules, seed: Tensor, D: int, T: int, B: int, H: int) -> Te
     for bit, rate in rules.of_steps:
         codes = codes + events(seed, bit.bit_length() - 1, rate, D, T, B, H).to(torch.uint8) * bit
     return codes
+
+
+def hidden_factors(rate: float, seed: Tensor, D: int, B: int, P: int, dtype: torch.dtype) -> Tensor:
+    """Return what h_{t-1} is multiplied with in all steps, (D, B, P) of a type: 0 or the scale of what is kept."""
+    dropped = events(seed, HIDDEN_STREAM, rate, D, 1, B, P)[:, 0]
+    return torch.full(dropped.shape, keep_scale(rate), dtype=dtype, device=seed.device).masked_fill(dropped, 0)
 
 
 def events(seed: Tensor, stream: int, rate: float, D: int, T: int, B: int, units: int) -> Tensor:
