@@ -192,6 +192,8 @@ def persistent_forward_kernel(
             exchange_store(place, h, hidden_mask, WAIT)
             exchange_arrive(counters_ptr + b * COUNTER_STRIDE, WAIT)
 
+    if not ONE_BLOCK:
+        tl.debug_barrier()  # what a thread stored of a state another one of this program may load
     tile_mask = row_mask[:, None] & (unit < H)[None, :]
     hidden_mask = row_mask[:, None] & (unit < P)[None, :]
     state = row[:, None] * H + unit[None, :]

@@ -18,6 +18,7 @@ from lstm_triton_kernels.sizes import Layer
 from benchmarks import suites
 from lstm_triton import VARIANTS, estimates
 from tests.compiled.layers import DTYPES, Case, Plans
+from tests.support.parity import RULES
 
 TENSOR_CORES = ("bf16", "fp16", "tf32")
 """The types whose kernels are in Gluon; programs wait by the data there, and by either way in exact float32."""
@@ -52,6 +53,7 @@ def quick() -> Iterator[Case]:
     yield from shared_rows()
     yield from within_a_step()
     yield from streamed()
+    yield from regularized_plain()
     for n, spec in enumerate(VARIANTS):
         yield Case(spec.name, types[n % 4], 2, (5, 17)[n % 2], 24, 1 + n % 2, stepwise=True, resets=n % 3 == 0, I=7)
     yield Case("standard", "bf16", 1, 64, 128, stepwise=True)  # by wgmma
@@ -61,6 +63,7 @@ def quick() -> Iterator[Case]:
         yield rows.with_blocks_of(3, row_programs=1)
         yield Case("standard", dtype, 2, 1, 136, wait=wait, weak=True)
     yield Case("full", "fp16", 2, 7, 72, 2, wait="data", resets=True, weak=True).with_blocks_of(3, row_programs=2)
+    yield Case("standard", "fp32", 2, 5, 72, wait="data", weak=True).with_blocks_of(3, row_programs=1)
     yield Case("coupled", "fp32", 2, 1, 136, wait="counter", weak=True)
     yield Case("diagonal+current", "fp16", 2, 5, 136, wait="data", lengths=True, resets=True, weak=True)
     yield Case("standard", "bf16", 2, 5, 136, wait="data", gradients=(False, True, False, False))
@@ -118,6 +121,27 @@ def streamed() -> Iterator[Case]:
     for n, (variant, P) in enumerate((("full+current", 0), ("coupled", 60), ("coupled+full+current", 40))):
         case = Case(variant, TENSOR_CORES[n], 2, 5, 136, wait="data", P=P, resets=n == 1)
         yield case.with_streamed_weights(16, 8, 2)
+
+
+def regularized_plain() -> Iterator[Case]:
+    """Regularised steps, step by step and by the persistent kernels in plain Triton."""
+    hidden, candidate, zoned = RULES[3], RULES[4], RULES[2]
+    clipped = hidden._replace(proj_clip=0.25)
+    yield Case("standard", "bf16", 2, 5, 24, 2, stepwise=True, rules=hidden, resets=True)
+    yield Case("coupled+diagonal+current", "fp32", 3, 17, 40, stepwise=True, rules=candidate)
+    yield Case("full+current", "tf32", 2, 5, 24, stepwise=True, rules=hidden)
+    yield Case("full+current", "fp16", 2, 5, 40, stepwise=True, P=24, rules=clipped)
+    yield Case("standard", "bf16", 2, 64, 128, stepwise=True, rules=RULES[0])  # by wgmma
+    yield Case("diagonal", "fp16", 2, 5, 24, stepwise=True, rules=zoned, training=False)
+    yield Case("standard", "fp32", 3, 5, 8, 2, block_u=16, rules=hidden, resets=True, lengths=True)
+    yield Case("full+current", "fp32", 2, 3, 8, block_u=16, P=5, rules=clipped)
+    yield Case("coupled", "fp32", 2, 5, 8, block_u=16, rules=zoned, training=False)
+    for n, (variant, P) in enumerate((("standard", 0), ("full+current", 0), ("diagonal", 20))):
+        for wait in ("data", "counter"):
+            rules = clipped if P else (hidden, candidate)[(n + (wait == "data")) % 2]
+            case = Case(variant, "fp32", 2, 5, 72, wait=wait, P=P, rules=rules, lengths=n == 0, resets=n != 0)
+            yield case.with_blocks_of(3, row_programs=1) if wait == "data" else case
+    yield Case("standard", "fp32", 2, 5, 72, wait="data", rules=hidden, weak=True).with_blocks_of(3, row_programs=1)
 
 
 def alone() -> Iterator[Case]:

@@ -16,7 +16,7 @@ RULES = [Rules(0.0, 0.25, 2.0**-30, 0.625), Rules(0.0, 1.0, 0.0, 0.5)]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("rules, seed", zip(RULES, [-(2**40) + 3, 17], strict=True))
+@pytest.mark.parametrize("rules, seed", [(RULES[0], -(2**40) + 3), (RULES[1], 17)])
 def test_codes(rules, seed, capability):
     D, T, B, H = 2, 3, 37, 35
     emulation, seed = Emulation(capability=capability), torch.tensor([seed])

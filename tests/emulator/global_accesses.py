@@ -72,10 +72,13 @@ def st_global(
     off, mask = gang.place(address, total, mask, index, "global")
     if not len(off):
         return
-    if size == 1:
-        raise Fault("st.global.b8")
+    if size == 1 and (total > 1 or memory.weak):
+        raise Fault("st.global.b8, several or in weak memory")
     count_sectors(gang, "st.global", off, mask)
     data = gang.columns(values, mask, 8 * size)
+    if size == 1:
+        st_byte(gang, off, data[:, 0], index)
+        return
     rows = off // total
     owners = memory.rows(memory.owner, total)
     owner = owners[rows]
@@ -89,6 +92,15 @@ def st_global(
     halves[rows] = data.view(u2)
     memory.rows(memory.initialised, total)[rows] = True
     if (halves[rows] != data.view(u2)).any():
+        gang.report("racecheck", index, DISAGREE)
+
+
+def st_byte(gang: Gang, off: Array, data: Array, index: int) -> None:
+    """Store a byte of every lane that is here, in strong memory. What stored it is not kept: two may share 16 bits."""
+    memory = gang.memory
+    memory.bytes[off] = data
+    memory.initialised[off >> 1] = True
+    if (memory.bytes[off] != data).any():
         gang.report("racecheck", index, DISAGREE)
 
 

@@ -17,7 +17,7 @@ from tests.emulator.memory import SECTOR, GlobalMemory, Spread
 from tests.emulator.shared import SharedMemory
 from tests.emulator.tensor_cores import WARP
 from tests.emulator.translate import program
-from tests.emulator.values import UNSIGNED
+from tests.emulator.values import UNSIGNED, u4
 
 LEAVING_RATES = (0.05, 0.1, 0.4)
 """Of pending stores, how many leave their buffer at a time; one rate a launch."""
@@ -72,7 +72,8 @@ class Machine:
 
     def parameters(self, arguments: list[Any]) -> dict[str, int]:
         """Return the value of each parameter; at most two pointers to scratch memory follow the arguments."""
-        values = [self.memory.address_of[id(a)] if hasattr(a, "untyped_storage") else int(a) for a in arguments]
+        addresses = self.memory.address_of
+        values = [addresses[id(a)] if hasattr(a, "untyped_storage") else number(a) for a in arguments]
         names = [name for _, name in self.kernel.params]
         if not len(values) <= len(names) <= len(values) + 2:
             raise Fault(f"{len(values)} arguments for {len(names)} parameters")
@@ -158,3 +159,8 @@ class Machine:
     def statistics(self) -> dict[int, Counter[str]]:
         """Return for each measured CTA what it executed: see `counts.statistics`."""
         return {cta.number: counts.statistics(cta, self.kernel) for cta in self.ctas if cta.measured}
+
+
+def number(value: float) -> int:
+    """Return a number as a parameter has it: of a float the bits of float32."""
+    return int(np.float32(value).view(u4)) if isinstance(value, float) else int(value)

@@ -103,8 +103,22 @@ def halves(w: Writer, ins: Instruction) -> str:
     return f"{function}({a},{b}).view(u4)"
 
 
+HALF_FLOATS = ("f16", "bf16", "f16x2", "bf16x2")
+
+
+def half_products(w: Writer, ins: Instruction) -> str:
+    """Return a product of one or two floats of 16 bits, with a third operand a sum."""
+    kind, twice = ins.modifiers[-1].removesuffix("x2"), ins.modifiers[-1].endswith("x2")
+    require(ins.modifiers[1:-1] in ([], ["rn"]), ins)
+    operands = w.sources(ins.operands[1:], 32 if twice else 16)
+    given = ",".join(f"np.ascontiguousarray({x}).view(u2)" for x in operands)
+    return f"fma_16({kind!r},{given}).view(u{4 if twice else 2})"
+
+
 @opcode("mul", "mad")
 def products(w: Writer, ins: Instruction) -> str:
+    if ins.name == "mul" and ins.modifiers[-1] in HALF_FLOATS:
+        return half_products(w, ins)
     kind = wanted_type(ins, *INTEGERS, *(FLOATS if ins.name == "mul" else ()))
     a, b = w.sources(ins.operands[1:3], kind.bits)
     if kind.kind == "f":
@@ -124,6 +138,8 @@ def products(w: Writer, ins: Instruction) -> str:
 
 @opcode("fma")
 def fused(w: Writer, ins: Instruction) -> str:
+    if ins.modifiers[-1] in HALF_FLOATS:
+        return half_products(w, ins)
     wanted_type(ins, "f32")
     require("rn" in ins.modifiers, ins)
     return f"fma({','.join(w.sources(ins.operands[1:], 32))})"

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from tests.emulator import Fault
 from tests.emulator.small_kernels import checks, run, tensor_of, zeros
@@ -42,6 +43,17 @@ def test_bytes_are_loaded_and_kept_in_shared_memory():
     body += "add.u32 %r11, %r11, %r12; ld.shared.b8 %r10, [%r11];" + place_of(1, 4) + "st.global.b32 [%d20], %r10;"
     assert not checks(run(body, tensor_of(values), out))
     np.testing.assert_array_equal(out.numpy(), values[np.arange(32) ^ 1])
+
+
+def test_bytes_are_stored_beside_each_other():
+    out = torch.full((40,), 9, dtype=torch.uint8)
+    body = "mul.lo.u32 %r10, %tid, 263;" + place_of(0, 1) + "st.global.b8 [%d20+3], %r10;"
+    assert not checks(run(body, out))
+    np.testing.assert_array_equal(out[3:35].numpy(), np.arange(32) * 263 % 256)
+    assert out[:3].tolist() + out[35:].tolist() == [9] * 8
+    assert checks(run("st.global.b8 [%d0], %tid;", out)) == ["racecheck"]
+    with pytest.raises(Fault, match="in weak memory"):
+        run(body, out, weak=True)
 
 
 def test_a_narrow_load_widens_with_zeros():
@@ -308,7 +320,8 @@ $end:
 
 
 def test_what_is_not_modelled_is_refused():
-    for statement in ("st.global.b8 [%d0], %h1;", "ld.const.b32 %r1, [%d0];", "atom.shared.add.u32 %r1, [%d0], 1;",
-                      "cp.async.bulk.commit_group;", "atom.global.gpu.relaxed.add.f16x2 %r1, [%d0], 1;"):  # fmt: skip
+    for statement in ("st.global.v2.b8 [%d0], {%h1, %h1};", "ld.const.b32 %r1, [%d0];",
+                      "atom.shared.add.u32 %r1, [%d0], 1;", "cp.async.bulk.commit_group;",
+                      "atom.global.gpu.relaxed.add.f16x2 %r1, [%d0], 1;"):  # fmt: skip
         with pytest.raises(Fault):
             run(statement, zeros(8))

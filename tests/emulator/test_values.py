@@ -227,6 +227,24 @@ def test_float_arithmetic_is_ieee(kind):
         assert_floats(evaluate(f"abs.{kind} %o, %a;", [a], out), np.abs(a))
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_products_of_16_bits_are_rounded_to_nearest(kind):
+    """One and two at a time; the second half of a pair is that of the upper 16 bits."""
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[kind]
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(2 * THREADS, generator=generator).to(dtype) for _ in range(3))
+    for statement, expected in (
+        ("mul.{} %o, %a, %b;", a * b),
+        ("fma.rn.{} %o, %a, %b, %c;", (a.double() * b.double() + c.double()).to(dtype)),
+    ):
+        bits = [x.view(torch.int16).numpy().view("u2") for x in (a, b, c)][: statement.count("%") - 1]
+        wanted = expected.view(torch.int16).numpy().view("u2")
+        found = evaluate(statement.format(kind), [x[:THREADS] for x in bits], "u2")
+        np.testing.assert_array_equal(found, wanted[:THREADS])
+        found = evaluate(statement.format(f"{kind}x2"), [x.view("u4") for x in bits], "u4")
+        np.testing.assert_array_equal(found, wanted.view("u4"))
+
+
 def rounded(exact):
     """The float32 nearest to a fraction."""
     near = np.float32(float(exact))

@@ -161,6 +161,16 @@ def to_f16(x: Array) -> Array:
     return np.where(np.isnan(x), u2(0x7FFF), x.astype(f2).view(u2))
 
 
+def fma_16(kind: str, a: Array, b: Array, c: Array | None = None) -> Array:
+    """mul and fma.rn of f16 and bf16, a b + c: a product is exact in float32, a sum rounded more than once."""
+    x, y, *z = (
+        (from_bf16(v).view(f4) if kind == "bf16" else v.view(f2)).astype(f8)
+        for v in (a, b, c) if v is not None
+    )  # fmt: skip
+    found = (x * y + z[0] if z else x * y).astype(f4).view(u4)
+    return to_bf16(found) if kind == "bf16" else to_f16(found)
+
+
 def to_tf32(x: Array) -> Array:
     """Round float32 to tf32, to nearest, ties away from zero (cvt.rna); NaN becomes the canonical one."""
     bits = x.view(u4)

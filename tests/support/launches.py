@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from lstm_triton_kernels import cell, cell_tangents, gates, sequence_stepwise, sequence_tangents
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.regularize import NONE, Rules, drawn
 from lstm_triton_kernels.sizes import accumulator_dtype
 
 from lstm_triton import VARIANTS, LSTMSpec, double_backward, layer
 from lstm_triton.directions import OneByOne
 from tests.support.compiling import Launch, record_launches
+from tests.support.parity import RULES
 
 KERNELS = {
     "gate_preactivations_kernel": gates.gate_preactivations_kernel,
@@ -36,14 +38,15 @@ TYPES = [
 
 def launch_layer(
     spec: LSTMSpec, dtype: torch.dtype, T: int, B: int, H: int, *, bias: bool, save: bool, grad: bool,
-    resets: bool = False,
+    resets: bool = False, rules: Rules = NONE,
 ) -> None:  # fmt: skip
     """Run one layer through the launchers; the values are of no interest."""
     shapes = spec.parameter_shapes(H, H, bias)
     call = layer.Call(spec.name, bias, False, "stepwise", save=save)
     weights = call.group([torch.zeros(shape, dtype=dtype) for shape in shapes.values()])
     x, state = torch.zeros(T, B, H, dtype=dtype), torch.zeros(1, B, H, dtype=dtype)
-    order = Order(T, None, torch.zeros(T, B, dtype=torch.bool) if resets else None)
+    masks = drawn(rules, torch.tensor([1]), 1, T, B, H, H, dtype)
+    order = Order(T, None, torch.zeros(T, B, dtype=torch.bool) if resets else None, regularized=masks)
     loop = OneByOne(sequence_stepwise)
     result = layer.forward(x, state, state, weights, order, call, loop)
     if save:
@@ -91,6 +94,11 @@ def launches_of(dtype: torch.dtype, precision: str) -> frozenset[Launch]:
                     for grad in (True, False):
                         launch_layer(spec, dtype, T, B=64, H=128, bias=bias, save=save, grad=grad)
                 launch_layer(spec, dtype, 2, B=64, H=128, bias=True, save=True, grad=True, resets=True)
+                if spec in VARIANTS[:: len(VARIANTS) - 1]:  # the fewest and the most values in registers
+                    launch_layer(spec, dtype, 2, B=64, H=128, bias=True, save=True, grad=True, rules=RULES[3])
+                    launch_layer(
+                        spec, dtype, 2, B=64, H=128, bias=True, save=True, grad=True, resets=True, rules=RULES[4]
+                    )
                 for more in (False, True):
                     launch_second_derivative(spec, dtype, 64, 128, projection=more, resets=more)
             for B, H in ((1, 1), (17, 24), (32, 48), (300, 130)):
