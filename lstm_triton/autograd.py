@@ -28,7 +28,17 @@ from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 
-from lstm_triton import aten, double_backward, layer, onnx_node, regularization, routing, second_order, transforms
+from lstm_triton import (
+    aten,
+    double_backward,
+    layer,
+    normalized,
+    onnx_node,
+    regularization,
+    routing,
+    second_order,
+    transforms,
+)
 from lstm_triton.batching import one_by_one
 from lstm_triton.directions import OneByOne
 from lstm_triton.layer import Call, Gradients, LayerGradients, LayerResult, Needs
@@ -38,6 +48,9 @@ LOOPS = {
     "eager": "lstm_triton.eager",
 }  # fmt: skip
 """Engine to the module that computes the steps, of all directions or of one; imported when first used."""
+
+NORMALIZED_LOOP = "lstm_triton_kernels.sequence_normalized"
+"""The module that computes the steps of layers with layer normalisation."""
 
 TANGENTS = {
     "persistent": "lstm_triton_kernels.tangents_replayed", "stepwise": "lstm_triton_kernels.tangents_replayed",
@@ -90,14 +103,17 @@ def resolved(call: Call, x: Tensor, h_0: Tensor, c_0: Tensor, ragged: bool) -> C
     return call._replace(engine=routing.now(call.engine, sizes, x.device))
 
 
-def passes(engine: str) -> tuple[Callable[..., LayerResult], Callable[..., LayerGradients]]:
-    """Return the forward and the backward pass of a layer by an engine.
+def passes(call: Call) -> tuple[Callable[..., LayerResult], Callable[..., LayerGradients]]:
+    """Return the forward and the backward pass of a layer by the engine of a call.
 
     What the one saves the other can read, whichever engine each of them is; but PyTorch's operator saves nothing.
     """
-    if engine == "operator inside":
+    if call.engine == "operator inside":
         return aten.forward, aten.backward
-    loop = loop_of(engine)
+    if call.spec.layer_norm:
+        loop = OneByOne(import_module(NORMALIZED_LOOP))
+        return partial(normalized.forward, loop=loop), partial(normalized.backward, loop=loop)
+    loop = loop_of(call.engine)
     return partial(layer.forward, loop=loop), partial(layer.backward, loop=loop)
 
 
@@ -190,7 +206,7 @@ def forward_pass(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = (given.x, given.h_0, given.c_0)
     call = resolved(given.call, *inputs, given.order.ragged)
     with computing_on(given.x.device):
-        return passes(call.engine)[0](*inputs, call.group(given.weights), given.order, call)
+        return passes(call)[0](*inputs, call.group(given.weights), given.order, call)
 
 
 layer_forward = torch.library.custom_op(
@@ -223,7 +239,7 @@ def backward_pass(
     grads = Gradients(grad_output, grad_h_n, grad_c_n, grad_states)
     saved = (output, gates, cells, given.order, call, needs_of(call, needs))
     with computing_on(given.x.device):
-        return distinct(passes(call.engine)[1](grads, *inputs, call.group(given.weights), *saved), call)
+        return distinct(passes(call)[1](grads, *inputs, call.group(given.weights), *saved), call)
 
 
 def needs_of(call: Call, needs: Sequence[bool]) -> Needs:

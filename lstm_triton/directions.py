@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from lstm_triton_kernels.normalize import Products
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.sizes import accumulator_dtype
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
@@ -75,9 +76,10 @@ class OneByOne:
             order.cells_written(cells).masked_fill_(beyond, 0)
 
     def backward(
-        self, grads: Gradients, gates: Tensor, cells: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call
-    ) -> StepGradients:
-        """Compute all steps backward, as `layer.Loop.backward`."""
+        self, grads: Gradients, gates: Tensor, cells: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call,
+        products: Sequence[Products] | None = None,
+    ) -> StepGradients:  # fmt: skip
+        """Compute all steps backward, as `layer.Loop.backward`; products: of each direction, where normalised."""
         D, T, B, _ = gates.shape
         H, P = cells.shape[3], weights[0].weight_hh.shape[1]
         d_gates = torch.empty_like(gates)
@@ -100,28 +102,30 @@ class OneByOne:
                 dc[n] += of_c_n
             given = (of_output, of_states, dh, dc[n])
             out = (d_gates[n], part(d_hidden, n), part(kept, n))
-            self._backward(*given, w.map(Tensor.contiguous), call.spec, own, gates[n], cells[n], *out)
+            normalized = () if products is None else (products[n],)
+            self._backward(*given, w.map(Tensor.contiguous), call.spec, own, gates[n], cells[n], *out, *normalized)
         return StepGradients(d_gates, d_hidden, dc, kept)
 
     def _backward(
         self, grad_output: Tensor | None, grad_states: Tensor | None, dh: Tensor, dc: Tensor, w: LSTMWeights,
         spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
-        kept: Tensor | None,
+        kept: Tensor | None, *products: Products,
     ) -> None:  # fmt: skip
         """Compute one direction backward, into d_gates (T, B, G·H) and d_hidden (T, B, P), in place in dh, dc and kept.
 
         grad_output (T, B, P) and grad_states (T, B, H) of h_t and c_t, zero beyond a row's length; dh (B, P) and dc
         (B, H) of the states after the last step, then of those before the first; kept (B, P), zero, then of the h
-        before the first what zoneout kept.
+        before the first what zoneout kept; products: of a normalised layer.
         """
         if not runs_flipped(order):
             grads = (grad_output, grad_states, dh, dc)
             whole = order._replace(lengths=None)
-            return self.steps.backward(*grads, w, spec, whole, gates, cells, d_gates, d_hidden, kept)
+            return self.steps.backward(*grads, w, spec, whole, gates, cells, d_gates, d_hidden, kept, *products)
         d_flipped, hidden = torch.empty_like(d_gates), None if d_hidden is None else torch.empty_like(d_hidden)
         grads = (order.flip(grad_output), order.flip(grad_states), dh, dc)
         saved = (order.flip(gates), order.flip(cells))
-        self._backward(*grads, w, spec, order.flipped(), *saved, d_flipped, hidden, kept)
+        of_flipped = (own.flipped(order) for own in products)
+        self._backward(*grads, w, spec, order.flipped(), *saved, d_flipped, hidden, kept, *of_flipped)
         d_gates.copy_(order.flip(d_flipped))
         if d_hidden is not None and hidden is not None:
             d_hidden.copy_(order.flip(hidden))

@@ -34,13 +34,21 @@ def activated_gates(
     x (T, B, I), h_0 (B, P), output (T, B, P), cells (T + 1, B, H). All steps at once, and all that the gates read in
     one GEMM: the pre-activations are rounded once, as the gate inputs are in the forward pass.
     """
-    previous, current = order.cells_read(cells)
     reads, weights = [x, order.hidden_read(output, h_0)], [w.weight_ih, w.weight_hh]
-    v = spec.split_peephole(w.weight_ch) if w.weight_ch is not None else {}
     if spec.full and w.weight_ch is not None:
-        reads.append(previous.to(x.dtype))
+        reads.append(order.cells_read(cells)[0].to(x.dtype))
         weights.append(spec.previous_peephole(w.weight_ch))
     gates = project_input(torch.cat(reads, -1), w._replace(weight_ih=torch.cat(weights, 1)))
+    return activate(gates, cells, w, spec, order)
+
+
+def activate(gates: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, order: Order) -> Tensor:
+    """Return the gates (T, B, G·H) activated, in place, from their pre-activations without what they read last.
+
+    That is of diagonal peepholes all, and of full ones that of o on c~. cells (T + 1, B, H).
+    """
+    previous, current = order.cells_read(cells)
+    v = spec.split_peephole(w.weight_ch) if w.weight_ch is not None else {}
     for gate, block in spec.split_gates(gates).items():  # o is the last, and may read what the others make
         a = block.to(cells.dtype)
         if gate == "o" and spec.output_current:

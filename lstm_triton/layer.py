@@ -6,7 +6,7 @@ directions, G gate blocks. Plain functions on tensors, called inside the custom 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ class Call(NamedTuple):
 
     def fused(self, T: int) -> bool:
         """Return whether the input side of the gates is computed in the step's own matmul, not by a GEMM before it."""
-        return T == 1 and self.engine == "stepwise"
+        return T == 1 and self.engine == "stepwise" and not self.spec.layer_norm
 
     def group(self, flat: Sequence[Any]) -> list[LSTMWeights]:
         """Return one LSTMWeights a direction from a flat list of the parameters of all directions."""
@@ -168,9 +168,13 @@ def result_shapes(
 
 
 def forward(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call, loop: Loop
-) -> LayerResult:
-    """Compute a layer: x (T, B, I), finite beyond a row's length, h_0 (D, B, P), c_0 (D, B, H)."""
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call, loop: Loop,
+    project: Callable[..., Tensor] = gemms.project_input,
+) -> LayerResult:  # fmt: skip
+    """Compute a layer: x (T, B, I), finite beyond a row's length, h_0 (D, B, P), c_0 (D, B, H).
+
+    project: what computes the input side of the gates, with the arguments of `gemms.project_input`.
+    """
     T, B, _ = x.shape
     D, _, H = c_0.shape
     x = row_contiguous(x)
@@ -180,7 +184,7 @@ def forward(
         gates = x.new_empty(D, T, B, len(call.spec.gates) * H)
     if gates is not None and not fused:
         for n, w in enumerate(weights):
-            gemms.project_input(x, w, out=gates[n])
+            project(x, w, out=gates[n])
     output, h_n, c_n, cells = loop.forward(x, gates, h_0, c_0, weights, order, call)
     if cells is None or not call.every_cell:
         cells = x.new_empty(0, dtype=accumulator_dtype(x.dtype))

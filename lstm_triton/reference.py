@@ -25,12 +25,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from lstm_triton_kernels.normalize import NORM_EPS
 from lstm_triton_kernels.regularize import UNREGULARIZED, Regularized
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
-
-NORM_EPS = 1e-5
-"""Added to a variance before its root is taken: the default of `torch.nn.LayerNorm`."""
 
 
 def cell(

@@ -322,7 +322,7 @@ def facts_of(layer: Layer, device: torch.device, strategy: str = "auto", asked: 
     if strategy == name == "auto" and device.type != "cuda":
         no_kernels: str | None = ON_CPU if device.type == "cpu" else f"the kernels run on CUDA devices, not on {device}"
     else:
-        no_kernels = why_not_triton(device, layer.dtype) or ("no norm yet" if layer.spec.layer_norm else None)
+        no_kernels = why_not_triton(device, layer.dtype)
         compiling = torch.compiler.is_compiling()
         if no_kernels is None and not compiling:
             layer, gpu = layer._replace(precision=matmul_precision()), gpu_of(device)

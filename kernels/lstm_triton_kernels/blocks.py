@@ -53,3 +53,13 @@ def elementwise_blocks(H: int, elements: int = 512) -> Blocks:
     """
     block_u = min(128, next_power_of_2(H))
     return Blocks(elements // block_u, block_u, num_warps=4)
+
+
+def row_blocks(H: int) -> Blocks:
+    """Return blocks of whole rows of H units, 256 elements of each gate or more: 2 to 4 a thread up to 2,048 units.
+
+    Above that a thread has more, since a thread of more than 16 warps has too few registers for what a row needs.
+    """
+    block_u = next_power_of_2(H)
+    block_b = max(1, 256 // block_u)
+    return Blocks(block_b, block_u, num_warps=min(16, max(4, block_b * block_u // 128)))

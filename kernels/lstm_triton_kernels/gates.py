@@ -54,15 +54,16 @@ def add_product(
 
 @triton.jit(do_not_specialize=["B", "t", "h_t", "c_slot"])
 def gate_preactivations_kernel(
-    preact_ptr, x_ptr, w_ih_ptr, bias_ih_ptr, bias_hh_ptr, gate_input_ptr, h_ptr, w_hh_ptr, cells_ptr, w_ch_ptr,
-    mask_ptr, B, I, H, P, t, h_t, c_slot, stride_xb, stride_ht, stride_hb,
+    preact_ptr, product_ptr, x_ptr, w_ih_ptr, bias_ih_ptr, bias_hh_ptr, gate_input_ptr, h_ptr, w_hh_ptr, cells_ptr,
+    w_ch_ptr, mask_ptr, B, I, H, P, t, h_t, c_slot, stride_xb, stride_ht, stride_hb,
     GATES: tl.constexpr, HAS_X: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute preact (B, G·H) = input side + W_hh h_{t-1} (+ V c_{t-1} for the gates that read it).
 
-    Input side: with HAS_X, W_ih x + b_ih + b_hh for x (B, I); else row t of gate_input (T, B, G·H).
+    Input side: with HAS_X, W_ih x + b_ih + b_hh for x (B, I); else row t of gate_input (T, B, G·H). Where product
+    (B, G·H) is given, W_hh h_{t-1} is stored there and not added.
     h (., B, P) is read at index h_t, and multiplied with mask (B, P) unless that is None; cells (slots, B, H) at
     c_slot; w_ih (G·H, I), w_hh (G·H, P), w_ch (Q·H, H).
     Program: (row block, unit block, gate block).
@@ -84,9 +85,13 @@ def gate_preactivations_kernel(
         acc = tl.load(gate_input_ptr + t.to(tl.int64) * B * GATES * H + tile, mask=tile_mask, other=0.0).to(ACC)
 
     h_base = h_ptr + h_t.to(tl.int64) * stride_ht
-    acc = add_product(
-        acc, h_base, w_hh_ptr + block * P, row, unit, B, H, P, stride_hb, P, BLOCK_K, DOT, PRECISION, mask_ptr
-    )
+    w_hh = w_hh_ptr + block * P
+    if product_ptr is None:
+        acc = add_product(acc, h_base, w_hh, row, unit, B, H, P, stride_hb, P, BLOCK_K, DOT, PRECISION, mask_ptr)
+    else:
+        zero = tl.zeros((BLOCK_B, BLOCK_U), ACC)
+        product = add_product(zero, h_base, w_hh, row, unit, B, H, P, stride_hb, P, BLOCK_K, DOT, PRECISION, mask_ptr)
+        tl.store(product_ptr + tile, product, mask=tile_mask)
 
     if FULL:
         has_peephole = gate != GATES - 2
@@ -130,12 +135,12 @@ def product_blocks(B: int, K: int, dtype: torch.dtype) -> Blocks:
 
 def gate_preactivations(
     preact: Tensor, x: Tensor | None, gate_input: Tensor | None, h: Tensor, cells: Tensor, weights: LSTMWeights,
-    spec: LSTMSpec, t: int, h_index: int, c_slot: int, mask: Tensor | None = None,
+    spec: LSTMSpec, t: int, h_index: int, c_slot: int, mask: Tensor | None = None, product: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch `gate_preactivations_kernel` for one step; exactly one of x (B, I) and gate_input (T, B, G·H) is given.
 
-    preact (B, G·H) accumulator type, out; h (., B, P); cells (slots, B, H) accumulator type; mask (B, P), of h, or
-    None. Rows of x and h may be strided, their columns and all else contiguous.
+    preact (B, G·H) accumulator type, out; product: the same, or None; h (., B, P); cells (slots, B, H) accumulator
+    type; mask (B, P), of h, or None. Rows of x and h may be strided, their columns and all else contiguous.
     """
     B, H = cells.shape[-2:]
     P = h.shape[-1]
@@ -145,6 +150,7 @@ def gate_preactivations(
     rows, parts = blocks.grid(B, H)
     gate_preactivations_kernel[(rows, parts, gates)](
         preact_ptr=preact,
+        product_ptr=product,
         x_ptr=x,
         w_ih_ptr=weights.weight_ih if x is not None else None,
         bias_ih_ptr=weights.bias_ih if x is not None else None,

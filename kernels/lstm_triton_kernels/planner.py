@@ -59,6 +59,8 @@ def _ranked_plans(layer: Layer, backward: bool, gpu: GPU, preference: Preference
 
 def why_not(layer: Layer) -> str | None:
     """Return what rules out a persistent plan on any GPU; None if nothing does."""
+    if layer.spec.layer_norm:
+        return "layer normalisation is computed step by step: a row's mean needs all its units before any gate"
     if layer.dtype not in PERSISTENT_DTYPES:
         return f"{str(layer.dtype).removeprefix('torch.')} has no persistent kernel: its products would spill"
     if layer.B < 1:
