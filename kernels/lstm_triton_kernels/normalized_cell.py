@@ -24,10 +24,8 @@ from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.blocks import row_blocks
 from lstm_triton_kernels.cell import carried_rows, variant_constants
 from lstm_triton_kernels.equations import (
-    cell_derivatives,
     load_blocks,
     load_peephole,
-    next_cell,
     output_derivatives,
     output_gate,
     previous_cell_gradient,
@@ -39,10 +37,11 @@ from lstm_triton_kernels.regularize import KernelRules
 from lstm_triton_kernels.rules import (
     ZONEOUT_C_BIT,
     ZONEOUT_H_BIT,
-    clip,
     clip_gradient,
     computed_cell,
-    drop_candidate,
+    computed_cell_derivatives,
+    load_codes,
+    next_computed_cell,
     zone,
     zone_gradients,
 )
@@ -88,15 +87,6 @@ def add_normalized(a, p, gain_ptr, unit, mask, H):
     return sums
 
 
-@triton.jit
-def step_code(rules, t, state, mask, B, H):
-    """Return the bits of what the masks of step t do to each element, int32: those of codes (T, B, H)."""
-    code = 0
-    if rules.codes is not None:
-        code = tl.load(rules.codes + t.to(tl.int64) * B * H + state, mask=mask, other=0).to(tl.int32)
-    return code
-
-
 @triton.jit(do_not_specialize=["B", "t", "hidden_t", "h_t", "previous", "current"])
 def normalized_forward_kernel(
     product_ptr, preact_ptr, cells_ptr, computed_ptr, h_ptr, hidden_ptr, gates_ptr, w_ch_ptr, gain_ptr, gain_c_ptr,
@@ -124,16 +114,13 @@ def normalized_forward_kernel(
     carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
     c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
-    code = step_code(rules, t, state, tile_mask, B, H)
+    code = load_codes(rules.codes, t.to(tl.int64) * B * H + state, tile_mask)
 
     if UPDATE_CELL:
         p = load_blocks(product_ptr + gate, H, tile_mask, F + 3)
         a = add_normalized(load_blocks(preact_ptr + gate, H, tile_mask, F + 3), p, gain_ptr, unit, tile_mask, H)
-        i, f, g, c = next_cell(a, v, c_previous, COUPLED, DIAGONAL)
+        i, f, g, c = next_computed_cell(a, v, c_previous, code, rules, COUPLED, DIAGONAL)
         a_o = a[F + 2]
-        if rules.candidate_scale is not None:
-            c = f * c_previous + i * drop_candidate(g, code, rules)
-        c = clip(c, rules.cell_clip)
         if SAVE_GATES:
             store_gates(gates_ptr + saved, i, f, g, H, tile_mask, COUPLED)
         if not UPDATE_HIDDEN:
@@ -190,7 +177,7 @@ def normalized_backward_kernel(
     carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
     c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
-    code = step_code(rules, t, state, tile_mask, B, H)
+    code = load_codes(rules.codes, t.to(tl.int64) * B * H + state, tile_mask)
 
     dc = tl.load(dc_ptr + state, mask=tile_mask, other=0.0)
     f = tl.load(gates_ptr + gate + F * H, mask=tile_mask, other=0.0).to(dc.dtype)
@@ -237,9 +224,7 @@ def normalized_backward_kernel(
 
     if GRAD_CELL:
         dc = clip_gradient(dc, c, rules.cell_clip)
-        by_i, by_f, by_g = cell_derivatives(i, f, drop_candidate(g, code, rules), c_previous, COUPLED)
-        if rules.candidate_scale is not None:
-            by_g = drop_candidate(i * (1.0 - g * g), code, rules)
+        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED)
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         store_gates(d_gates_ptr + gate, d_i, d_f, d_g, H, tile_mask, COUPLED)
         dc_previous = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)

@@ -13,7 +13,6 @@ from lstm_triton_kernels.gates import add_output_peephole, gate_preactivations
 from lstm_triton_kernels.normalize import Products
 from lstm_triton_kernels.normalized_cell import normalized_backward, normalized_forward
 from lstm_triton_kernels.order import Order
-from lstm_triton_kernels.regularize import NONE
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
 
@@ -39,15 +38,12 @@ def forward(
     for step in order.steps(saved=cells.shape[0] > 1):
         h, h_index = (h_0.unsqueeze(0), 0) if step.h_index is None else (output, step.h_index)
         c, c_slot = cells, step.previous
-        read, read_index = h, h_index
-        if begun is not None or regularized.hidden is not None:
-            read, read_index = h[h_index], 0
-            if begun is not None:
-                read = read.masked_fill(begun[step.t], 0)
-            read = regularized.drop_hidden(read).unsqueeze(0)
-        if begun is not None and spec.full:
-            c, c_slot = c[c_slot].masked_fill(begun[step.t], 0).unsqueeze(0), 0
-        gate_preactivations(preact, None, gate_input, read, c, weights, spec, step.t, read_index, c_slot, product)
+        if begun is not None:
+            h, h_index = h[h_index].masked_fill(begun[step.t], 0).unsqueeze(0), 0
+            if spec.full:
+                c, c_slot = c[c_slot].masked_fill(begun[step.t], 0).unsqueeze(0), 0
+        reads = (h, c, weights, spec, step.t, h_index, c_slot, regularized.hidden)
+        gate_preactivations(preact, None, gate_input, *reads, product=product)
         zoned = h if rules.zoneout_h and not projected else None
         buffers = (product, preact, cells, computed, zoned, h_index, hidden, 0 if projected else step.t, gates)
         variant = (weights, spec, of_kernels, step, resets)
@@ -60,11 +56,9 @@ def forward(
         if weights.weight_hr is not None:
             torch.mm(hidden[0], weights.weight_hr.t(), out=output[step.t])
             if rules.proj_clip:
-                output[step.t].copy_(regularized.clip_hidden(output[step.t]))
+                output[step.t].clamp_(-rules.proj_clip, rules.proj_clip)
             if rules.zoneout_h:
-                previous = h[h_index] if begun is None else h[h_index].masked_fill(begun[step.t], 0)
-                new, previous = output[step.t].to(cells.dtype), previous.to(cells.dtype)
-                output[step.t].copy_(regularized.at(step.t).zone_hidden(new, previous))
+                output[step.t].copy_(regularized.at(step.t).zone_hidden(output[step.t], h[h_index]))
 
 
 def backward(
@@ -94,13 +88,13 @@ def backward(
         if grad_cells is not None:
             dc += grad_cells[step.t]
         if d_hidden is not None and weights.weight_hr is not None:
-            of_projected = dh if grad_output is None else dh + grad_output[step.t]
-            if regularized.rules != NONE:
-                of_h = of_projected if kept is None else of_projected + kept
-                of_projected, of_previous = regularized.at(step.t).split_hidden(of_h)
+            grad_h = dh if grad_output is None else dh + grad_output[step.t]
+            if kept is not None or regularized.clipped is not None:
+                own = regularized.at(step.t)
+                grad_h, of_previous = own.split_hidden(grad_h if kept is None else grad_h + kept)
                 if kept is not None:
                     kept.copy_(of_previous)
-            d_hidden[step.t] = of_projected
+            d_hidden[step.t] = grad_h
             torch.mm(d_hidden[step.t], weights.weight_hr, out=dr)
         of_output = None if projected else grad_output
         buffers = (of_output, dr, None if projected else kept, dc, computed, gates, cells, products, d_gates, d_product)
@@ -115,7 +109,7 @@ def backward(
             dc += d_step @ v_previous
         torch.mm(d_product, weights.weight_hh, out=dh)
         if regularized.hidden is not None:
-            dh.copy_(regularized.drop_hidden(dh))
+            dh *= regularized.hidden
         if begun is not None:
             for gradient in (dh, dc) if kept is None else (dh, dc, kept):
                 gradient.masked_fill_(begun[step.t], 0)
