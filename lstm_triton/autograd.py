@@ -49,9 +49,6 @@ LOOPS = {
 }  # fmt: skip
 """Engine to the module that computes the steps, of all directions or of one; imported when first used."""
 
-NORMALIZED_LOOP = "lstm_triton_kernels.sequence_normalized"
-"""The module that computes the steps of layers with layer normalisation."""
-
 TANGENTS = {
     "persistent": "lstm_triton_kernels.tangents_replayed", "stepwise": "lstm_triton_kernels.tangents_replayed",
     "eager": "lstm_triton.eager_tangents",
@@ -110,11 +107,8 @@ def passes(call: Call) -> tuple[Callable[..., LayerResult], Callable[..., LayerG
     """
     if call.engine == "operator inside":
         return aten.forward, aten.backward
-    if call.spec.layer_norm:
-        loop = OneByOne(import_module(NORMALIZED_LOOP))
-        return partial(normalized.forward, loop=loop), partial(normalized.backward, loop=loop)
-    loop = loop_of(call.engine)
-    return partial(layer.forward, loop=loop), partial(layer.backward, loop=loop)
+    loop, of_layer = loop_of(call.engine), normalized if call.spec.layer_norm else layer
+    return partial(of_layer.forward, loop=loop), partial(of_layer.backward, loop=loop)
 
 
 def loop_of(engine: str) -> layer.Loop:

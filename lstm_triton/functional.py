@@ -419,7 +419,8 @@ def run_layer(
     if order.T == 1 and not order.ragged and not call.states:
         return (*second_order.single_step(x.squeeze(0), h_0, c_0, weights, call.spec, regularized), x)
     order = order._replace(regularized=regularized)
-    return second_order.forward(x, h_0, c_0, [weights], call.spec, order)
+    compute = second_order.recomputed if call.recompute else second_order.forward
+    return compute(x, h_0, c_0, [weights], call.spec, order)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -15,6 +15,7 @@ from lstm_triton_kernels.regularize import UNREGULARIZED, Regularized
 from lstm_triton_kernels.sizes import accumulator_dtype
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lstm_triton import reference, transforms
 from lstm_triton.layer import Call, Gradients
@@ -37,6 +38,22 @@ def forward(
         results = reference.lstm(*inputs, wide, spec, order.lengths, order.resets, rules)
     output, h_n, c_n, cells = (result.to(x.dtype) for result in results)
     return output, h_n, c_n, cells
+
+
+def recomputed(
+    x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], spec: LSTMSpec, order: Order
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute as `forward`, but keep nothing for a backward pass except the arguments: it computes the steps again.
+
+    A tracer or a transform of torch.func looks at the steps themselves, and keeps what it wants.
+    """
+    if torch.compiler.is_compiling() or transforms.active() or transforms.forward_mode() or torch.jit.is_tracing():
+        return forward(x, h_0, c_0, layers, spec, order)
+    arguments = (x, h_0, c_0, layers, spec, order)
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = checkpoint(
+        forward, *arguments, use_reentrant=False, preserve_rng_state=False
+    )
+    return results
 
 
 def single_step(

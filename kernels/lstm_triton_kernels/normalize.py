@@ -29,6 +29,10 @@ class Products(NamedTuple):
     rstd: Tensor
     d_cell: Tensor
 
+    def part(self, now: slice) -> Products:
+        """Return those of some of the steps; d_cell is the same memory."""
+        return Products(self.values[now], self.mean[now], self.rstd[now], self.d_cell)
+
     def flipped(self, order: Order) -> Products:
         """Return those of flipped sequences, see `Order.flip`; d_cell is the same memory."""
         return Products(order.flip(self.values), order.flip(self.mean), order.flip(self.rstd), self.d_cell)

@@ -16,13 +16,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lstm_triton_kernels import sequence_stepwise
+from lstm_triton_kernels import sequence_normalized, sequence_stepwise
 from lstm_triton_kernels.gpus import gpu_of, product_us
+from lstm_triton_kernels.normalize import Products
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.regularize import Regularized
 from lstm_triton_kernels.sizes import Layer, matmul_precision
@@ -68,7 +70,7 @@ def forward(
 ) -> None:  # fmt: skip
     """Compute all steps forward, into output, gates and cells; see `sequence_stepwise.forward`."""
     layer = _layer_of(spec, order, cells, h_0)
-    variant = (weights, spec)
+    variant, launched = (weights, spec), launched_steps(spec)
     saved = len(cells) > 1
     chunk, rules = None, order.regularized.rules
     if gate_input is not None and pays(layer, output.device):
@@ -79,14 +81,14 @@ def forward(
         def steps(b: dict[str, Tensor]) -> None:
             own = with_masks(one, b)
             given = (x, b["gate_input"], b["h_0"])
-            sequence_stepwise.forward(*given, *variant, own, b["output"], b.get("gates"), b["cells"])
+            launched.forward(*given, *variant, own, b["output"], b.get("gates"), b["cells"])
             b["h_0"].copy_(own.last(b["output"]))
             if saved:
                 b["cells"][own.initial_slot(saved)] = b["cells"][own.final_slot(saved)]
 
         chunk = chunk_of(("forward", spec.name, order.reverse, rules), sizes, weights, steps)
     if chunk is None or gate_input is None:
-        return sequence_stepwise.forward(x, gate_input, h_0, *variant, order, output, gates, cells)
+        return launched.forward(x, gate_input, h_0, *variant, order, output, gates, cells)
     chunks, left = parts(order)
     with chunk.in_use() as b:
         b["h_0"].copy_(h_0)
@@ -104,49 +106,64 @@ def forward(
         states = cells[left.start : left.stop + 1] if saved else cells
         h = output[left.stop if order.reverse else left.start - 1]
         own_gates = gates[left] if gates is not None else None
-        sequence_stepwise.forward(x, gate_input[left], h, *variant, order.part(left), output[left], own_gates, states)
+        launched.forward(x, gate_input[left], h, *variant, order.part(left), output[left], own_gates, states)
 
 
 def backward(
     grad_output: Tensor | None, grad_cells: Tensor | None, dh: Tensor, dc: Tensor, weights: LSTMWeights,
     spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
-    kept: Tensor | None = None,
+    kept: Tensor | None = None, *products: Products,
 ) -> None:  # fmt: skip
-    """Compute all steps backward, into d_gates (and d_hidden), in place in dh, dc and kept, as `sequence_stepwise`."""
+    """Compute all steps backward, into d_gates (and d_hidden), in place in dh, dc and kept, as `sequence_stepwise`.
+
+    products: one, of a layer with layer normalisation, as `sequence_normalized.backward`.
+    """
     chunk, rules = None, order.regularized.rules
-    variant = (weights, spec)
+    variant, launched = (weights, spec), launched_steps(spec)
     if pays(_layer_of(spec, order, cells, dh), gates.device):
         sizes = dict(grad_output=part(grad_output), dh=dh, dc=dc, gates=part(gates), cells=cells[: STEPS + 1],
                      d_gates=part(d_gates), d_hidden=part(d_hidden), grad_cells=part(grad_cells), kept=kept,
                      **mask_sizes(order))  # fmt: skip
+        for normalized in products:
+            sizes |= normalized.part(slice(STEPS))._asdict()
         one = order._replace(T=STEPS)
 
         def steps(b: dict[str, Tensor]) -> None:
             grads = (b.get("grad_output"), b.get("grad_cells"), b["dh"], b["dc"])
             saved, out = (b["gates"], b["cells"]), (b.get("d_hidden"), b.get("kept"))
-            sequence_stepwise.backward(*grads, *variant, with_masks(one, b), *saved, b["d_gates"], *out)
+            of_chunk = (Products(*(b[name] for name in Products._fields)) for _ in products)
+            launched.backward(*grads, *variant, with_masks(one, b), *saved, b["d_gates"], *out, *of_chunk)
 
         chunk = chunk_of(("backward", spec.name, order.reverse, rules), sizes, weights, steps)
     if chunk is None:
         grads, saved = (grad_output, grad_cells, dh, dc), (gates, cells)
-        return sequence_stepwise.backward(*grads, *variant, order, *saved, d_gates, d_hidden, kept)
+        return launched.backward(*grads, *variant, order, *saved, d_gates, d_hidden, kept, *products)
     chunks, left = parts(order)
     if left is not None:  # what forward computed last
         of_output, of_cells, hidden = (t[left] if t is not None else None for t in (grad_output, grad_cells, d_hidden))
         saved, out = (gates[left], cells[left.start : left.stop + 1]), (hidden, kept)
-        sequence_stepwise.backward(of_output, of_cells, dh, dc, *variant, order.part(left), *saved, d_gates[left], *out)
+        grads, of_left = (of_output, of_cells, dh, dc), (normalized.part(left) for normalized in products)
+        launched.backward(*grads, *variant, order.part(left), *saved, d_gates[left], *out, *of_left)
     with chunk.in_use() as b:
         carried = dict(dh=dh, dc=dc) | (dict(kept=kept) if kept is not None else {})
+        given = dict(grad_output=grad_output, grad_cells=grad_cells, gates=gates, **masks(order))
+        for normalized in products:
+            given |= dict(values=normalized.values, mean=normalized.mean, rstd=normalized.rstd)
+            carried["d_cell"] = normalized.d_cell
         for name, tensor in carried.items():
             b[name].copy_(tensor)
         if order.regularized.hidden is not None:
             b["hidden"].copy_(order.regularized.hidden)
-        given = dict(grad_output=grad_output, grad_cells=grad_cells, gates=gates, **masks(order))
         for now in reversed(chunks):
             b["cells"].copy_(cells[now.start : now.stop + 1])
             replay(chunk, b, now, given, dict(d_gates=d_gates, d_hidden=d_hidden))
         for name, tensor in carried.items():
             tensor.copy_(b[name])
+
+
+def launched_steps(spec: LSTMSpec) -> ModuleType:
+    """Return the module that launches the steps of a variant one by one."""
+    return sequence_normalized if spec.layer_norm else sequence_stepwise
 
 
 def masks(order: Order) -> dict[str, Tensor | None]:
