@@ -13,7 +13,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from lstm_triton_kernels import sequence_persistent, sequence_stepwise, tensor_core_plan, watch
+from lstm_triton_kernels import sequence_persistent, sequence_replayed, tensor_core_plan, watch
 from lstm_triton_kernels.gpus import GPUS
 from lstm_triton_kernels.plan import PersistentPlan, Preference
 from lstm_triton_kernels.planner import ranked_plans
@@ -22,7 +22,7 @@ from lstm_triton_kernels.sizes import Layer, ceil_div
 from torch import Tensor
 
 from benchmarks.micro import float32_matmuls
-from lstm_triton import LSTMSpec, eager, layer, persistent
+from lstm_triton import LSTMSpec, eager, layer, normalized, persistent
 from lstm_triton.directions import OneByOne
 from tests.emulator import Fault
 from tests.emulator.launches import Emulation, emulated
@@ -197,7 +197,7 @@ class Case:
 
 
 LOOPS: dict[str, layer.Loop] = {
-    "persistent": persistent, "stepwise": OneByOne(sequence_stepwise), "eager": OneByOne(eager),
+    "persistent": persistent, "stepwise": OneByOne(sequence_replayed), "eager": OneByOne(eager),
 }  # fmt: skip
 
 
@@ -212,13 +212,14 @@ def computed(case: Case, inputs: Inputs, engine: str, plans: Plans | None) -> li
     grads = layer.Gradients(grad_output, grad_h_n, grad_c_n, grad_cells)
     arguments = (inputs.x, inputs.h_0, inputs.c_0, inputs.weights)
     planned = mock.patch.object(sequence_persistent, "plan_of", lambda launch: plans[launch.backward])
+    of_layer = normalized if spec.layer_norm else layer
     with torch.no_grad(), planned:
-        result = layer.forward(*arguments, order, call, loop)
+        result = of_layer.forward(*arguments, order, call, loop)
         results = [result.output, result.states, result.h_n, result.c_n]
         if case.infer:
             return results
         saved = (result.output, result.gates, result.cells)
-        found = layer.backward(grads, *arguments, *saved, order, call, needs, loop)
+        found = of_layer.backward(grads, *arguments, *saved, order, call, needs, loop)
     by_name = [side[name] for side in found.weights for name in spec.parameter_names(projection=case.P > 0)]
     return [*results, found.x, found.h_0, found.c_0, *by_name]
 

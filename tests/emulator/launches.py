@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from lstm_triton_kernels import cell, cell_tangents, draw, gates, sequence_persistent, settle
+from lstm_triton_kernels import cell, cell_tangents, draw, gates, normalized_cell, sequence_persistent, settle
 from torch import Tensor
 
 from tests.emulator.far import Far
@@ -28,6 +28,7 @@ KERNELS = {
     ],
     gates: ["gate_preactivations_kernel", "output_peephole_kernel"],
     cell: ["cell_forward_kernel", "cell_backward_kernel"],
+    normalized_cell: ["normalized_forward_kernel", "normalized_backward_kernel"],
     cell_tangents: ["cell_tangents_kernel", "cell_sources_kernel"],
     draw: ["draw_codes_kernel", "draw_factors_kernel"],
 }  # fmt: skip

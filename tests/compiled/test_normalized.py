@@ -1,0 +1,97 @@
+"""The kernels of layer normalisation as compiled: executed on the emulator, and what they need of a GPU."""
+
+from __future__ import annotations
+
+import pytest
+from lstm_triton_kernels.inline_ptx import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)
+
+import torch
+from lstm_triton_kernels import gates, normalized_cell, sequence_normalized
+from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.regularize import NONE, Rules, drawn
+from lstm_triton_kernels.spec import NORMALIZED
+
+from lstm_triton import LSTMSpec, layer, normalized
+from lstm_triton.directions import OneByOne
+from tests.compiled import layers
+from tests.compiled.layers import Case
+from tests.support.compiling import compile_launch, record_launches
+from tests.support.parity import RULES
+
+KERNELS = {
+    name: getattr(module, name)
+    for module, names in {
+        normalized_cell: ("normalized_forward_kernel", "normalized_backward_kernel"),
+        gates: ("gate_preactivations_kernel",),
+    }.items()
+    for name in names
+}
+
+
+def executed():
+    """Every variant in two steps; types, sizes, flags and rules in turn. 130 units are a row of two warps and more."""
+    rules = [NONE, RULES[4], RULES[3]]
+    flags = [dict(), dict(lengths=True), dict(resets=True), dict(lengths=True, resets=True, D=2), dict(P=5)]
+    for n, spec in enumerate(NORMALIZED):
+        dtype, H = list(layers.DTYPES)[n % 4], (9, 130, 24)[n % 3]
+        yield Case(spec.name, dtype, 2, 3, H, stepwise=True, recompute=n == 2, rules=rules[n % 3], **flags[n % 5])
+    yield Case("norm", "bf16", 1, 2, 520, stepwise=True, rules=RULES[3], training=False)
+    yield Case("coupled+norm", "fp32", 2, 2, 9, stepwise=True, weak=True)
+
+
+@pytest.mark.parametrize("case", list(executed()), ids=str)
+def test_a_compiled_kernel_computes_what_the_reference_does(case):
+    assert not layers.run(case).wrong
+
+
+def launches(spec: LSTMSpec, dtype: torch.dtype, H: int, rules: Rules = NONE):
+    """The launches of both passes of a layer; the values are of no interest."""
+    T, B = 2, 64
+    call = layer.Call(spec.name, True, False, "stepwise", save=True)
+    weights = call.group([torch.zeros(shape, dtype=dtype) for shape in spec.parameter_shapes(8, H).values()])
+    x, state = torch.zeros(T, B, 8, dtype=dtype), torch.zeros(1, B, H, dtype=dtype)
+    masks = drawn(rules, torch.tensor([1]) if rules.random else None, 1, T, B, H, H, dtype)
+    order, loop = Order(T, regularized=masks), OneByOne(sequence_normalized)
+    modules = {normalized_cell: list(KERNELS)[:2], gates: list(KERNELS)[2:]}
+    with record_launches(modules) as found:
+        result = normalized.forward(x, state, state, weights, order, call, loop)
+        grads, needs = layer.Gradients(result.output, None, None, None), layer.Needs(False, False, False, [[]])
+        saved = (result.output, result.gates, result.cells)
+        normalized.backward(grads, x, state, state, weights, *saved, order, call, needs, loop)
+    assert {launch.kernel for launch in found} == set(KERNELS)
+    return sorted(found, key=repr)
+
+
+@pytest.mark.parametrize(
+    "spec, dtype, H, rules, capability",
+    [
+        (NORMALIZED[0], torch.bfloat16, 64, NONE, 80),
+        (NORMALIZED[0], torch.float32, 1024, NONE, 90),
+        (NORMALIZED[0], torch.bfloat16, 1024, NONE, 100),
+        (NORMALIZED[0], torch.float32, 4096, NONE, 90),
+        (LSTMSpec(False, "diagonal", "current", layer_norm=True), torch.float32, 2048, RULES[4], 90),
+        (LSTMSpec(False, "diagonal", "current", layer_norm=True), torch.float64, 512, RULES[4], 90),
+    ],
+    ids=str,
+)
+def test_a_row_fits_the_registers(spec, dtype, H, rules, capability):
+    """Of up to 4,096 units; with all rules and peepholes of up to 2,048."""
+    for launch in launches(spec, dtype, H, rules):
+        compiled = compile_launch(KERNELS[launch.kernel], launch, capability)
+        assert compiled.stack == 0, f"{launch}: {compiled.stack} bytes of stack, {compiled.registers} registers"
+
+
+@pytest.mark.parametrize("case", ["a wrong mean", "a gradient that forgets the mean"])
+def test_a_fault_is_seen(case, monkeypatch):
+    """A test of the test."""
+    from lstm_triton import gemms
+
+    if case == "a wrong mean":
+        monkeypatch.setattr(normalized, "moments", lambda t, found=normalized.moments: (found(t)[0] + 0.1, found(t)[1]))
+    else:
+        exact = gemms.initial_hidden_gradient
+        monkeypatch.setattr(gemms, "initial_hidden_gradient", lambda d, *rest: exact(d + d.std() / 10, *rest))
+    assert "beyond" in layers.run(Case("norm", "fp32", 2, 3, 9, stepwise=True)).wrong
