@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.blocks import row_blocks
-from lstm_triton_kernels.cell import carried_rows, variant_constants
+from lstm_triton_kernels.cell import carried_rows, load_cell_inputs, variant_constants
 from lstm_triton_kernels.equations import (
     load_blocks,
     load_peephole,
@@ -175,17 +175,13 @@ def normalized_backward_kernel(
     own = row[:, None] * (F + 3) * H + unit[None, :]
     gate = t.to(tl.int64) * B * (F + 3) * H + own
     carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
-    c_previous = tl.load(cells_ptr + previous.to(tl.int64) * B * H + state, mask=carried, other=0.0)
     v = load_peephole(w_ch_ptr, unit, H, COUPLED, DIAGONAL)
     code = load_codes(rules.codes, t.to(tl.int64) * B * H + state, tile_mask)
 
     dc = tl.load(dc_ptr + state, mask=tile_mask, other=0.0)
-    f = tl.load(gates_ptr + gate + F * H, mask=tile_mask, other=0.0).to(dc.dtype)
-    g = tl.load(gates_ptr + gate + (F + 1) * H, mask=tile_mask, other=0.0).to(dc.dtype)
-    if COUPLED:
-        i = 1.0 - f
-    else:
-        i = tl.load(gates_ptr + gate, mask=tile_mask, other=0.0).to(dc.dtype)
+    i, f, g, c_previous = load_cell_inputs(
+        gates_ptr, cells_ptr, gate, state, B, H, previous, tile_mask, carried, COUPLED
+    )
     c = tl.load(cells_ptr + current.to(tl.int64) * B * H + state, mask=tile_mask, other=0.0)
     c = computed_cell(i, f, g, c_previous, c, code, rules)
     dc, kept_c = zone_gradients(dc, code, rules.zoneout_c, rules.codes is not None, ZONEOUT_C_BIT)
@@ -198,7 +194,7 @@ def normalized_backward_kernel(
         if kept_ptr is not None:
             dh += tl.load(kept_ptr + state, mask=tile_mask, other=0.0)
             dh, kept = zone_gradients(dh, code, rules.zoneout_h, rules.codes is not None, ZONEOUT_H_BIT)
-            tl.store(kept_ptr + state, kept, mask=tile_mask)
+            tl.store(kept_ptr + state, tl.where(carried, kept, 0.0), mask=tile_mask)
         o = tl.load(gates_ptr + gate + (F + 2) * H, mask=tile_mask, other=0.0).to(dc.dtype)
         gain_c = load_row(gain_c_ptr, unit, H)
         mean_c, rstd_c = moments((c,), tile_mask, H)

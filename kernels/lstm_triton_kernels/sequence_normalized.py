@@ -111,5 +111,7 @@ def backward(
         if regularized.hidden is not None:
             dh *= regularized.hidden
         if begun is not None:
-            for gradient in (dh, dc) if kept is None else (dh, dc, kept):
-                gradient.masked_fill_(begun[step.t], 0)
+            dh.masked_fill_(begun[step.t], 0)
+            dc.masked_fill_(begun[step.t], 0)
+            if projected and kept is not None:
+                kept.masked_fill_(begun[step.t], 0)
