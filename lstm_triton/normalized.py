@@ -61,7 +61,8 @@ def backward(
     for n, w in enumerate(weights):
         d, own, wanted = steps.gates[n], (gates[n], cells[n], w, spec, orders[n]), needs.weights[n]
         found = plain_gradients(d, None if steps.hidden is None else steps.hidden[n], *own, wanted)
-        found |= dict(zip(("weight_ln_c", "bias_ln_c"), products[n].d_cell.sum(1).to(x.dtype), strict=True))
+        for name, by_row in zip(("weight_ln_c", "bias_ln_c"), products[n].d_cell, strict=True):
+            found[name] = by_row.sum(0).to(x.dtype)
         product = gemms.project_input(x, without_biases(w))
         d_product, found["weight_ln_ih"] = product_gradients(d, product, *moments(product), w.weight_ln_ih)
         found |= {name: times(d_product, x) for name in ("weight_ih",) if name in wanted}

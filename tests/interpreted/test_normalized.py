@@ -8,6 +8,7 @@ import pytest
 import torch
 from lstm_triton_kernels import sequence_replayed
 from lstm_triton_kernels.spec import NORMALIZED
+from torch.func import functional_call, grad, vmap
 
 import lstm_triton
 from lstm_triton import LSTMSpec, functional, gemms
@@ -131,3 +132,33 @@ def test_only_the_gradients_that_are_wanted():
     found = torch.autograd.grad((output, h_n, c_n), leaves, given)
     for actual, name in zip(found, ("h_0", "bias_ln_c_l0"), strict=True):
         torch.testing.assert_close(actual, wanted[f"grad {name}"], rtol=1e-11, atol=1e-12)
+
+
+def test_it_composes_with_compiling_transforms_and_second_derivatives():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = lstm_triton.LSTM(3, 5, peephole="diagonal", layer_norm=True, dtype=torch.float64)
+    weights = dict(module.named_parameters())
+    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def loss(weights, x):
+        return functional_call(module, weights, (x,))[0].square().sum()
+
+    def second():
+        (gradient,) = torch.autograd.grad(loss(weights, x), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [x, *weights.values()])
+
+    wanted, wanted_second = torch.autograd.grad(loss(weights, x), list(weights.values())), second()
+    with lstm_triton.backend("triton"):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        of_batch = vmap(grad(loss), (None, 0))(weights, torch.stack([x.detach(), x.detach() + 1]))
+        found = {
+            "compiled": torch.autograd.grad(compiled(weights, x), list(weights.values())),
+            "torch.func.grad": tuple(grad(loss)(weights, x).values()),
+            "vmap": tuple(gradients[0] for gradients in of_batch.values()),
+        }
+        found_second = second()
+        assert module(x.detach()[:, :0])[0].shape == (3, 0, 5)
+    for actual in found.values():
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found_second, wanted_second, rtol=1e-10, atol=1e-12)
