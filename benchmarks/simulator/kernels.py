@@ -19,6 +19,7 @@ from lstm_triton_kernels.gpus import GPUS
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
 from lstm_triton_kernels.plan import PersistentPlan, Preference
 from lstm_triton_kernels.planner import ranked_plans
+from lstm_triton_kernels.regularize import NONE, Rules
 from lstm_triton_kernels.sequence_persistent import Launch, kernel_of, launch_without_data
 from lstm_triton_kernels.settle import Usage, absent_gpu, first_clean, usage_elsewhere
 from lstm_triton_kernels.sizes import Layer
@@ -45,6 +46,7 @@ class Case:
 
     - B, H, D: rows, units, directions; P: hidden size after projection, 0 without one
     - variant: the name of an LSTMSpec; dtype: a key of `suites.STORAGE`
+    - rules: of regularised steps; draws: whether masks are drawn for those that are random
     """
 
     B: int
@@ -57,6 +59,8 @@ class Case:
     block_u: int | None = None
     block_b: int | None = None
     P: int = 0
+    rules: Rules = NONE
+    draws: bool = True
 
     @property
     def layer(self) -> Layer:
@@ -81,6 +85,7 @@ class Compiled:
     cubin: bytes
     ptx: str
     usage: Usage
+    signature: dict[str, Any]
 
 
 @functools.cache
@@ -91,7 +96,7 @@ def compile_case(case: Case) -> Compiled:
     """
 
     def usage_of(plan: PersistentPlan) -> Usage | None:
-        usage = compile_plan(case.layer, case.backward, plan).usage
+        usage = compile_plan(case.layer, case.backward, plan, case.rules, case.draws).usage
         return usage if fits(plan.together, usage.shared, H100) else None
 
     plans = ranked_plans(case.layer, case.backward, H100, case.wanted)
@@ -100,19 +105,21 @@ def compile_case(case: Case) -> Compiled:
     plan = first_clean(plans, usage_of)
     if plan is None:
         raise LookupError("no plan fits the shared memory of a thread block as compiled")
-    return compile_plan(case.layer, case.backward, plan)
+    return compile_plan(case.layer, case.backward, plan, case.rules, case.draws)
 
 
 @functools.cache
-def compile_plan(layer: Layer, backward: bool, plan: PersistentPlan) -> Compiled:
-    """Compile a pass of a layer on a plan, by the library's own launcher."""
-    launch = launch_without_data(layer, backward)
+def compile_plan(
+    layer: Layer, backward: bool, plan: PersistentPlan, rules: Rules = NONE, draws: bool = True
+) -> Compiled:
+    """Compile a pass of a layer on a plan, by the library's own launcher; rules, draws: as of a Case."""
+    launch = launch_without_data(layer, backward, rules, draws)
     arguments, kernel = launch.arguments(plan), kernel_of(launch, plan)
     with own_cache():
         usage = usage_elsewhere(kernel, plan.grid, arguments, H100.capability)
         with absent_gpu(H100.capability):
             compiled = kernel.run(grid=plan.grid, warmup=True, **arguments)
-    return Compiled(launch, plan, compiled.asm["cubin"], compiled.asm["ptx"], usage)
+    return Compiled(launch, plan, compiled.asm["cubin"], compiled.asm["ptx"], usage, compiled.src.signature)
 
 
 @contextmanager
@@ -146,11 +153,11 @@ def arguments_of_one(compiled: Compiled) -> list[Any]:
 
     Tensors are zeros on the CPU; no wait is repeated, and all row blocks are those of the one thread block.
     """
-    launch, plan = compiled.launch, compiled.plan
-    given = launch.arguments(plan) | dict(max_polls=0, row_blocks=plan.blocks_per_program)
-    values = [given[parameter.name] for parameter in kernel_of(launch, plan).params if not parameter.is_constexpr]
+    from tests.emulator.launches import flat
+
+    plan = compiled.plan
+    given = compiled.launch.arguments(plan) | dict(max_polls=0, row_blocks=plan.blocks_per_program)
     return [
         torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-        for value in values
-        if value is not None
+        for value in flat(given, compiled.signature)
     ]

@@ -19,16 +19,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from lstm_triton_kernels.equations import (
-    cell_derivatives,
     load_peephole,
     output_derivatives,
     previous_cell_gradient,
     store_gates,
 )
-from lstm_triton_kernels.exchanged_forward import publish_operand
+from lstm_triton_kernels.exchanged_forward import load_hidden_mask, publish_operand
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
+from lstm_triton_kernels.rules import (
+    ZONEOUT_C_BIT,
+    ZONEOUT_H_BIT,
+    clip_gradient,
+    computed_cell,
+    regularized_derivatives,
+    zone_gradients,
+)
 from lstm_triton_kernels.streamed import first_streamed, streamed_product
 from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
 from lstm_triton_kernels.tiles import (
@@ -44,7 +51,7 @@ from lstm_triton_kernels.tiles import (
     second_sets,
     sum_buffer,
 )
-from lstm_triton_kernels.time_loop import load_saved, rows_in_turn, step_of
+from lstm_triton_kernels.time_loop import code_of, load_step_codes, load_saved, rows_in_turn, step_of
 
 
 @gluon.jit
@@ -75,9 +82,9 @@ def publish_gates(
 
 @gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def exchanged_backward_kernel(
-    d_gates_ptr, d_hidden_ptr, dc_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr, gates_ptr,
-    cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr, grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, streamed_ptr,
-    lengths_ptr, resets_ptr, error_ptr, rules,
+    d_gates_ptr, d_hidden_ptr, dc_ptr, d_h_0_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr,
+    gates_ptr, cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr, grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr,
+    streamed_ptr, lengths_ptr, resets_ptr, error_ptr, rules,
     T, B, rows, row_blocks, max_polls, pause,
     H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
     OUTPUT_CURRENT: gl.constexpr, HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr,
@@ -91,6 +98,8 @@ def exchanged_backward_kernel(
 
     - exchange: as forward, with the columns of `weights_at`; peephole_exchange of d_o, projection_exchange of dh
     - d_hidden: (D, T, B, PROJECTION) out, the gradient of every h_t; None without a projection
+    - d_h_0: (D, B, HIDDEN), the part of the gradient of h_{t-1} that zoneout passes on, when step t is done; zero
+      before, unless ONE_BLOCK; None where rules have no zoneout of h
     - grad_output: (T, B, D·HIDDEN); grad_h_n: (D, B, HIDDEN); weights as forward
     - the other tensors as in `persistent_backward_kernel`; the constants as in `exchanged_forward_kernel`
     """
@@ -99,6 +108,7 @@ def exchanged_backward_kernel(
     HIDDEN: gl.constexpr = PROJECTION if PROJECTION > 0 else H
     CURRENT: gl.constexpr = FULL and OUTPUT_CURRENT
     SETS: gl.constexpr = 2 if FULL else 1
+    DRAWN: gl.constexpr = rules.codes is not None
     D_TYPE: gl.constexpr = d_gates_ptr.dtype.element_ty
     V: gl.constexpr = lane_elements(D_TYPE)
     P: gl.constexpr = 4 * V * CHUNKS * PARTS
@@ -153,6 +163,17 @@ def exchanged_backward_kernel(
     if HAS_GRAD_C_N:
         grad_c_n_ptr += side * cells_stride
     dc_ptr += side * cells_stride
+    codes_ptr = rules.codes
+    if rules.codes is not None:
+        codes_ptr += side * T * cells_stride
+    clipped_ptr = rules.clipped
+    if rules.clipped is not None:
+        clipped_ptr += side * T * states_stride
+    dropout_ptr = rules.hidden
+    if rules.hidden is not None:
+        dropout_ptr += side * states_stride
+    if rules.zoneout_h is not None:
+        d_h_0_ptr += side * states_stride
 
     block = gl.program_id(1)
     in_block = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, own)), ROWS, PARTS)
@@ -173,6 +194,10 @@ def exchanged_backward_kernel(
     state = row[:, None] * H + unit[None, :]
     zero = gl.zeros([ROWS, UNITS], gl.float32, own)
     dc = zero
+    if rules.zoneout_h is not None:
+        kept_h = zero  # what zoneout passes on of the gradient of h
+    if ONE_BLOCK:
+        dropout = load_hidden_mask(dropout_ptr, row, unit, HIDDEN, hidden_mask)
     steps = T
     blocks = 1
     if not ONE_BLOCK:
@@ -204,6 +229,12 @@ def exchanged_backward_kernel(
             gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, steps - 1, row, row_mask, length, unit,
             B, H, HIDDEN, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
         )  # fmt: skip
+        codes_next = load_step_codes(
+            codes_ptr, steps - 1, row, row_mask, length, unit, H, reverse, cells_stride, HAS_LENGTHS
+        )
+        clipped_next = load_step_codes(
+            clipped_ptr, steps - 1, row, row_mask, length, unit, HIDDEN, reverse, states_stride, HAS_LENGTHS
+        )
 
     for iteration in range(steps * blocks):
         done, b = step_of(iteration, block, blocks)
@@ -214,6 +245,9 @@ def exchanged_backward_kernel(
             hidden_mask = row_mask[:, None] & (unit < HIDDEN)[None, :]
             state = row[:, None] * H + unit[None, :]
             dc = gl.load(dc_ptr + state, mask=tile_mask, other=0.0)
+            dropout = load_hidden_mask(dropout_ptr, row, unit, HIDDEN, hidden_mask)
+            if rules.zoneout_h is not None:
+                kept_h = gl.load(d_h_0_ptr + row[:, None] * HIDDEN + unit[None, :], mask=hidden_mask, other=0.0)
             rows_here = gl.minimum(rows, B - b * rows)
             places = read_places(rows_here, P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
         t = time_of_step(n, length, reverse)
@@ -221,6 +255,7 @@ def exchanged_backward_kernel(
 
         if AHEAD:
             saved, c_read, grads = saved_next, c_next, grads_next
+            codes, clipped = codes_next, clipped_next
             done_next, next_block = step_of(iteration + 1, block, blocks)
             next_row, next_row_mask, next_length = rows_in_turn(
                 in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
@@ -230,11 +265,23 @@ def exchanged_backward_kernel(
                 next_row_mask, next_length, unit, B, H, HIDDEN, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS,
                 HAS_LENGTHS,
             )  # fmt: skip
+            n_next = steps - 1 - done_next
+            codes_next = load_step_codes(
+                codes_ptr, n_next, next_row, next_row_mask, next_length, unit, H, reverse, cells_stride, HAS_LENGTHS
+            )
+            clipped_next = load_step_codes(
+                clipped_ptr, n_next, next_row, next_row_mask, next_length, unit, HIDDEN, reverse, states_stride,
+                HAS_LENGTHS,
+            )  # fmt: skip
         else:
             saved, c_read, grads = load_saved(
                 gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, n, row, row_mask, length, unit, B,
                 H, HIDDEN, reverse, G, HAS_GRAD_OUTPUT, HAS_GRAD_CELLS, HAS_LENGTHS,
             )  # fmt: skip
+            codes = load_step_codes(codes_ptr, n, row, row_mask, length, unit, H, reverse, cells_stride, HAS_LENGTHS)
+            clipped = load_step_codes(
+                clipped_ptr, n, row, row_mask, length, unit, HIDDEN, reverse, states_stride, HAS_LENGTHS
+            )
 
         last = step_mask[:, None] & row_values(n == length - 1, HAS_LENGTHS)
         if HAS_GRAD_H_N:
@@ -248,8 +295,10 @@ def exchanged_backward_kernel(
         if HAS_RESETS:
             reset = gl.load(resets_ptr + (t.to(gl.int64) * B + row), mask=step_mask, other=0) != 0
             c_previous = gl.where(reset[:, None], 0.0, c_previous)
+        code = code_of(codes)
+        c = computed_cell(i, f, g, c_previous, c, code, rules)
         by_o, by_c = output_derivatives(o, c)
-        by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
+        by_i, by_f, by_g = regularized_derivatives(i, f, g, c_previous, code, rules, COUPLED)
 
         slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
         dh = zero
@@ -269,6 +318,8 @@ def exchanged_backward_kernel(
             dh = recurrent[0]
             if FULL:
                 dc += recurrent[1]
+        if rules.hidden is not None:
+            dh *= dropout
         if HAS_GRAD_OUTPUT:
             dh += grads[0].to(gl.float32)
         if HAS_GRAD_CELLS:
@@ -277,6 +328,11 @@ def exchanged_backward_kernel(
             dh += d_h_n.to(gl.float32)
         if HAS_GRAD_C_N:
             dc += d_c_n.to(gl.float32)
+        if rules.zoneout_h is not None:
+            dh, kept_h = zone_gradients(dh + kept_h, code, rules.zoneout_h, DRAWN, ZONEOUT_H_BIT)
+        if rules.clipped is not None:
+            dh = gl.where(clipped[0] != 0, 0.0, dh)
+        dc, kept_c = zone_gradients(dc, code, rules.zoneout_c, DRAWN, ZONEOUT_C_BIT)
 
         if PROJECTION > 0:
             second_ptr = projection_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * projection_stride
@@ -304,6 +360,7 @@ def exchanged_backward_kernel(
             dc += of_o[0]
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v[Q - 1] * d_o
+        dc = clip_gradient(dc, c, rules.cell_clip)
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         d = (d_i, d_f, d_g, d_o)
         if HAS_RESETS:
@@ -314,8 +371,12 @@ def exchanged_backward_kernel(
             PRECISION,
         )  # fmt: skip
         dc = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
+        if rules.zoneout_c is not None:
+            dc += kept_c
         if HAS_RESETS:
             dc = gl.where(reset[:, None], 0.0, dc)
+            if rules.zoneout_h is not None:
+                kept_h = gl.where(reset[:, None], 0.0, kept_h)
 
         # A row that does not have this step has zero gradients and zero dc: its loads were masked.
         d_now = at_time(d_gates_ptr, t, gates_stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
@@ -323,9 +384,13 @@ def exchanged_backward_kernel(
         gl.store(d_now + (G - 1) * H, d_o.to(D_TYPE), mask=tile_mask)
         if not ONE_BLOCK:
             gl.store(dc_ptr + state, dc, mask=tile_mask)
+            if rules.zoneout_h is not None:
+                gl.store(d_h_0_ptr + row[:, None] * HIDDEN + unit[None, :], kept_h, mask=hidden_mask)
             if ROWS * UNITS < 32 * WARPS:
-                barrier()  # where several threads have one element, one stores dc and all load it
+                barrier()  # where several threads have one element, one stores what all load
     if ONE_BLOCK:
         gl.store(dc_ptr + state, dc, mask=tile_mask)
+        if rules.zoneout_h is not None:
+            gl.store(d_h_0_ptr + row[:, None] * HIDDEN + unit[None, :], kept_h, mask=hidden_mask)
     if gl.min(polls, 0) <= 0:
         gl.atomic_or(error_ptr, TIMED_OUT_DATA, sem="relaxed", scope="gpu")

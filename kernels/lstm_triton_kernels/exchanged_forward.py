@@ -25,6 +25,7 @@ from lstm_triton_kernels.equations import load_peephole, next_cell, output_gate
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
 from lstm_triton_kernels.rows import at_time, rows_of_block, time_of_step
+from lstm_triton_kernels.rules import ZONEOUT_C_BIT, ZONEOUT_H_BIT, clip, regularized_cell, zone
 from lstm_triton_kernels.streamed import first_streamed, streamed_product
 from lstm_triton_kernels.sync import TIMED_OUT_DATA, publish
 from lstm_triton_kernels.tiles import (
@@ -39,7 +40,15 @@ from lstm_triton_kernels.tiles import (
     second_sets,
     sum_buffer,
 )
-from lstm_triton_kernels.time_loop import cell_places, load_gate_inputs, rows_in_turn, step_of, store_step
+from lstm_triton_kernels.time_loop import (
+    cell_places,
+    code_of,
+    load_step_codes,
+    load_gate_inputs,
+    rows_in_turn,
+    step_of,
+    store_step,
+)
 
 
 @gluon.jit
@@ -59,6 +68,15 @@ def publish_state(
     if FULL:
         behind = BEFORE_C // V * (8 * V) if TILED else BEFORE_C
         publish_operand(slot_ptr + place + behind, c, c_mask, PRECISION)
+
+
+@gluon.jit
+def load_hidden_mask(hidden_ptr, row, unit, HIDDEN: gl.constexpr, mask):
+    """Load the mask of dropout on h of a program's own rows and units, (ROWS, UNITS); 1 where there is no dropout."""
+    if hidden_ptr is not None:
+        return gl.load(hidden_ptr + row[:, None] * HIDDEN + unit[None, :], mask=mask, other=0.0).to(gl.float32)
+    else:
+        return 1.0
 
 
 @gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
@@ -82,6 +100,7 @@ def exchanged_forward_kernel(
       None where the step has no such product
     - h_n, h_0: (D, B, HIDDEN); w_hh: (D, G·H, HIDDEN); w_hr: (D, PROJECTION, H)
     - cells, c_n, c_0, w_ch, lengths, resets, error, ONE_BLOCK: as in `persistent_forward_kernel`
+    - rules: a `regularize.KernelRules`; with zoneout of h and several row blocks h_n holds h_{t-1} between steps
 
     CHUNKS of each of PARTS of the columns, KEPT of them in shared memory; they are waited for and multiplied in PIECES.
     STREAMED of them are loaded in every step from `streamed` (streamed.py), the last BEYOND_L2 from device memory.
@@ -94,6 +113,7 @@ def exchanged_forward_kernel(
     P: gl.constexpr = 4 * V * CHUNKS * PARTS
     HIDDEN: gl.constexpr = PROJECTION if PROJECTION > 0 else H
     CURRENT: gl.constexpr = FULL and OUTPUT_CURRENT
+    DRAWN: gl.constexpr = rules.codes is not None
     own: gl.constexpr = own_layout(ROWS, UNITS, PARTS, WARPS)
     each: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     direction = gl.program_id(2)
@@ -144,6 +164,12 @@ def exchanged_forward_kernel(
     c_0_ptr += side * cells_stride
     h_n_ptr += side * states_stride
     c_n_ptr += side * cells_stride
+    codes_ptr = rules.codes
+    if rules.codes is not None:
+        codes_ptr += side * T * cells_stride
+    dropout_ptr = rules.hidden
+    if rules.hidden is not None:
+        dropout_ptr += side * states_stride
 
     # The initial states are published like all others.
     block = gl.program_id(1)
@@ -178,6 +204,8 @@ def exchanged_forward_kernel(
             reset = gl.load(resets_ptr + (first_t.to(gl.int64) * B + row), mask=row_mask, other=0) != 0
             c = gl.where(reset[:, None], 0.0, c)
             h = gl.where(reset[:, None], 0.0, h)
+        if rules.hidden is not None:
+            h *= load_hidden_mask(dropout_ptr, row, unit, HIDDEN, hidden_mask)
         slot_ptr = exchange_ptr + b.to(gl.int64) * block_stride
         h_mask = row_mask[:, None] & (unit < padded_units(HIDDEN))[None, :]
         c_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
@@ -190,6 +218,10 @@ def exchanged_forward_kernel(
     state = row[:, None] * H + unit[None, :]
     if ONE_BLOCK:
         c = gl.load(c_0_ptr + state, mask=tile_mask, other=0.0).to(gl.float32)
+        dropout = load_hidden_mask(dropout_ptr, row, unit, HIDDEN, hidden_mask)
+        if rules.zoneout_h is not None:
+            place = h_0_ptr + row[:, None] * HIDDEN + unit[None, :]
+            h_previous = gl.load(place, mask=hidden_mask, other=0.0).to(gl.float32)
     steps = T
     blocks = 1
     if not ONE_BLOCK:
@@ -202,10 +234,11 @@ def exchanged_forward_kernel(
     polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
 
-    # Gate inputs do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
+    # Gate inputs and masks do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
     AHEAD: gl.constexpr = STREAMED == 0 and loads_ahead(ROWS, UNITS, PARTS, WARPS)
     if AHEAD:
         a_next = load_gate_inputs(gates_ptr, 0, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
+        codes_next = load_step_codes(codes_ptr, 0, row, row_mask, length, unit, H, reverse, cells_stride, HAS_LENGTHS)
 
     for iteration in range(steps * blocks):
         n, b = step_of(iteration, block, blocks)
@@ -223,7 +256,7 @@ def exchanged_forward_kernel(
         step_tile_mask = tile_mask & step_mask[:, None]
 
         if AHEAD:
-            a = a_next
+            a, codes = a_next, codes_next
             after, next_block = step_of(iteration + 1, block, blocks)
             next_row, next_row_mask, next_length = rows_in_turn(
                 in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
@@ -231,18 +264,28 @@ def exchanged_forward_kernel(
             a_next = load_gate_inputs(
                 gates_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, gates_stride, G, HAS_LENGTHS
             )
+            codes_next = load_step_codes(
+                codes_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, cells_stride, HAS_LENGTHS
+            )
         else:
             a = load_gate_inputs(gates_ptr, n, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
+            codes = load_step_codes(codes_ptr, n, row, row_mask, length, unit, H, reverse, cells_stride, HAS_LENGTHS)
         if CELLS != "none":
             cells_before, cells_now = cell_places(
                 cells_ptr, n, t, length, state, direction, cells_stride, CELLS, HAS_LENGTHS
             )
         if not ONE_BLOCK:
             c = gl.load(cells_before, mask=step_tile_mask, other=0.0)
+            dropout = load_hidden_mask(dropout_ptr, row, unit, HIDDEN, hidden_mask)
+            if rules.zoneout_h is not None:
+                place = gl.where(n == 0, h_0_ptr, h_n_ptr) + row[:, None] * HIDDEN + unit[None, :]
+                h_previous = gl.load(place, mask=hidden_mask & step_mask[:, None], other=0.0).to(gl.float32)
         read_mask = row_mask & (n + 1 < length)  # rows whose state is read by a next step
         if HAS_RESETS:
             reset = gl.load(resets_ptr + (t.to(gl.int64) * B + row), mask=step_mask, other=0) != 0
             c = gl.where(reset[:, None], 0.0, c)
+            if rules.zoneout_h is not None:
+                h_previous = gl.where(reset[:, None], 0.0, h_previous)
             step_after = time_of_step(n + 1, length, reverse)
             reset = gl.load(resets_ptr + (step_after.to(gl.int64) * B + row), mask=read_mask, other=0) != 0
             read_mask = read_mask & (reset == 0)
@@ -264,6 +307,8 @@ def exchanged_forward_kernel(
 
         c_previous = c
         i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
+        code = code_of(codes)
+        c = regularized_cell(i, f, g, c_previous, c, code, rules)
         a_o = sums[G - 1]  # type: ignore[var-annotated]
         if CURRENT:
             second_ptr = peephole_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * peephole_stride
@@ -285,10 +330,15 @@ def exchanged_forward_kernel(
                     clocks, (), w_r, projection_buffer, ONE_BLOCK, second_sets(UNITS), PROJECTION_CHUNKS,
                     PROJECTION_PIECES, TILED, ROWS, UNITS, PARTS, WARPS, PRECISION,
                 )  # fmt: skip
-                h = projected[0]
+                h = clip(projected[0], rules.proj_clip)
+        c = zone(c, c_previous, code, rules.zoneout_c, DRAWN, ZONEOUT_C_BIT)
+        if rules.zoneout_h is not None:
+            h = zone(h, h_previous, code, rules.zoneout_h, DRAWN, ZONEOUT_H_BIT)
+            h = h.to(H_TYPE).to(gl.float32)  # as it is where the next step loads it
+            h_previous = h
 
         # What others wait for goes first.
-        h_read = gl.where(read_mask[:, None], h, 0.0)
+        h_read = gl.where(read_mask[:, None], h * dropout if rules.hidden is not None else h, 0.0)
         c_read = gl.where(read_mask[:, None], c, 0.0)
         publish_state(
             slot_ptr + slot_stride, own_place, h_read, c_read, h_mask, c_mask, HIDDEN, V, TILED, FULL, PRECISION
@@ -302,8 +352,11 @@ def exchanged_forward_kernel(
             row[:, None] * HIDDEN + unit[None, :], H, gates_stride, step_tile_mask, hidden_mask & step_mask[:, None], G,
             COUPLED, SAVE_GATES, HAS_LENGTHS,
         )  # fmt: skip
+        if rules.zoneout_h is not None and not ONE_BLOCK:
+            place = h_n_ptr + row[:, None] * HIDDEN + unit[None, :]
+            gl.store(place, h.to(H_TYPE), mask=hidden_mask & step_mask[:, None])
         if not ONE_BLOCK and ROWS * UNITS < 32 * WARPS:
-            barrier()  # where several threads have one element, one stores c and all load it
+            barrier()  # where several threads have one element, one stores c and h and all load them
 
     if HAS_LENGTHS and ONE_BLOCK:
         zero = gl.zeros([ROWS, UNITS], gl.float32, own)

@@ -65,10 +65,27 @@ def zone_gradients(d, code, rate, DRAWN: tl.constexpr, BIT: tl.constexpr):
 
 
 @triton.jit
+def regularized_cell(i, f, g, c_previous, c, code, rules):
+    """Return c~ from the gates and c_{t-1}, and from c = f c_{t-1} + i g, which it is where no rule changes it."""
+    if rules.candidate_scale is not None:
+        c = f * c_previous + i * drop_candidate(g, code, rules)
+    return clip(c, rules.cell_clip)
+
+
+@triton.jit
+def regularized_derivatives(i, f, g, c_previous, code, rules, COUPLED: tl.constexpr):
+    """Return `cell_derivatives` of f c_{t-1} + i g where g has its mask."""
+    by_i, by_f, by_g = cell_derivatives(i, f, drop_candidate(g, code, rules), c_previous, COUPLED)
+    if rules.candidate_scale is not None:
+        by_g = drop_candidate(i * (1.0 - g * g), code, rules)
+    return by_i, by_f, by_g
+
+
+@triton.jit
 def computed_cell(i, f, g, c_previous, c, code, rules):
     """Return c~, what a step computed, from its gates and c_{t-1}, and from c_t where that is c~."""
     if rules.zoneout_c is not None:
-        again = clip(f * c_previous + i * drop_candidate(g, code, rules), rules.cell_clip)
+        again = regularized_cell(i, f, g, c_previous, f * c_previous + i * g, code, rules)
         if rules.codes is not None:
             c = tl.where((code & ZONEOUT_C_BIT) != 0, again, c)
         else:

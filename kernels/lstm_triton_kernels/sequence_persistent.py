@@ -21,6 +21,7 @@ from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
 from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference, Second
 from lstm_triton_kernels.planner import ranked_plans
+from lstm_triton_kernels.regularize import NONE, Rules, drawn
 from lstm_triton_kernels.settle import SETTLED, Usage, settled, usage_elsewhere, usage_on_device
 from lstm_triton_kernels.sizes import Layer, accumulator_dtype, matmul_precision, padded_row
 from lstm_triton_kernels.spec import LSTMSpec
@@ -90,7 +91,8 @@ class Launch(NamedTuple):
     @property
     def flags(self) -> tuple[bool, ...]:
         """What decides, beside the layer, which kernel is compiled."""
-        return self.save, *(value for value in self.inputs.values() if isinstance(value, bool))
+        given = (value for value in self.inputs.values() if isinstance(value, bool))
+        return self.save, *given, *(value is not None for value in self.inputs["rules"])
 
     def arguments(self, plan: PersistentPlan) -> dict[str, Any]:
         """Return the arguments of its kernel on a plan, with new buffers, filled as a launch needs them."""
@@ -219,23 +221,21 @@ def backward_results(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
     - d_gates_ptr (D, T, B, G·H), the gradients of the pre-activations; d_hidden_ptr (D, T, B, P), those of every h_t
       with a projection, else None
     - dc_ptr (D, B, H), that of c_0 in the accumulator type, without what a full peephole adds at the first step
-    - d_h_0_ptr (D, B, P), of that of h_0 what zoneout passes on, likewise; None without zoneout of h
+    - d_h_0_ptr (D, B, P), of that of h_0 in the accumulator type what zoneout of h passes on; None without such a rule
     """
     gates, cells = launch.inputs["gates_ptr"], launch.inputs["cells_ptr"]
-    layer, dc = launch.layer, launch.results.get("dc_ptr")
+    layer, dc, d_h_0 = launch.layer, launch.results.get("dc_ptr"), None
     new = torch.zeros if plan.blocks_per_program > 1 else torch.empty
     if dc is None:
         dc = new(layer.D, layer.B, layer.H, dtype=cells.dtype, device=launch.device)
-    results = dict(
+    if launch.inputs["rules"].zoneout_h is not None:
+        d_h_0 = new(layer.D, layer.B, layer.hidden, dtype=cells.dtype, device=launch.device)
+    return dict(
         d_gates_ptr=launch.empty("d_gates_ptr", *gates.shape, dtype=gates.dtype),
         d_hidden_ptr=gates.new_empty(layer.D, layer.T, layer.B, layer.P) if layer.P else None,
         dc_ptr=dc,
+        d_h_0_ptr=d_h_0,
     )
-    if not plan.exact:
-        return results
-    zoned = launch.inputs["rules"].zoneout_h is not None
-    d_h_0 = new(layer.D, layer.B, layer.hidden, dtype=cells.dtype, device=launch.device) if zoned else None
-    return results | dict(d_h_0_ptr=d_h_0)
 
 
 def hidden_of(found: dict[str, Any], layer: Layer) -> Tensor:
@@ -278,24 +278,37 @@ def plan_that_ran(layer: Layer, backward: bool, wanted: Preference = ANY) -> Per
     return found[-1] if found else None
 
 
-def usages(layer: Layer, backward: bool, gpu: GPU, plans: Sequence[PersistentPlan]) -> list[Usage]:
-    """Compile the plans of a layer for a GPU that need not be here. Raises RuntimeError as `usage_elsewhere`."""
-    launch = launch_without_data(layer, backward)
+def usages(
+    layer: Layer, backward: bool, gpu: GPU, plans: Sequence[PersistentPlan], rules: Rules = NONE, draws: bool = True
+) -> list[Usage]:
+    """Compile the plans of a layer for a GPU that need not be here, with the rules as of `launch_without_data`.
+
+    Raises RuntimeError as `usage_elsewhere`.
+    """
+    launch = launch_without_data(layer, backward, rules, draws)
     return [
         usage_elsewhere(kernel_of(launch, plan), plan.grid, launch.arguments(plan), gpu.capability) for plan in plans
     ]
 
 
-def launch_without_data(layer: Layer, backward: bool) -> Launch:
-    """Return a launch of two steps on tensors without memory, to compile it; backward with the usual gradients."""
+def launch_without_data(layer: Layer, backward: bool, rules: Rules = NONE, draws: bool = True) -> Launch:
+    """Return a launch of two steps on tensors without memory, to compile it; backward with the usual gradients.
+
+    rules: of the steps; draws: whether masks are drawn for those that are random.
+    """
     spec, D, B, H, T = layer.spec, layer.D, layer.B, layer.H, 2
 
     def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     lengths, resets = empty(B, dtype=torch.int64), empty(T, B, dtype=torch.bool)
-    order = Order(T, lengths, resets) if layer.ragged else Order(T)
     Q, P = len(spec.peephole_gates) * H, layer.hidden
+    seed = empty(1, dtype=torch.int64) if draws and rules.random else None
+    regularized = drawn(rules, seed, D, T, B, H, P, layer.dtype)
+    if backward and rules.proj_clip:
+        regularized = regularized._replace(clipped=empty(D, T, B, P, dtype=torch.bool))
+    order = Order(T, lengths, resets) if layer.ragged else Order(T)
+    order = order._replace(regularized=regularized)
     w_hr, w_ch = None, empty(D, Q) if spec.diagonal else empty(D, Q, H) if spec.full else None
     if layer.P:
         w_hr = empty(D, P, H)

@@ -56,6 +56,15 @@ def load_step_codes(codes_ptr, n, row, row_mask, length, unit, width, reverse, s
 
 
 @triton.jit
+def code_of(codes):
+    """Return the codes that `load_codes` loaded as int32; 0 where it loaded none."""
+    if len(codes) > 0:
+        return codes[0].to(tl.int32)
+    else:
+        return 0
+
+
+@triton.jit
 def cell_places(cells_ptr, n, t, length, state, direction, stride, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr):
     """Return where step n, of time index t, reads c and where it writes it; CELLS: "all" or "one"."""
     if CELLS == "all":

@@ -73,6 +73,8 @@ def wanted_type(ins: Instruction, *names: str) -> Type:
 INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
 BITS = ("b16", "b32", "b64")
 FLOATS = ("f32", "f64")
+FROM_16 = {"bf16": "from_bf16({})", "f16": "{}.view(f2).astype(f4).view(u4)"}
+"""A register of 16 bits as float32, by type."""
 
 
 @opcode("add", "sub")
@@ -256,10 +258,8 @@ def converted(w: Writer, ins: Instruction) -> str:
             lower, upper = w.source(ins.operands[2], 32), w.source(first, 32)
             return f"pack([{convert}({lower}),{convert}({upper})],32)"
         return f"{convert}({w.source(first, 32)})"
-    if (to, source, rounding) == ("f32", "bf16", []):
-        return f"from_bf16({w.source(first, 16)})"
-    if (to, source, rounding) == ("f32", "f16", []):
-        return f"{w.source(first, 16)}.view(f2).astype(f4).view(u4)"
+    if to == "f32" and source in FROM_16 and not rounding:
+        return FROM_16[source].format(w.source(first, 16))
     if (to, source, rounding) == ("tf32", "f32", ["rna"]):
         return f"to_tf32({w.source(first, 32)})"
     if (to, rounding) == ("s32", ["rzi"]) and source in ("f16", "f32"):  # NaN gives 0, what is beyond the nearest end
