@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from lstm_triton_kernels.gpus import GPUS
 from lstm_triton_kernels.plan import PersistentPlan
 from lstm_triton_kernels.planner import ranked_plans
+from lstm_triton_kernels.regularize import Rules
 from lstm_triton_kernels.sizes import Layer
 
 from benchmarks import suites
@@ -54,6 +55,7 @@ def quick() -> Iterator[Case]:
     yield from within_a_step()
     yield from streamed()
     yield from regularized_plain()
+    yield from with_rules()
     for n, spec in enumerate(VARIANTS):
         yield Case(spec.name, types[n % 4], 2, (5, 17)[n % 2], 24, 1 + n % 2, stepwise=True, resets=n % 3 == 0, I=7)
     yield Case("standard", "bf16", 1, 64, 128, stepwise=True)  # by wgmma
@@ -77,6 +79,46 @@ def quick() -> Iterator[Case]:
         variant = ("standard", "coupled", "diagonal+current", "full")[n]
         yield Case(variant, dtype, 2, 5, (136, 40)[n % 2], wait=("data", None)[n % 2], capability=80, **FLAGS[n])
     yield Case("standard", "tf32", 2, 64, 40, stepwise=True, capability=80)
+
+
+def rules_of(*names: str) -> Rules:
+    """Return the rules of these names, alike in all cases; limits are moved to where no value is (tests/support)."""
+    values = dict(hidden_dropout=0.4, candidate_dropout=0.3, zoneout_h=0.3, zoneout_c=0.2, cell_clip=0.6, proj_clip=0.2)
+    return Rules.rounded(*(value * (name in names) for name, value in values.items()))
+
+
+EACH_RULE = tuple(map(rules_of, Rules._fields))
+ZONEOUT = rules_of("zoneout_h", "zoneout_c")
+ON_HIDDEN = rules_of("hidden_dropout", "zoneout_h", "zoneout_c", "cell_clip")
+ON_CANDIDATE = rules_of("candidate_dropout", "zoneout_h", "zoneout_c", "cell_clip")
+EVERY_RULE = rules_of(*Rules._fields[:5])
+
+
+def clips_projected(case: Case) -> Case:
+    """Return the case with a limit of the projected h, too."""
+    return replace(case, rules=case.rules._replace(proj_clip=EACH_RULE[5].proj_clip))
+
+
+def with_rules() -> Iterator[Case]:
+    """Regularised steps by the kernels in Gluon: each rule alone, and all with all that these kernels have."""
+    for n, rules in enumerate(EACH_RULE[:5]):
+        yield Case("standard", TENSOR_CORES[n % 3], 2, 5, 40, wait="data", rules=rules, weak=n == 3)
+    yield Case("standard", "bf16", 2, 5, 40, wait="data", rules=EACH_RULE[0], capability=80)
+    yield Case("coupled", "tf32", 3, 5, 40, 2, wait="data", P=24, rules=EACH_RULE[5], lengths=True)
+    turns = Case("diagonal", "bf16", 3, 7, 40, 2, wait="data", lengths=True, resets=True, rules=ON_HIDDEN)
+    yield turns.with_blocks_of(3, row_programs=1)
+    yield replace(turns, T=2, B=5, D=1, weak=True, infer=True, rules=ON_CANDIDATE).with_blocks_of(3, row_programs=1)
+    within = clips_projected(Case("full+current", "fp16", 3, 5, 40, wait="data", P=24, rules=ON_HIDDEN, resets=True))
+    yield within
+    yield replace(within, D=2, lengths=True, resets=False).with_blocks_of(3, row_programs=1)
+    yield Case("coupled+full", "tf32", 3, 5, 40, wait="data", rules=ON_HIDDEN, training=False, resets=True)
+    turned = Case("coupled+diagonal+current", "tf32", 2, 5, 40, wait="data", P=20, rules=ON_HIDDEN, weak=True)
+    yield clips_projected(turned.with_blocks_of(3, row_programs=1))
+    many = Case("coupled+diagonal+current", "tf32", 2, 59, 40, wait="data", P=24, rules=ON_CANDIDATE, training=False)
+    yield clips_projected(many.with_shared_rows(16, 32, 4))
+    yield Case("standard", "bf16", 2, 59, 40, wait="data", rules=ON_HIDDEN, lengths=True).with_shared_rows(64, 64, 8)
+    streams = Case("standard", "fp16", 2, 13, 72, wait="data", rules=EVERY_RULE, resets=True, recompute=True)
+    yield streams.with_streamed_weights(16, 8, 2)
 
 
 def shared_rows() -> Iterator[Case]:
@@ -220,6 +262,30 @@ def sm80() -> Iterator[Case]:
         yield Case(variant, dtype, 2, 64, 40, stepwise=True, capability=80)
 
 
+def regularized() -> Iterator[Case]:
+    """All rules with all variants: a row block a program and several, rows that warps share, weights that are streamed.
+
+    Every other case without masks, as in evaluation, and every third in weak memory.
+    """
+    all_rules = (*EACH_RULE, ZONEOUT, ON_HIDDEN, ON_CANDIDATE, EVERY_RULE)
+    for n, (spec, rules) in enumerate(itertools.product(VARIANTS, all_rules)):
+        dtype, flags, projects = TENSOR_CORES[n % 3], FLAGS[(n + n // 4) % 4], (n + n // 2) % 2 or rules.proj_clip > 0
+        case = Case(
+            spec.name, dtype, 3, 5, (40, 72)[n % 2], 1 + n // 3 % 2, "data", rules=rules, training=n // 2 % 2 == 0,
+            P=24 * projects, weak=n % 3 == 1, **flags,
+        )  # fmt: skip
+        case = clips_projected(case) if projects else case
+        kind = n // len(all_rules) + n
+        if kind % 5 < 2:
+            yield case.with_blocks_of(3, row_programs=1 + kind % 2) if kind % 5 else case
+        elif kind % 5 == 2:
+            yield case.with_streamed_weights(16, 8, 2)
+        elif kind % 5 == 3:
+            yield replace(case, B=27, weak=False).with_shared_rows(16, 32, 4)
+        else:
+            yield replace(case, infer=True, B=7).with_blocks_of(3, row_programs=1)
+
+
 def large() -> Iterator[Case]:
     """Layers of 1,536 to 4,096 units at their full size, of one step and up to 128 rows; a minute each."""
     for variant, dtype, B, H, P in (
@@ -301,7 +367,7 @@ def suite() -> Iterator[Case]:
         yield replace(case, own_plans=Plans(other, small) if backward else Plans(small, other))
 
 
-BY_HAND = ("suite", "large")
+BY_HAND = ("suite", "large", "regularized")
 """Groups that `check` runs only if they are named; the second one is in no test."""
 
 GROUPS = {
@@ -313,6 +379,7 @@ GROUPS = {
     "asked": asked,
     "stepwise": stepwise,
     "sm80": sm80,
+    "regularized": regularized,
     "suite": suite,
     "large": large,
 }

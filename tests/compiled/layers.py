@@ -22,10 +22,11 @@ from lstm_triton_kernels.sizes import Layer, ceil_div
 from torch import Tensor
 
 from benchmarks.micro import float32_matmuls
-from lstm_triton import LSTMSpec, eager, layer, normalized, persistent
+from lstm_triton import LSTMSpec, eager, layer, normalized, persistent, reference
 from lstm_triton.directions import OneByOne
 from tests.emulator import Fault
 from tests.emulator.launches import Emulation, emulated
+from tests.support.clipped import clear_of_limits
 from tests.support.persistent import Inputs, LayerCase, errors, expected, inputs_of, plan_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
@@ -224,6 +225,15 @@ def computed(case: Case, inputs: Inputs, engine: str, plans: Plans | None) -> li
     return [*results, found.x, found.h_0, found.c_0, *by_name]
 
 
+def forward_by_reference(case: Case, inputs: Inputs) -> None:
+    """Compute the forward pass of a case by the reference, in float64."""
+    double = inputs.map(Tensor.double)
+    regularized = case.layer_case().order(None, None, torch.float64).regularized
+    states = (double.x, double.h_0, double.c_0, double.weights)
+    with torch.no_grad():
+        reference.layer_states(*states, case.spec, inputs.lengths, inputs.resets, regularized)
+
+
 @dataclass
 class Outcome:
     """What came of a case: errors by name and their bound, why it ended, what the emulator's checks found."""
@@ -248,11 +258,17 @@ class Outcome:
 
 
 def run(case: Case, emulation: Emulation | None = None) -> Outcome:
-    """Execute a case; emulation: None, as it wants. Raises LookupError where it has no plan."""
+    """Execute a case; emulation: None, as it wants. Raises LookupError where it has no plan.
+
+    Limits of clipping are some near the case's that no value comes near.
+    """
     start = time.time()
     emulation = emulation or case.emulation()
-    plans, layer_case = case.plans(), case.layer_case()
-    inputs = inputs_of(layer_case)
+    plans, inputs = case.plans(), inputs_of(case.layer_case())
+    case = replace(
+        case, rules=clear_of_limits(case.rules, lambda some: forward_by_reference(replace(case, rules=some), inputs))
+    )
+    layer_case = case.layer_case()
     wanted = expected(layer_case, inputs)
     outcome = Outcome({}, BOUND[case.dtype], "", [], 0.0)
     with float32_matmuls(case.precision):

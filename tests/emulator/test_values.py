@@ -329,6 +329,20 @@ def test_conversion_from_halves_is_exact(kind, dtype):
         assert_floats(evaluate(f"cvt.f32.{kind} %o, %a;", [bits], "f4"), expected)
 
 
+@pytest.mark.parametrize("kind, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_products_of_halves_are_rounded_once(kind, dtype):
+    """A sum of theirs twice; here of numbers of which float32 has the sum."""
+    bits = np.random.default_rng(0).integers(0, 65536, (4, THREADS)).astype("u2")
+    a, b, c, d = (torch.from_numpy(some.view("i2")).view(dtype).double() for some in bits)
+    product = halves_of((a * b).float().numpy(), dtype)
+    np.testing.assert_array_equal(evaluate(f"mul.{kind} %o, %a, %b;", [bits[0], bits[1]], "u2"), product)
+    pairs = [bits[n].astype("u4") | bits[n + 2].astype("u4") << 16 for n in range(2)]
+    other = halves_of((c * d).float().numpy(), dtype).astype("u4") << 16
+    np.testing.assert_array_equal(evaluate(f"mul.{kind}x2 %o, %a, %b;", pairs, "u4"), other | product)
+    sums = halves_of((a * b + a).float().numpy(), dtype)
+    np.testing.assert_array_equal(evaluate(f"fma.rn.{kind} %o, %a, %b, %c;", [bits[0], bits[1], bits[0]], "u2"), sums)
+
+
 def test_conversion_to_tf32_rounds_ties_away_from_zero():
     a = ties()
     found = evaluate("cvt.rna.tf32.f32 %o, %a;", [a], "u4")
