@@ -235,10 +235,12 @@ def exchanged_forward_kernel(
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
 
     # Gate inputs and masks do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
+    # But not bytes that are adjacent in a thread: the compiler takes them apart before it polls, and waits for them.
     AHEAD: gl.constexpr = STREAMED == 0 and loads_ahead(ROWS, UNITS, PARTS, WARPS)
+    CODES_LATE: gl.constexpr = rules.codes is not None and (not AHEAD or (PARTS == 1 and UNITS > 8))
     if AHEAD:
         a_next = load_gate_inputs(gates_ptr, 0, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
-        codes_next = load_step_codes(codes_ptr, 0, row, row_mask, length, unit, H, reverse, cells_stride, HAS_LENGTHS)
+    codes = load_step_codes(codes_ptr, 0, row, row_mask, length, unit, H, reverse, cells_stride, HAS_LENGTHS)
 
     for iteration in range(steps * blocks):
         n, b = step_of(iteration, block, blocks)
@@ -255,21 +257,23 @@ def exchanged_forward_kernel(
         step_mask = row_mask & (n < length)
         step_tile_mask = tile_mask & step_mask[:, None]
 
-        if AHEAD:
-            a, codes = a_next, codes_next
+        if AHEAD or CODES_LATE:
             after, next_block = step_of(iteration + 1, block, blocks)
             next_row, next_row_mask, next_length = rows_in_turn(
                 in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
             )
+        code = code_of(codes)
+        if AHEAD:
+            a = a_next
             a_next = load_gate_inputs(
                 gates_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, gates_stride, G, HAS_LENGTHS
             )
-            codes_next = load_step_codes(
-                codes_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, cells_stride, HAS_LENGTHS
-            )
         else:
             a = load_gate_inputs(gates_ptr, n, row, row_mask, length, unit, H, reverse, gates_stride, G, HAS_LENGTHS)
-            codes = load_step_codes(codes_ptr, n, row, row_mask, length, unit, H, reverse, cells_stride, HAS_LENGTHS)
+        if rules.codes is not None and not CODES_LATE:
+            codes = load_step_codes(
+                codes_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, cells_stride, HAS_LENGTHS
+            )
         if CELLS != "none":
             cells_before, cells_now = cell_places(
                 cells_ptr, n, t, length, state, direction, cells_stride, CELLS, HAS_LENGTHS
@@ -307,7 +311,10 @@ def exchanged_forward_kernel(
 
         c_previous = c
         i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
-        code = code_of(codes)
+        if CODES_LATE:
+            codes = load_step_codes(
+                codes_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, cells_stride, HAS_LENGTHS
+            )
         c = regularized_cell(i, f, g, c_previous, c, code, rules)
         a_o = sums[G - 1]  # type: ignore[var-annotated]
         if CURRENT:

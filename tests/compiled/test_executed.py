@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from lstm_triton_kernels import sequence_persistent, tensor_core_plan, watch
+from lstm_triton_kernels.regularize import NONE, Rules
 
 from benchmarks.micro import float32_matmuls
 from lstm_triton import VARIANTS
@@ -86,6 +87,23 @@ def test_the_quick_selection_has_a_plan_of_every_kind():
             plan.streamed > flying_of(plan) for plan in streams
         )
     assert 8 in {both.backward.num_warps for both in plans}
+
+
+def test_the_quick_selection_has_every_rule():
+    """Of the kernels in Gluon: each alone, drawn and in evaluation, with each option and each way to load."""
+    some = [case for case in QUICK if case.dtype != "fp32" and not case.stepwise and case.rules != NONE]
+    alone = [case.rules for case in some if sum(value > 0 for value in case.rules) == 1]
+    assert {name for rules in alone for name, value in rules._asdict().items() if value} == set(Rules._fields)
+    together = [case for case in some if sum(value > 0 for value in case.rules) > 3]
+    for name in ("lengths", "resets", "weak", "infer", "recompute", "training", "P"):
+        assert {bool(getattr(case, name)) for case in together} == {False, True}, name
+    for name in ("diagonal", "full", "coupled", "output_current"):
+        assert {getattr(case.spec, name) for case in together} == {False, True}, name
+    plans = [case.plan(side) for case in together for side in (False, True)] + [
+        plan for case in together for plan in case.own_plans or ()
+    ]
+    assert {plan.blocks_per_program > 1 for plan in plans} == {plan.streamed > 0 for plan in plans} == {False, True}
+    assert {plan.parts == 1 for plan in plans} == {False, True}
 
 
 def flying_of(plan):

@@ -19,6 +19,7 @@ if INTERPRETED:
 
 import lstm_triton_kernels
 from lstm_triton_kernels.planner import why_not
+from lstm_triton_kernels.regularize import Rules
 from lstm_triton_kernels.sizes import Layer
 
 from tests.compiled import layers
@@ -56,6 +57,10 @@ FEW_UNITS = Case("coupled", "bf16", 8, 3, 2, 2, lengths=True, resets=True)
 """So many rows that resets, which have no units, reach as far; and that the exchange buffer does within one step."""
 STREAMED = Case("standard", "bf16", 5, 5, 72, 2, wait="data").with_streamed_weights(16, 8, 2)
 WITHIN = Case("full+current", "bf16", 5, 5, 40, 2, wait="data", P=24, lengths=True).with_blocks_of(3)
+RULED = Case(
+    "coupled", "bf16", 5, 11, 40, 2, wait="data", P=24, lengths=True,
+    rules=Rules.rounded(0.4, 0.3, 0.3, 0.2, 0.0, 0.2),
+).with_blocks_of(3, row_programs=2)  # fmt: skip
 PADDED_UNITS = Case("coupled", "fp32", 5, 3, 9, 2)
 """The rows of the plain kernels' hidden states are longer than those of the gates."""
 ALONE = Case("standard", "fp32", 5, 5, 8, 2, lengths=True)
@@ -70,15 +75,15 @@ RESET_STEPS = Case("coupled+diagonal", "fp16", 5, 5, 2, 2, stepwise=True, resets
 FULL_STEPS = Case("full+current", "fp32", 5, 5, 24, stepwise=True, lengths=True)
 
 CASES = [
-    GLUON, SEVERAL, FULL, TURNS, FEW_UNITS, STREAMED, PADDED_UNITS, ALONE, DATA, COUNTER, PLAIN_TURNS, FEW_PLAIN_UNITS,
+    GLUON, SEVERAL, FULL, TURNS, FEW_UNITS, STREAMED, RULED, PADDED_UNITS, ALONE, DATA, COUNTER, PLAIN_TURNS, FEW_PLAIN_UNITS,
     STEPS, RESET_STEPS, FULL_STEPS, WITHIN, PLAIN_WITHIN, DATA_WITHIN,
 ]  # fmt: skip
-QUICK = {GLUON, FEW_UNITS, TURNS, PADDED_UNITS, DATA, FEW_PLAIN_UNITS, STEPS, FULL_STEPS, WITHIN}
+QUICK = {GLUON, RULED, FEW_UNITS, TURNS, PADDED_UNITS, DATA, FEW_PLAIN_UNITS, STEPS, FULL_STEPS, WITHIN}
 
 OF_ALL_STEPS = {
     "gates_ptr", "d_gates_ptr", "gate_input_ptr", "cells_ptr", "output_ptr", "hidden_ptr", "grad_output_ptr",
     "grad_cells_ptr", "exchange_ptr", "peephole_exchange_ptr", "projection_exchange_ptr", "d_hidden_ptr",
-    "unprojected_ptr",
+    "unprojected_ptr", "rules.0", "rules.2",
 }  # fmt: skip
 """Arguments with an axis of time steps; beside resets, which reach as far only with few units."""
 
@@ -148,6 +153,9 @@ FAULTS = {
         for name, kernel in (("forward", FORWARD), ("backward", BACKWARD))
         for of in ("peephole", "projection")
     },
+    "forward, the codes of a direction": (FORWARD, FORWARD, r"side \* T \* cells_stride", RULED),
+    "backward, the codes of a direction": (BACKWARD, BACKWARD, r"side \* T \* cells_stride", RULED),
+    "backward, the clipped of a direction": (BACKWARD, BACKWARD, r"side \* T \* states_stride", RULED),
     "forward, steps beyond a row's length": (FORWARD, FORWARD, r"output_stride \* n\b", FEW_UNITS),
     "backward, steps beyond a row's length": (BACKWARD, BACKWARD, r"gates_stride \* n\b", FEW_UNITS),
     "forward, resets": (FORWARD, FORWARD, OF_RESETS.format("gl"), FEW_UNITS),

@@ -23,6 +23,7 @@ from lstm_triton_kernels import sequence_persistent, settle
 from lstm_triton_kernels.gpus import GPU, GPUS
 from lstm_triton_kernels.plan import PersistentPlan
 from lstm_triton_kernels.planner import MOST_SPILLED, MOST_TRIES, ranked_plans
+from lstm_triton_kernels.regularize import Rules
 from lstm_triton_kernels.sizes import Layer
 
 from benchmarks.simulator.sass import basic_blocks, disassemble, time_loop
@@ -238,6 +239,33 @@ def test_what_does_not_fit_the_chip_is_loaded_once_a_step_and_nothing_spills(nam
     assert len(loads) == plan.streamed * of_chunk and {one.width for one in loads} == {16}
     assert sum(".EF" in one.opcode for one in loads) == plan.beyond_l2 * of_chunk
     assert spills_of_a_step(found.asm["cubin"]) <= MOST_ACCESSES * kernel.layer.ragged
+
+
+REGULARIZED = {
+    "anchor": ANCHOR,
+    "64, 512": ANCHOR._replace(B=64, H=512),
+    "128, 1024": ANCHOR._replace(B=128, H=1024),
+    "1, 256": ANCHOR._replace(B=1, H=256),
+    "anchor in TF32": ANCHOR._replace(dtype=torch.float32, precision="tf32"),
+}
+ALL_RULES = Rules.rounded(0.3, 0.3, 0.1, 0.1, 3.0, 0.0)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (n > 0)) for n, name in enumerate(REGULARIZED)]
+)
+def test_regularised_steps_run_on_the_plan_of_plain_ones_and_hardly_spill(name, backward):
+    layer, gpu = REGULARIZED[name], GPUS["h100"]
+    first = ranked_plans(layer, backward, gpu)[0]
+    (used,) = sequence_persistent.usages(layer, backward, gpu, [first], ALL_RULES)
+    assert used.spilled <= MOST_SPILLED and taken(Kernel(layer, backward, gpu, first)) == first
+    launch = sequence_persistent.launch_without_data(layer, backward, ALL_RULES)
+    assert all(launch.inputs["rules"][n] is not None for n in (0, 1, 3, 4, 5, 6))
+    with settle.absent_gpu(gpu.capability):
+        kernel = sequence_persistent.kernel_of(launch, first)
+        cubin = kernel.run(grid=first.grid, warmup=True, **launch.arguments(first)).asm["cubin"]
+    assert spills_of_a_step(cubin) <= MOST_ACCESSES
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from lstm_triton_kernels.gpus import GPUS
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.plan import ANY, Preference
 from lstm_triton_kernels.planner import ranked_plans
+from lstm_triton_kernels.regularize import NONE, KernelRules, Rules
 from lstm_triton_kernels.sizes import Layer
 from lstm_triton_kernels.spec import STANDARD, LSTMSpec
 
@@ -98,6 +100,40 @@ def launch_of(layer, backward, T=2):
     cells = torch.zeros(D, T + 1, B, H)
     given = (None, None, state, state, gates, cells)
     return sequence_persistent.backward_launch(layer, *given, w_hh, None, w_ch, Order(T))
+
+
+def test_launches_with_other_rules_or_other_masks_are_others():
+    """Which kernel is compiled depends on what there is of the rules."""
+    rates = [Rules(*(0.25 * (n == one) for n in range(6))) for one in range(5)]
+    asked = [(NONE, True), *itertools.product(rates, (True, False))]
+    flags = [sequence_persistent.launch_without_data(LAYER, True, *one).flags for one in asked]
+    evaluated = [(rule, draws) for rule, draws in asked if rule.evaluated() == NONE and not draws]
+    assert len(evaluated) == 2  # without dropout steps are plain
+    clips = 1  # nothing is drawn for it
+    assert len(set(flags)) == len(asked) - len(evaluated) - clips
+    projected = LAYER._replace(P=100)
+    forward, backward = (
+        sequence_persistent.launch_without_data(projected, side, Rules(proj_clip=0.5)).inputs["rules"]
+        for side in (False, True)
+    )
+    assert forward.clipped is None and backward.clipped.shape == (1, 2, 16, 100) and backward.proj_clip == 0.5
+
+
+@pytest.mark.parametrize("changed", [dict(), dict(P=100), dict(dtype=torch.float32)], ids=str)
+def test_zoneout_of_h_has_a_gradient_of_h_0_of_its_own(changed):
+    layer, rules = LAYER._replace(**changed), Rules(zoneout_h=0.5)
+    plan = ranked_plans(layer, True, H100)[0]
+    launches = [sequence_persistent.launch_without_data(layer, True, some) for some in (NONE, rules)]
+    plain, zoned = (sequence_persistent.backward_results(launch, plan)["d_h_0_ptr"] for launch in launches)
+    assert plain is None and zoned.shape == (1, 16, layer.hidden) and zoned.dtype == torch.float32
+
+
+def test_what_zoneout_adds_up_is_zero_before_where_programs_have_several_row_blocks():
+    plan = replace(PLAN, row_blocks=2 * PLAN.row_programs)
+    launch = launch_of(LAYER, True)._replace(
+        inputs=launch_of(LAYER, True).inputs | dict(rules=KernelRules(zoneout_h=0.5))
+    )
+    assert plan.blocks_per_program > 1 and not sequence_persistent.backward_results(launch, plan)["d_h_0_ptr"].any()
 
 
 @pytest.mark.parametrize("wait, counters", [("counter", 2 * 3 * 32), ("data", 1)])
