@@ -33,7 +33,7 @@ from lstm_triton_kernels.rules import (
     ZONEOUT_H_BIT,
     clip_gradient,
     computed_cell,
-    regularized_derivatives,
+    computed_cell_derivatives,
     zone_gradients,
 )
 from lstm_triton_kernels.streamed import first_streamed, streamed_product
@@ -51,7 +51,7 @@ from lstm_triton_kernels.tiles import (
     second_sets,
     sum_buffer,
 )
-from lstm_triton_kernels.time_loop import code_of, load_step_codes, load_saved, rows_in_turn, step_of
+from lstm_triton_kernels.time_loop import code_of, load_saved, load_step_codes, rows_in_turn, step_of
 
 
 @gluon.jit
@@ -298,7 +298,7 @@ def exchanged_backward_kernel(
         code = code_of(codes)
         c = computed_cell(i, f, g, c_previous, c, code, rules)
         by_o, by_c = output_derivatives(o, c)
-        by_i, by_f, by_g = regularized_derivatives(i, f, g, c_previous, code, rules, COUPLED)
+        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED)
 
         slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
         dh = zero

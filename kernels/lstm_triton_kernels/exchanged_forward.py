@@ -43,8 +43,8 @@ from lstm_triton_kernels.tiles import (
 from lstm_triton_kernels.time_loop import (
     cell_places,
     code_of,
-    load_step_codes,
     load_gate_inputs,
+    load_step_codes,
     rows_in_turn,
     step_of,
     store_step,

@@ -73,15 +73,6 @@ def regularized_cell(i, f, g, c_previous, c, code, rules):
 
 
 @triton.jit
-def regularized_derivatives(i, f, g, c_previous, code, rules, COUPLED: tl.constexpr):
-    """Return `cell_derivatives` of f c_{t-1} + i g where g has its mask."""
-    by_i, by_f, by_g = cell_derivatives(i, f, drop_candidate(g, code, rules), c_previous, COUPLED)
-    if rules.candidate_scale is not None:
-        by_g = drop_candidate(i * (1.0 - g * g), code, rules)
-    return by_i, by_f, by_g
-
-
-@triton.jit
 def computed_cell(i, f, g, c_previous, c, code, rules):
     """Return c~, what a step computed, from its gates and c_{t-1}, and from c_t where that is c~."""
     if rules.zoneout_c is not None:
@@ -106,9 +97,7 @@ def load_codes(codes_ptr, place, mask):
 def next_computed_cell(a, v, c_previous, code, rules, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr):
     """Return i, f, g and c~, as `equations.next_cell` returns i, f, g and c_t; g is without its mask."""
     i, f, g, c = next_cell(a, v, c_previous, COUPLED, DIAGONAL)
-    if rules.candidate_scale is not None:
-        c = f * c_previous + i * drop_candidate(g, code, rules)
-    return i, f, g, clip(c, rules.cell_clip)
+    return i, f, g, regularized_cell(i, f, g, c_previous, c, code, rules)
 
 
 @triton.jit
