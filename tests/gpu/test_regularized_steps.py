@@ -22,8 +22,9 @@ from tests.support.parity import RULES, Case, call, errors, expected_results, ra
 pytestmark = NEEDS_GPU
 
 CLIPPED = RULES[3]._replace(proj_clip=0.25)
-BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Of the relative error; no limit in bfloat16, where the gradient of what rounding takes over it is another."""
+BOUND = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Of the relative error. A value that rounding takes over a limit has another gradient: limits are tried in float64,
+and in float32 on few values. In bfloat16 the `torch` backend, on a CPU, is 5e-3 off in the worst gradient."""
 
 SHAPES = {
     "hidden": dict(T=41, B=12, I=33, H=130, rules=RULES[0]),
@@ -31,9 +32,9 @@ SHAPES = {
     "zoneout": dict(T=41, B=12, I=33, H=130, rules=RULES[2], resets=True, states=True),
     "evaluated": dict(T=41, B=12, I=33, H=130, rules=RULES[2], training=False),
 }
-EXACT_SHAPES = {
-    "all": dict(T=41, B=12, I=33, H=40, rules=RULES[3], bidirectional=True, lengths=True, states=True),
-    "projection": dict(T=9, B=12, I=33, H=40, proj_size=20, rules=CLIPPED),
+LIMITED = {
+    "all": dict(B=12, I=33, H=40, rules=RULES[3], bidirectional=True, lengths=True, states=True),
+    "projection": dict(B=12, I=33, H=40, proj_size=20, rules=CLIPPED),
 }
 
 
@@ -48,13 +49,12 @@ def assert_right(case: Case, times: int = 1) -> None:
         assert max(found.values()) <= BOUND[case.dtype], (case, found)
 
 
-@pytest.mark.parametrize("precision", ["float32 ieee"], indirect=True)
-@pytest.mark.parametrize("shape", [*SHAPES, *EXACT_SHAPES])
+@pytest.mark.parametrize("shape", [*SHAPES, *LIMITED])
 @pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
-def test_step_by_step_and_replayed(spec, shape, precision):
-    """The third time and on from graphs."""
-    sizes = (SHAPES | EXACT_SHAPES)[shape]
-    assert_right(Case(spec, dtype=torch.float32, device="cuda", strategy="stepwise", **sizes), times=3)
+def test_step_by_step_and_replayed(spec, shape):
+    """The second time and on from graphs."""
+    sizes = dict(T=41) | (SHAPES | LIMITED)[shape]
+    assert_right(Case(spec, dtype=torch.float64, device="cuda", strategy="stepwise", **sizes), times=3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -65,10 +65,11 @@ def test_step_by_step_in_half_the_bits(spec, shape):
 
 @pytest.mark.parametrize("precision", ["float32 ieee"], indirect=True)
 @pytest.mark.parametrize("wait", ["data", "counter", None])
-@pytest.mark.parametrize("shape", [*SHAPES, *EXACT_SHAPES])
+@pytest.mark.parametrize("shape", [*SHAPES, *LIMITED])
 @pytest.mark.parametrize("spec", [LSTMSpec(), LSTMSpec(True, "diagonal", "current")], ids=lambda spec: spec.name)
 def test_in_one_launch(spec, shape, wait, precision):
-    case = Case(spec, dtype=torch.float32, device="cuda", strategy="persistent", **(SHAPES | EXACT_SHAPES)[shape])
+    sizes = dict(T=5) | (SHAPES | LIMITED)[shape]
+    case = Case(spec, dtype=torch.float32, device="cuda", strategy="persistent", **sizes)
     with sequence_persistent.prefer(Preference(wait) if wait else ANY):
         assert_right(case)
 

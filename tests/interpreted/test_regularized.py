@@ -9,21 +9,19 @@ import torch
 
 import lstm_triton
 from lstm_triton import VARIANTS, LSTMSpec
-from tests.support.parity import RULES, Case, assert_parity, regularized_cases
+from tests.support.parity import RULES, Case, assert_parity, call, random_inputs, regularized_cases
 from tests.support.persistent import LayerCase, concurrently, plan_of
 from tests.support.persistent import assert_right as assert_layer_right
 
-STEPWISE = [replace(case, strategy="stepwise") for spec in VARIANTS for case in regularized_cases(spec)]
+# An odd number of cases for each variant, every second one by each strategy: so each meets both, in other variants.
+CASES = [case for spec in VARIANTS for case in regularized_cases(spec)]
+STEPWISE = [replace(case, strategy="stepwise") for case in CASES[::2]]
+PERSISTENT = [replace(case, strategy="persistent", dtype=torch.float32) for case in CASES[1::2]]
 
 
 @pytest.mark.parametrize("case", STEPWISE, ids=str)
 def test_step_by_step(case):
     assert_parity(case, "triton")
-
-
-PERSISTENT = [
-    replace(case, strategy="persistent", dtype=torch.float32) for spec in VARIANTS for case in regularized_cases(spec)
-]
 
 
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
@@ -49,31 +47,42 @@ def test_one_program_with_all_units(case):
     assert_layer_right(case)
 
 
+# Two row blocks in one program; both directions with two programs of rows; one row block.
+CUTS = {
+    "in turn": (3, 9, 19, 1, dict(rows=5, row_programs=1, parts=8)),
+    "apart": (3, 20, 13, 2, dict(row_programs=2)),
+    "one": (4, 3, 13, 1, {}),
+}
 WAITING = [
     LayerCase(spec, plan_of(B, H, D, wait=wait, **cut), T, B, H, P=P, rules=rules, **options)
-    for spec, P in ((VARIANTS[0], 0), (LSTMSpec(False, "full"), 0), (FULL, 7), (LSTMSpec(False, "diagonal"), 9))
-    for wait in ("counter", "data")
-    for T, B, H, D, cut, rules, options in (
-        # two row blocks in one program
-        (4, 9, 19, 1, dict(rows=5, row_programs=1, parts=8), RULES[3], dict(lengths=True, resets=True)),
-        # both directions, two programs of rows
-        (3, 20, 13, 2, dict(row_programs=2), RULES[4], dict(lengths=True)),
-        (3, 9, 13, 1, dict(rows=5, row_programs=1), RULES[2], dict(training=False, resets=True)),
+    for spec, P, wait, rules, name, options in (
+        (VARIANTS[0], 0, "data", RULES[3], "in turn", dict(lengths=True, resets=True)),
+        (VARIANTS[0], 7, "counter", CLIPPED, "in turn", dict(resets=True)),
+        (VARIANTS[0], 0, "counter", RULES[4], "apart", dict(lengths=True)),
+        (VARIANTS[0], 0, "data", RULES[3], "one", dict(recompute=True)),
+        (LSTMSpec(True, "diagonal", "current"), 0, "data", RULES[4], "in turn", dict(lengths=True)),
+        (LSTMSpec(False, "full"), 0, "counter", RULES[3], "in turn", dict(resets=True)),
+        (LSTMSpec(False, "full"), 9, "data", CLIPPED, "one", dict(lengths=True)),
+        (FULL, 0, "data", RULES[3], "in turn", dict(lengths=True, resets=True)),
+        (FULL, 0, "counter", RULES[4], "one", dict(lengths=True, resets=True)),
+        (FULL, 7, "data", RULES[2], "in turn", dict(training=False, resets=True)),
     )
-]
-WAITING += [
-    LayerCase(spec, plan_of(5, 13, wait=wait, **cut), 4, 5, 13, P=6, rules=CLIPPED, resets=True)
-    for spec, wait, cut in (
-        (VARIANTS[0], "data", dict(rows=3, row_programs=1)),
-        (FULL, "counter", dict(rows=3, row_programs=1)),
-        (FULL, "data", {}),
-    )
+    for T, B, H, D, cut in (CUTS[name],)
 ]
 
 
 @pytest.mark.parametrize("case", WAITING, ids=str)
 def test_programs_that_wait_for_each_other(case):
     assert_layer_right(case, concurrently(delay=1e-4))
+
+
+@pytest.mark.parametrize("rules", [RULES[3], RULES[4], CLIPPED], ids=str)
+def test_gradients_match_finite_differences(rules):
+    """Step by step, along random directions."""
+    case = Case(FULL, T=3, B=2, I=2, H=4, proj_size=3 * (rules.proj_clip > 0), rules=rules, strategy="stepwise")
+    inputs = tuple(random_inputs(case).values())
+    with lstm_triton.backend("triton"):
+        assert torch.autograd.gradcheck(lambda *tensors: call(case, *tensors), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("strategy", ["stepwise", "persistent"])
