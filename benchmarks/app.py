@@ -343,7 +343,7 @@ def simulate_command(
     hidden: Annotated[int | None, typer.Option(min=1, help="Units of the layer.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows.")] = None,
     dtype: Dtype = "bfloat16",
-    variant: Annotated[str, typer.Option(help="Of the cell.")] = "standard",
+    variant: Annotated[str, typer.Option(help=f"Of the cell, or {', '.join(suites.REGULARIZED)}.")] = "standard",
     directions: Annotated[int, typer.Option(min=1, max=2, help="1, or 2 for a bidirectional layer.")] = 1,
     proj: Projection = None,
     gpu: Annotated[str, typer.Option(help="The GPU that is simulated.")] = "h100",
@@ -374,7 +374,7 @@ def simulate_command(
     views = {"--json": (as_json, passes.as_json), "--all-plans": (all_plans, passes.every_plan)}
     views["--code"] = (code, passes.instructions)
     asked = [option for option, (wanted, _) in views.items() if wanted]
-    known("--variant", [variant], [spec.name for spec in VARIANTS])
+    known("--variant", [variant], [*(spec.name for spec in VARIANTS), *suites.REGULARIZED])
     known("--wait", [wait] if wait else [], ("counter", "data"))
     if gpu not in MACHINES:
         raise typer.BadParameter(f"--gpu: no model of {gpu!r}: there are {', '.join(MACHINES)}")

@@ -103,7 +103,7 @@ class Case:
     @property
     def spec(self) -> LSTMSpec:
         """Return the variant."""
-        return LSTMSpec() if self.variant in REGULARIZED else LSTMSpec.parse(self.variant)
+        return spec_of(self.variant)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -113,9 +113,7 @@ class Case:
     @property
     def rules(self) -> Rules:
         """Return the rules of the steps: in inference without dropout."""
-        default = dict(recurrent_dropout=0.0, recurrent_dropout_on="hidden", zoneout=(0.0, 0.0), cell_clip=None)
-        given: dict[str, Any] = default | self.options
-        return regularization.rules_of(**given, proj_clip=None, proj_size=self.P, training=self.mode == TRAINING)
+        return rules_of(self.variant, self.mode == TRAINING)
 
     @property
     def training_only(self) -> bool:
@@ -135,6 +133,18 @@ class Case:
     def steps(self) -> int:
         """Return the time steps of all layers and directions together."""
         return self.T * self.L * self.D
+
+
+def spec_of(variant: str) -> LSTMSpec:
+    """Return the variant of a case's `variant`. Raises ValueError listing all names for another."""
+    return LSTMSpec() if variant in REGULARIZED else LSTMSpec.parse(variant)
+
+
+def rules_of(variant: str, training: bool = True) -> Rules:
+    """Return the rules of the steps of a case's `variant`."""
+    default = dict(recurrent_dropout=0.0, recurrent_dropout_on="hidden", zoneout=(0.0, 0.0), cell_clip=None)
+    given: dict[str, Any] = default | REGULARIZED.get(variant, {})
+    return regularization.rules_of(**given, proj_clip=None, proj_size=0, training=training)
 
 
 def regime(case: Case, device_type: str) -> str:

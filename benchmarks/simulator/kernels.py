@@ -27,8 +27,7 @@ from lstm_triton_kernels.tensor_core_plan import fits
 from triton.runtime.interpreter import InterpretedFunction
 
 from benchmarks.simulator.conflicts import Access, count_wavefronts
-from benchmarks.suites import STORAGE
-from lstm_triton import LSTMSpec
+from benchmarks.suites import STORAGE, rules_of, spec_of
 
 H100 = GPUS["h100"]
 
@@ -45,8 +44,8 @@ class Case:
     """One pass of a layer, with the usual gradients; of the plan what is wanted, None: as planned.
 
     - B, H, D: rows, units, directions; P: hidden size after projection, 0 without one
-    - variant: the name of an LSTMSpec; dtype: a key of `suites.STORAGE`
-    - rules: of regularised steps; draws: whether masks are drawn for those that are random
+    - variant: of a `suites.Case`; dtype: a key of `suites.STORAGE`
+    - rules: of regularised steps, None: those of the variant; draws: whether masks are drawn for those that are random
     """
 
     B: int
@@ -59,7 +58,7 @@ class Case:
     block_u: int | None = None
     block_b: int | None = None
     P: int = 0
-    rules: Rules = NONE
+    rules: Rules | None = None
     draws: bool = True
 
     @property
@@ -67,7 +66,7 @@ class Case:
         """Its sizes; a forward pass saves what a backward pass reads."""
         precision = "tf32" if self.dtype == "tf32" else "ieee"
         sizes = (self.B, self.H, self.D)
-        spec, storage = LSTMSpec.parse(self.variant), STORAGE[self.dtype]
+        spec, storage = spec_of(self.variant), STORAGE[self.dtype]
         return Layer(spec, STEPS, *sizes, storage, precision, P=self.P, training=True)
 
     @property
@@ -96,16 +95,17 @@ def compile_case(case: Case) -> Compiled:
     """
 
     def usage_of(plan: PersistentPlan) -> Usage | None:
-        usage = compile_plan(case.layer, case.backward, plan, case.rules, case.draws).usage
+        usage = compile_plan(case.layer, case.backward, plan, rules, case.draws).usage
         return usage if fits(plan.together, usage.shared, H100) else None
 
+    rules = rules_of(case.variant) if case.rules is None else case.rules
     plans = ranked_plans(case.layer, case.backward, H100, case.wanted)
     if isinstance(plans, str):
         raise LookupError(plans)
     plan = first_clean(plans, usage_of)
     if plan is None:
         raise LookupError("no plan fits the shared memory of a thread block as compiled")
-    return compile_plan(case.layer, case.backward, plan, case.rules, case.draws)
+    return compile_plan(case.layer, case.backward, plan, rules, case.draws)
 
 
 @functools.cache

@@ -33,7 +33,7 @@ STREAMS = {"load_streamed"}
 EQUATIONS = {
     "next_cell", "output_gate", "output_derivatives", "cell_derivatives", "previous_cell_gradient", "tanh", "sigmoid",
     "exp2_approx", "reciprocal_approx", "drop_candidate", "clip", "clip_gradient", "zone", "zone_gradients",
-    "regularized_cell", "regularized_derivatives", "computed_cell",
+    "regularized_cell", "next_computed_cell", "computed_cell_derivatives", "computed_cell",
 }  # fmt: skip
 STORES = {"exchange_store", "exchange_arrive", "publish", "arrive", "publish_operand", "publish_state", "publish_gates"}
 ARRIVES = {"arrive"}

@@ -117,7 +117,7 @@ def test_bad_input_is_named(tmp_path, monkeypatch, arguments, said):
 def test_a_projection_is_simulated_and_named(monkeypatch):
     monkeypatch.setattr(passes, "as_text", lambda case, machine: [passes.heading(case, machine), repr(case)])
     code, output = call(*SMALL, "--proj", 4)
-    assert code == 0 and "B=16 H=8 P=4 standard bfloat16" in output and "P=4)" in output
+    assert code == 0 and "B=16 H=8 P=4 standard bfloat16" in output and " P=4," in output
     assert "P=" not in call(*SMALL)[1].splitlines()[0]
 
 
@@ -169,7 +169,8 @@ def test_the_shapes_are_those_of_the_suites_once_each_the_most_telling_first():
     assert [(case.B, case.H) for case in found[:7]] == list(table.FIRST)
     assert len(set(found)) == len(found) and {case.D for case in found} == {1, 2}
     variants = {"standard", "coupled", "diagonal", "full", "full+current", "diagonal+current"}
-    assert variants == {case.variant for case in found} and Case(16, 1024, variant="diagonal+current", P=512) in found
+    assert variants | set(suites.REGULARIZED) == {case.variant for case in found} - {"norm"}
+    assert Case(16, 1024, variant="diagonal+current", P=512) in found
     of_suites = {(case.variant, case.B, case.H, case.D, case.P) for case in suites.cases(suites.SUITES, ("bfloat16",))}
     assert {(case.variant, case.B, case.H, case.D, case.P) for case in found[7:]} <= of_suites
     assert any(case.H == 2048 for case in found)
