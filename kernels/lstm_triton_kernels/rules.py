@@ -28,7 +28,7 @@ def drop_candidate(g, code, rules):
 def clip(x, limit):
     """Return x within [-limit, limit]; a NaN stays one."""
     if limit is not None:
-        x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
+        x = tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     return x
 
 

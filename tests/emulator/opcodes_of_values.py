@@ -92,9 +92,13 @@ def extremes(w: Writer, ins: Instruction) -> str:
     if ins.modifiers[-1] in ("u16x2", "s16x2"):
         return halves(w, ins)
     kind = wanted_type(ins, *INTEGERS, *FLOATS)
-    require("NaN" not in ins.modifiers, ins)
-    function = f"np.f{ins.name}" if kind.kind == "f" else f"np.{ins.name}imum"  # of a NaN and a number the number
+    of_sizes = ins.modifiers[-3:-1] == ["xorsign", "abs"]
+    require(ins.modifiers[1:-1] in ([], ["NaN"], ["NaN", "xorsign", "abs"]), ins)
+    number = kind.kind == "f" and "NaN" not in ins.modifiers  # of a NaN and a number the number
+    function = f"np.f{ins.name}" if number else f"np.{ins.name}imum"
     a, b = map(kind.view, w.sources(ins.operands[1:], kind.bits))
+    if of_sizes:
+        return kind.bits_back(f"extreme_of_sizes({function},{a},{b})")
     return kind.bits_back(f"{function}({a},{b})")
 
 

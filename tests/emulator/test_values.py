@@ -227,6 +227,15 @@ def test_float_arithmetic_is_ieee(kind):
         assert_floats(evaluate(f"abs.{kind} %o, %a;", [a], out), np.abs(a))
 
 
+def test_extremes_may_keep_nan_and_be_of_sizes():
+    a, b = operands(("f32", "f32"))
+    product_sign = np.where(np.signbit(a) != np.signbit(b), -1, 1).astype("f4")
+    for name, function in {"min": np.minimum, "max": np.maximum}.items():
+        assert_floats(evaluate(f"{name}.NaN.f32 %o, %a, %b;", [a, b], "f4"), function(a, b))
+        found = evaluate(f"{name}.NaN.xorsign.abs.f32 %o, %a, %b;", [a, b], "f4")
+        assert_floats(found, function(np.abs(a), np.abs(b)) * product_sign)
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_products_of_16_bits_are_rounded_to_nearest(kind):
     """One and two at a time; the second half of a pair is that of the upper 16 bits."""
@@ -421,7 +430,7 @@ def test_special_registers():
     ["sad.u32 %o, %a, %a, %a;", "add.cc.u32 %o, %a, %a;", "add.sat.s32 %o, %a, %a;", "mul.ftz.f32 %o, %a, %a;",
      "cvt.rz.f32.u32 %o, %a;", "cvt.rn.satfinite.e4m3x2.f32 %o, %a, %a;", "mul24.lo.u32 %o, %a, %a;",
      "bfe.u32 %o, %a, %a, 3;", "shf.l.clamp.b32 %o, %a, %a, %a;", "fma.rn.f64 %o, %a, %a, %a;",
-     "setp.lt.and.f32 %o, %a, %a, %a;", "min.NaN.f32 %o, %a, %a;", "add.f16x2 %o, %a, %a;"],
+     "setp.lt.and.f32 %o, %a, %a, %a;", "min.ftz.f32 %o, %a, %a;", "add.f16x2 %o, %a, %a;"],
 )  # fmt: skip
 def test_what_is_not_modelled_is_refused(statement):
     with pytest.raises(Fault, match="no such"):

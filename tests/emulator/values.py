@@ -7,6 +7,7 @@ Floats are their bits. What numpy's own operators do is not here: `translate` wr
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -175,3 +176,9 @@ def to_tf32(x: Array) -> Array:
     """Round float32 to tf32, to nearest, ties away from zero (cvt.rna); NaN becomes the canonical one."""
     bits = x.view(u4)
     return np.where(np.isnan(x.view(f4)), u4(0x7FFFFFFF), (bits + u4(0x1000)) & u4(0xFFFFE000))
+
+
+def extreme_of_sizes(function: Callable[[Array, Array], Array], a: Array, b: Array) -> Array:
+    """Return `min` or `max` of the absolute values of a and b with the sign of their product (.xorsign.abs)."""
+    sizes = function(np.abs(a), np.abs(b))
+    return np.where(np.signbit(a) != np.signbit(b), -sizes, sizes)
