@@ -81,6 +81,8 @@ GAP = {"alu": 2, "imad": 2, "mufu": 8}
 MEMORY = {"LDS", "STS", "LDSM", "SHFL", "LDG", "STG", "ATOMG", "ATOM", "RED", "REDG", "ATOMS", "STSM"}
 UNKNOWN = {"HGMMA", "LDGSTS", "UBLKCP", "UTMALDG", "UTMASTG", "SYNCS"}
 """Instructions that run beside the warp's own or wait for such: the model has none of them."""
+PUBLISHES = {"STG", "ATOMG", "ATOM", "RED", "REDG"}
+"""Those by which others see something; what else a function that publishes is made of may stand before another wait."""
 QUEUE = 16
 """Cycles that memory instructions may be issued ahead of their common path."""
 
@@ -152,7 +154,8 @@ class ThreadBlock:
         self.waiting: dict[tuple[int, int], list[tuple[Warp, int]]] = {}  # at a barrier, by thread block and number
         self.published: dict[tuple[int, int, int], int] = {}  # when, by thread block (or warp), iteration, exchange
         self.waits = sorted(step.detours)  # their places
-        stores = {self.exchange_of(n) for n, phase in enumerate(step.phases) if phase == "store"}
+        places = [n for n, phase in enumerate(step.phases) if phase == "store" and step.code[n].name in PUBLISHES]
+        stores = {self.exchange_of(n) for n in places}
         self.exchanges = sorted(stores) or [len(self.waits)]
         self.samples: dict[tuple[int, int, int], int] = {}  # when a poll first read what others publish
         self.failed_polls: Counter[int] = Counter()  # by iteration
