@@ -265,7 +265,8 @@ def sm80() -> Iterator[Case]:
 def regularized() -> Iterator[Case]:
     """All rules with all variants: a row block a program and several, rows that warps share, weights that are streamed.
 
-    Every other case without masks, as in evaluation, and every third in weak memory.
+    Two of four cases without masks, as in evaluation, and every third in weak memory. In bfloat16 nothing is clipped
+    together with other rules: of so many values some are too near the limit (tests/support/clipped.py).
     """
     all_rules = (*EACH_RULE, ZONEOUT, ON_HIDDEN, ON_CANDIDATE, EVERY_RULE)
     for n, (spec, rules) in enumerate(itertools.product(VARIANTS, all_rules)):
@@ -274,7 +275,10 @@ def regularized() -> Iterator[Case]:
             spec.name, dtype, 3, 5, (40, 72)[n % 2], 1 + n // 3 % 2, "data", rules=rules, training=n // 2 % 2 == 0,
             P=24 * projects, weak=n % 3 == 1, **flags,
         )  # fmt: skip
-        case = clips_projected(case) if projects else case
+        if dtype != "bf16":
+            case = clips_projected(case) if projects else case
+        elif rules not in EACH_RULE:
+            case = replace(case, rules=rules._replace(cell_clip=0.0))
         kind = n // len(all_rules) + n
         if kind % 5 < 2:
             yield case.with_blocks_of(3, row_programs=1 + kind % 2) if kind % 5 else case
