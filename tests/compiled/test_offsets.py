@@ -58,8 +58,8 @@ FEW_UNITS = Case("coupled", "bf16", 8, 3, 2, 2, lengths=True, resets=True)
 STREAMED = Case("standard", "bf16", 5, 5, 72, 2, wait="data").with_streamed_weights(16, 8, 2)
 WITHIN = Case("full+current", "bf16", 5, 5, 40, 2, wait="data", P=24, lengths=True).with_blocks_of(3)
 RULED = Case(
-    "coupled", "bf16", 5, 11, 40, 2, wait="data", P=24, lengths=True,
-    rules=Rules.rounded(0.4, 0.3, 0.3, 0.2, 0.0, 0.2),
+    "coupled", "fp16", 5, 11, 40, 2, wait="data", P=36, lengths=True,
+    rules=Rules.rounded(0.4, 0.3, 0.3, 0.2, 0.0, 0.6),
 ).with_blocks_of(3, row_programs=2)  # fmt: skip
 PADDED_UNITS = Case("coupled", "fp32", 5, 3, 9, 2)
 """The rows of the plain kernels' hidden states are longer than those of the gates."""
