@@ -127,14 +127,17 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
     - output_peephole: which cell state the output gate reads. "previous", the default, is a simplified form in which it
       reads c, as the other gates do. Textbook peepholes (Gers & Schmidhuber 2000; TensorFlow, ONNX) are "current":
       there it reads c'
+    - layer_norm, zoneout, cell_clip, forget_bias: as in `LSTM`
 
     Parameters, with G gate blocks in the order i, f, g, o (coupled: f, g, o) and Q peephole blocks in the order i, f, o
     (coupled: f, o):
 
     - weight_ih: W_ih, (G·H, I); weight_hh: W_hh, (G·H, H); bias_ih, bias_hh: (G·H,), or None without bias
     - weight_ch: V, diagonal (Q·H,), full (Q·H, H), or None without a peephole
+    - weight_ln_ih, weight_ln_hh: (G·H,), weight_ln_c: (H,), bias_ln_c: (H,) or None without bias; with layer_norm
 
-    Raises TypeError if coupled is no bool, ValueError for an unknown variant.
+    Raises TypeError if coupled or layer_norm is no bool, ValueError for an unknown variant, and for a probability or
+    limit that is none.
     """
 
     weight_ih: Tensor
@@ -255,6 +258,18 @@ class LSTM(VariantModule, nn.RNNBase):
     - output_peephole: which cell state the output gate reads. "previous", the default, is a simplified form in which it
       reads c_{t-1}, as the other gates do. Textbook peepholes (Gers & Schmidhuber 2000; TensorFlow, ONNX) are
       "current": there it reads c_t
+    - recurrent_dropout: probability of zeroing elements within the recurrence, in training; recurrent_dropout_on:
+      "hidden", the default, of h_{t-1} with one mask for all steps (Gal & Ghahramani 2016), or "candidate", of g with a
+      mask for each step (Semeniuta et al. 2016)
+    - zoneout: (p_h, p_c), the probabilities of an element of h_t and of c_t keeping the value of the step before
+      (Krueger et al. 2017); in evaluation its expectation
+    - weight_dropout: probability of zeroing an element of W_hh, in training, with one mask for a call (Merity et al.
+      2018)
+    - cell_clip, proj_clip: largest absolute value of an element of c_t, and of a projected h_t; what is beyond has
+      gradient zero (TensorFlow's LSTMCell)
+    - layer_norm: whether W_ih x_t, W_hh h_{t-1} and c_t (for h_t alone) are normalised (Ba et al. 2016)
+    - forget_bias: what both biases of the forget gate are initialised to, in sum (Jozefowicz et al. 2015); None: as the
+      others
     - strategy: what computes the recurrence, "auto", "persistent", "stepwise" or "cudnn"; recompute: whether the
       backward pass computes the gates again to save memory. Both as in `functional.lstm`, and attributes that may be
       set at any time
@@ -266,8 +281,13 @@ class LSTM(VariantModule, nn.RNNBase):
     - weight_hh_l{k}: W_hh, (G·H, P); bias_ih_l{k}, bias_hh_l{k}: (G·H,), absent without bias
     - weight_hr_l{k}: W_hr, (P, H), with proj_size
     - weight_ch_l{k}: V, diagonal (Q·H,), full (Q·H, H), with a peephole
+    - weight_ln_ih_l{k}, weight_ln_hh_l{k}: gains of the normalised products, (G·H,), weight_ln_c_l{k}, bias_ln_c_l{k}:
+      gain and shift of the normalised c_t, (H,), with layer_norm (the shift only with bias)
 
-    Raises TypeError and ValueError as `torch.nn.LSTM` does, ValueError for an unknown variant or strategy.
+    Equations of the regularised steps, and where their random numbers come from: docs/regularization.md.
+
+    Raises TypeError and ValueError as `torch.nn.LSTM` does, ValueError for an unknown variant or strategy, and for a
+    probability or limit that is none.
     """
 
     mode: str = "LSTM"
