@@ -13,6 +13,7 @@ from lstm_triton_kernels.gates import add_output_peephole, gate_preactivations
 from lstm_triton_kernels.normalize import Products
 from lstm_triton_kernels.normalized_cell import normalized_backward, normalized_forward
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.sequence_stepwise import project, unproject
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
 
@@ -54,11 +55,8 @@ def forward(
         else:
             normalized_forward(*buffers, *variant)
         if weights.weight_hr is not None:
-            torch.mm(hidden[0], weights.weight_hr.t(), out=output[step.t])
-            if rules.proj_clip:
-                output[step.t].clamp_(-rules.proj_clip, rules.proj_clip)
-            if rules.zoneout_h:
-                output[step.t].copy_(regularized.at(step.t).zone_hidden(output[step.t], h[h_index]))
+            before = h[h_index] if rules.zoneout_h else None
+            project(hidden[0], before, regularized.at(step.t), weights.weight_hr, output[step.t])
 
 
 def backward(
@@ -88,16 +86,10 @@ def backward(
         if grad_cells is not None:
             dc += grad_cells[step.t]
         if d_hidden is not None and weights.weight_hr is not None:
-            grad_h = dh if grad_output is None else dh + grad_output[step.t]
-            if kept is not None or regularized.clipped is not None:
-                own = regularized.at(step.t)
-                grad_h, of_previous = own.split_hidden(grad_h if kept is None else grad_h + kept)
-                if kept is not None:
-                    kept.copy_(of_previous)
-            d_hidden[step.t] = grad_h
-            torch.mm(d_hidden[step.t], weights.weight_hr, out=dr)
-        of_output = None if projected else grad_output
-        buffers = (of_output, dr, None if projected else kept, dc, computed, gates, cells, products, d_gates, d_product)
+            of_output = None if grad_output is None else grad_output[step.t]
+            unproject(dh, of_output, kept, regularized.at(step.t), weights.weight_hr, d_hidden[step.t], dr)
+        of_all = None if projected else grad_output
+        buffers = (of_all, dr, None if projected else kept, dc, computed, gates, cells, products, d_gates, d_product)
         variant = (weights, spec, of_kernels, step, resets)
         if computed is not None and v_o is not None:
             normalized_backward(*buffers, *variant, grad_cell=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lstm_triton_kernels.cell import cell_backward, cell_forward
 from lstm_triton_kernels.gates import add_output_peephole, gate_preactivations
 from lstm_triton_kernels.order import Order
+from lstm_triton_kernels.regularize import Regularized
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
 
@@ -58,11 +59,33 @@ def forward(
         else:
             cell_forward(*buffers, *indices, *regular)
         if weights.weight_hr is not None:
-            torch.mm(hidden[0], weights.weight_hr.t(), out=output[step.t])
-            if rules.proj_clip:
-                output[step.t].clamp_(-rules.proj_clip, rules.proj_clip)
-            if before is not None:
-                output[step.t].copy_(regularized.at(step.t).zone_hidden(output[step.t], before))
+            project(hidden[0], before, regularized.at(step.t), weights.weight_hr, output[step.t])
+
+
+def project(hidden: Tensor, before: Tensor | None, regularized: Regularized, weight_hr: Tensor, output: Tensor) -> None:
+    """Compute h_t (B, P) of a projected layer into output, from o tanh(c~) (B, H) and, with zoneout, h_{t-1}."""
+    torch.mm(hidden, weight_hr.t(), out=output)
+    if limit := regularized.rules.proj_clip:
+        output.clamp_(-limit, limit)
+    if before is not None:
+        output.copy_(regularized.zone_hidden(output, before))
+
+
+def unproject(
+    dh: Tensor, grad_output: Tensor | None, kept: Tensor | None, regularized: Regularized, weight_hr: Tensor,
+    d_hidden: Tensor, d_unprojected: Tensor,
+) -> None:  # fmt: skip
+    """Compute the gradients of W_hr (o tanh(c~)) into d_hidden (B, P) and of o tanh(c~) into d_unprojected (B, H).
+
+    From that of h_t, the sum of dh, grad_output and kept, each (B, P); kept becomes what zoneout passes on.
+    """
+    grad_h = dh if grad_output is None else dh + grad_output
+    if kept is not None or regularized.clipped is not None:
+        grad_h, of_previous = regularized.split_hidden(grad_h if kept is None else grad_h + kept)
+        if kept is not None:
+            kept.copy_(of_previous)
+    d_hidden.copy_(grad_h)
+    torch.mm(d_hidden, weight_hr, out=d_unprojected)
 
 
 def backward(
@@ -96,14 +119,8 @@ def backward(
         if grad_cells is not None:
             dc += grad_cells[step.t]
         if d_hidden is not None and weights.weight_hr is not None:
-            grad_h = dh if grad_output is None else dh + grad_output[step.t]
-            if kept is not None or regularized.clipped is not None:
-                own = regularized.at(step.t)
-                grad_h, of_previous = own.split_hidden(grad_h if kept is None else grad_h + kept)
-                if kept is not None:
-                    kept.copy_(of_previous)
-            d_hidden[step.t] = grad_h
-            torch.mm(d_hidden[step.t], weights.weight_hr, out=dr)
+            of_output = None if grad_output is None else grad_output[step.t]
+            unproject(dh, of_output, kept, regularized.at(step.t), weights.weight_hr, d_hidden[step.t], dr)
         buffers = (None if projected else grad_output, dr, dc, gates, cells, d_gates, weights.weight_ch, spec)
         indices = (step.t, step.previous, step.current, resets, None if projected else kept, of_kernels)
         if v_o is not None:
