@@ -65,7 +65,7 @@ class Rules(NamedTuple):
     @property
     def random(self) -> bool:
         """Whether masks are drawn in training."""
-        return self.hidden_dropout > 0 or bool(self.of_steps)
+        return self.hidden_dropout > 0 or len(self.of_steps) > 0
 
     def evaluated(self) -> Rules:
         """Return the rules without dropout, as they are where nothing is drawn."""
