@@ -154,6 +154,10 @@ def lstm_cell(
     checks.cell_dtypes(x, (h, c, *flat))
     checks.same_device(x.device, (h, c), flat)
 
+    if route.name == "reference" and rules == NONE:
+        checks.computed_dtype(x.dtype)
+        h, c = second_order.cell(x, h, c, weights, spec)
+        return (h, c) if batched else (h[0], c[0])
     seed = regularization.seed_for(rules, training, x.device)
     call = Call(spec.name, bias_ih is not None, False, route.name, rules=() if rules == NONE else rules)
     given = (x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0))
@@ -270,7 +274,8 @@ def lstm(
     rules = regularization.rules_of(
         recurrent_dropout, recurrent_dropout_on, zoneout, cell_clip, proj_clip, proj_size, training
     )
-    regularization.probability("weight_dropout", weight_dropout)
+    if weight_dropout:
+        regularization.probability("weight_dropout", weight_dropout)
     L, D = num_layers, 2 if bidirectional else 1
     taken = take(
         input, hx, weights, spec, L, D, bias, batch_first, proj_size, strategy, lengths, resets, return_cell_states,
@@ -283,7 +288,9 @@ def lstm(
     if order.lengths is not None:
         x = order.zero_beyond(x)
     drop = dropout if training and L > 1 else 0.0
-    weights = regularization.drop_weights(weights, spec.parameter_names(bias, proj_size > 0), weight_dropout, training)
+    if weight_dropout and training:
+        names = spec.parameter_names(bias, proj_size > 0)
+        weights = regularization.drop_weights(weights, names, weight_dropout)
     cell_states = None
     # Autocast would cast the arguments of PyTorch's operator once more: on CUDA to float16, whatever was asked for.
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lstm_triton_kernels.order import Order
-from lstm_triton_kernels.regularize import NONE, Regularized, Rules, drawn
+from lstm_triton_kernels.regularize import UNREGULARIZED, Regularized, Rules, drawn
 from lstm_triton_kernels.sizes import accumulator_dtype
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
@@ -55,9 +55,10 @@ class Call(NamedTuple):
 
     def regularized(self, seed: Tensor | None, x: Tensor, h_0: Tensor, c_0: Tensor) -> Regularized:
         """Return the rules of the steps with masks drawn from a seed (1,) int64, for x (T, B, I) and the states."""
+        if not self.rules:
+            return UNREGULARIZED
         D, B, H = c_0.shape
-        rules = Rules.rounded(*self.rules) if self.rules else NONE
-        return drawn(rules, seed, D, x.shape[0], B, H, h_0.shape[2], x.dtype)
+        return drawn(Rules.rounded(*self.rules), seed, D, x.shape[0], B, H, h_0.shape[2], x.dtype)
 
     def fused(self, T: int) -> bool:
         """Return whether the input side of the gates is computed in the step's own matmul, not by a GEMM before it."""

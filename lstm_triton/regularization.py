@@ -100,9 +100,7 @@ def seed_for(rules: Rules, training: bool, device: torch.device) -> Tensor | Non
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def drop_weights(weights: Sequence[Tensor], names: Sequence[str], rate: float, training: bool) -> Sequence[Tensor]:
+def drop_weights(weights: Sequence[Tensor], names: Sequence[str], rate: float) -> Sequence[Tensor]:
     """Return the weights with dropout on every W_hh (Merity et al. 2018); names: of one direction's parameters."""
-    if rate == 0 or not training:
-        return weights
     place = names.index("weight_hh")
     return [F.dropout(w, rate) if n % len(names) == place else w for n, w in enumerate(weights)]

@@ -128,10 +128,14 @@ class Regularized(NamedTuple):
 
     def direction(self, n: int) -> Regularized:
         """Return what holds for one direction, of what holds for a layer."""
+        if self is UNREGULARIZED:
+            return self
         return Regularized(self.rules, *(None if masks is None else masks[n] for masks in self[1:]))
 
     def at(self, t: int | slice) -> Regularized:
         """Return what holds for a step, or some, of what holds for all steps of one direction."""
+        if self is UNREGULARIZED:
+            return self
         codes, clipped = (None if masks is None else masks[t] for masks in (self.codes, self.clipped))
         return self if codes is clipped is None else self._replace(codes=codes, clipped=clipped)
 
