@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lstm_triton_kernels import sequence_persistent
+from lstm_triton_kernels.normalize import KernelNorm, Products
 from lstm_triton_kernels.order import Order
-from lstm_triton_kernels.spec import LSTMWeights
+from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
 
+from lstm_triton import gemms, normalized
 from lstm_triton.layer import Call, Gradients, States, StepGradients, together
 
 
@@ -25,23 +27,29 @@ def forward(
     layer = sequence_persistent.layer_of(gates, c_0.shape[2], call.spec, order, P)
     tensors = (gates, h_0.contiguous(), c_0.contiguous(), *recurrent_weights(weights))
     launch = sequence_persistent.forward_launch(
-        layer, *tensors, order, save=call.every_cell, save_gates=call.save_gates
+        layer, *tensors, order, save=call.every_cell, save_gates=call.save_gates, norm=norm_of(weights)
     )
     found = sequence_persistent.run(launch)
     return sequence_persistent.hidden_of(found, layer), found["h_n_ptr"], found["c_n_ptr"], found["cells_ptr"]
 
 
 def backward(
-    grads: Gradients, gates: Tensor, cells: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call
-) -> StepGradients:
-    """Compute all steps backward, as `layer.Loop.backward`."""
+    grads: Gradients, gates: Tensor, cells: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call,
+    products: Sequence[Products] | None = None,
+) -> StepGradients:  # fmt: skip
+    """Compute all steps backward, as `layer.Loop.backward`; products: of each direction, where normalised."""
     spec = call.spec
     output, h_n, c_n, states = (None if gradient is None else gradient.contiguous() for gradient in grads)
     P = weights[0].weight_hh.shape[1] if call.projection else 0
     layer = sequence_persistent.layer_of(gates, cells.shape[3], spec, order, P)
     tensors = (output, states, h_n, c_n, gates, cells, *recurrent_weights(weights))
-    found = sequence_persistent.run(sequence_persistent.backward_launch(layer, *tensors, order))
+    norm = norm_of(weights)
+    if products is not None:
+        norm = with_products(norm, products, gates, cells, spec, order)
+    found = sequence_persistent.run(sequence_persistent.backward_launch(layer, *tensors, order, norm))
     d_gates, dc = found["d_gates_ptr"], found["dc_ptr"]
+    for n, of_direction in enumerate(products or ()):
+        of_direction.d_cell.copy_(norm.d_cell[n])
     for n, w in enumerate(weights):
         if spec.full and w.weight_ch is not None:  # the kernel leaves out what the first step adds
             own = order.direction(n)
@@ -54,3 +62,26 @@ def recurrent_weights(weights: Sequence[LSTMWeights]) -> tuple[Tensor, Tensor | 
     w_hr = [w.weight_hr for w in weights if w.weight_hr is not None]
     w_ch = [w.weight_ch for w in weights if w.weight_ch is not None]
     return together([w.weight_hh for w in weights]), together(w_hr) if w_hr else None, together(w_ch) if w_ch else None
+
+
+def norm_of(weights: Sequence[LSTMWeights]) -> KernelNorm:
+    """Return the gains weight_ln_hh (D, G·H), weight_ln_c (D, H) and the shift bias_ln_c (D, H) of a normalised layer;
+    None of another, and where there is no bias.
+    """
+    parameters = ([getattr(w, name) for w in weights] for name in ("weight_ln_hh", "weight_ln_c", "bias_ln_c"))
+    return KernelNorm(*(together(each) if each[0] is not None else None for each in parameters))
+
+
+def with_products(
+    norm: KernelNorm, products: Sequence[Products], gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Order
+) -> KernelNorm:
+    """Return what the backward pass reads of a normalised layer: the products and the statistics of c~ as well.
+
+    gates (D, T, B, G·H) activated, cells (D, T + 1, B, H).
+    """
+    orders = [order.direction(n) for n in range(len(products))]
+    computed = [gemms.computed_cells(gates[n], cells[n], spec, own) for n, own in enumerate(orders)]
+    of_cells = [normalized.moments(c) for c in computed]
+    fields = [together(list(each)) for each in (*zip(*products, strict=True), *zip(*of_cells, strict=True))]
+    values, mean, rstd, d_cell, mean_c, rstd_c = fields
+    return KernelNorm(*norm[:5], values, mean, rstd, mean_c, rstd_c, d_cell)

@@ -11,6 +11,10 @@ d_gates, which the GEMMs after the loop read.
 The second exchange within a step (`exchanged_forward`) goes the other way: of a projection a program has the dh of its
 part of h, which all need for the gradient of o tanh(c_t); of a full peephole on c_t it has the gradient of its output
 gates, which all need for their dc_t.
+
+So do the two small exchanges of layer normalisation (`exchanged_forward`). The gradient of the normalised values n of a
+row, u, gives that of the values, rstd (u - mean(u) - n mean(u n)): first of c~, from dh, then of the products, from the
+gradients of the pre-activations, d. What is published is then the gradient of the products; d_gates still holds d.
 """
 
 from __future__ import annotations
@@ -19,14 +23,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from lstm_triton_kernels.equations import (
+    load_blocks,
     load_peephole,
     output_derivatives,
     previous_cell_gradient,
     store_gates,
 )
-from lstm_triton_kernels.exchanged_forward import load_hidden_mask, publish_operand
+from lstm_triton_kernels.exchanged_forward import load_gains, load_hidden_mask, publish_operand
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
+from lstm_triton_kernels.row_statistics import line_elements, publish_sums, read_pairs
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
 from lstm_triton_kernels.rules import (
     ZONEOUT_C_BIT,
@@ -80,11 +86,31 @@ def publish_gates(
         publish(slot_ptr + slot_place(row, 2 * HP + unit, P, V, TILED), d_o, mask)
 
 
+@gluon.jit
+def load_normalized(
+    values_ptr, statistics, n, row, row_mask, length, unit, B, H: gl.constexpr, reverse, stride, G: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr,
+):  # fmt: skip
+    """Load of step n of a normalised layer the products of all gates, and statistics of rows, a tuple of (T, B); else
+    none. 0 in a row without the step, and of units that there are not.
+    """
+    products, of_rows = (), ()
+    if values_ptr is not None:
+        t = time_of_step(n, length, reverse)
+        step_mask = row_mask & (n < length) & (n >= 0)
+        place = at_time(values_ptr, t, stride, HAS_LENGTHS) + row[:, None] * G * H + unit[None, :]
+        products = load_blocks(place, H, step_mask[:, None] & (unit < H)[None, :], G)
+        place = t.to(gl.int64) * B + row
+        for k in gl.static_range(len(statistics)):
+            of_rows = of_rows + (gl.load(statistics[k] + place, mask=step_mask, other=0.0),)  # noqa: RUF005
+    return products, of_rows
+
+
 @gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def exchanged_backward_kernel(
     d_gates_ptr, d_hidden_ptr, dc_ptr, d_h_0_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr,
     gates_ptr, cells_ptr, grad_output_ptr, grad_cells_ptr, grad_h_n_ptr, grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr,
-    streamed_ptr, lengths_ptr, resets_ptr, error_ptr, rules,
+    streamed_ptr, lengths_ptr, resets_ptr, error_ptr, rules, norm,
     T, B, rows, row_blocks, max_polls, pause,
     H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
     OUTPUT_CURRENT: gl.constexpr, HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr,
@@ -100,6 +126,7 @@ def exchanged_backward_kernel(
     - d_hidden: (D, T, B, PROJECTION) out, the gradient of every h_t; None without a projection
     - d_h_0: (D, B, HIDDEN), the part of the gradient of h_{t-1} that zoneout passes on, when step t is done; zero
       before, unless ONE_BLOCK; None where rules have no zoneout of h
+    - norm: a `normalize.KernelNorm`
     - grad_output: (T, B, D·HIDDEN); grad_h_n: (D, B, HIDDEN); weights as forward
     - the other tensors as in `persistent_backward_kernel`; the constants as in `exchanged_forward_kernel`
     """
@@ -174,6 +201,22 @@ def exchanged_backward_kernel(
         dropout_ptr += side * states_stride
     if rules.zoneout_h is not None:
         d_h_0_ptr += side * states_stride
+    values_ptr, statistics = None, ()
+    if norm.gain is not None:
+        gains = load_gains(norm.gain + side * G * H, unit, H, G)
+        gain_c = load_gains(norm.gain_c + side * H, unit, H, 1)[0]
+        if norm.shift_c is not None:
+            shift_c = load_gains(norm.shift_c + side * H, unit, H, 1)[0]
+        lines_stride = rows * line_elements(H, UNITS, PARTS)
+        products_ptr = norm.product_exchange + side * T * (row_blocks.to(gl.int64) * lines_stride)
+        computed_ptr = norm.cell_exchange + side * T * (row_blocks.to(gl.int64) * lines_stride)
+        values_ptr = norm.products + side * T * gates_stride
+        rows_stride = side * T * B
+        statistics = (
+            norm.mean + rows_stride, norm.rstd + rows_stride, norm.mean_c + rows_stride, norm.rstd_c + rows_stride
+        )  # fmt: skip
+        d_gain_ptr = norm.d_cell + side * 2 * cells_stride
+        d_shift_ptr = d_gain_ptr + cells_stride
 
     block = gl.program_id(1)
     in_block = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, own)), ROWS, PARTS)
@@ -194,6 +237,8 @@ def exchanged_backward_kernel(
     state = row[:, None] * H + unit[None, :]
     zero = gl.zeros([ROWS, UNITS], gl.float32, own)
     dc = zero
+    if norm.gain is not None:
+        d_gain, d_shift = zero, zero
     if rules.zoneout_h is not None:
         kept_h = zero  # what zoneout passes on of the gradient of h
     if ONE_BLOCK:
@@ -221,6 +266,8 @@ def exchanged_backward_kernel(
     places = read_places(rows_here, P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
     polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
+    if norm.gain is not None:
+        row_polls, row_clocks = in_block * 0 + max_polls, in_block * 0 + pause
 
     # What the forward pass saved does not depend on other programs: it is loaded an iteration ahead.
     AHEAD: gl.constexpr = STREAMED == 0 and loads_ahead(ROWS, UNITS, PARTS, WARPS)
@@ -234,6 +281,9 @@ def exchanged_backward_kernel(
         )
         clipped_next = load_step_codes(
             clipped_ptr, steps - 1, row, row_mask, length, unit, HIDDEN, reverse, states_stride, HAS_LENGTHS
+        )
+        normalized_next = load_normalized(
+            values_ptr, statistics, steps - 1, row, row_mask, length, unit, B, H, reverse, gates_stride, G, HAS_LENGTHS
         )
 
     for iteration in range(steps * blocks):
@@ -256,6 +306,7 @@ def exchanged_backward_kernel(
         if AHEAD:
             saved, c_read, grads = saved_next, c_next, grads_next
             codes, clipped = codes_next, clipped_next
+            normalized = normalized_next
             done_next, next_block = step_of(iteration + 1, block, blocks)
             next_row, next_row_mask, next_length = rows_in_turn(
                 in_block, next_block, row, row_mask, length, rows, B, lengths_ptr, T, ONE_BLOCK, HAS_LENGTHS
@@ -273,6 +324,10 @@ def exchanged_backward_kernel(
                 clipped_ptr, n_next, next_row, next_row_mask, next_length, unit, HIDDEN, reverse, states_stride,
                 HAS_LENGTHS,
             )  # fmt: skip
+            normalized_next = load_normalized(
+                values_ptr, statistics, n_next, next_row, next_row_mask, next_length, unit, B, H, reverse, gates_stride,
+                G, HAS_LENGTHS,
+            )  # fmt: skip
         else:
             saved, c_read, grads = load_saved(
                 gates_ptr, before_ptr, current_ptr, grad_output_ptr, grad_cells_ptr, n, row, row_mask, length, unit, B,
@@ -281,6 +336,9 @@ def exchanged_backward_kernel(
             codes = load_step_codes(codes_ptr, n, row, row_mask, length, unit, H, reverse, cells_stride, HAS_LENGTHS)
             clipped = load_step_codes(
                 clipped_ptr, n, row, row_mask, length, unit, HIDDEN, reverse, states_stride, HAS_LENGTHS
+            )
+            normalized = load_normalized(
+                values_ptr, statistics, n, row, row_mask, length, unit, B, H, reverse, gates_stride, G, HAS_LENGTHS
             )
 
         last = step_mask[:, None] & row_values(n == length - 1, HAS_LENGTHS)
@@ -297,7 +355,14 @@ def exchanged_backward_kernel(
             c_previous = gl.where(reset[:, None], 0.0, c_previous)
         code = code_of(codes)
         c = computed_cell(i, f, g, c_previous, c, code, rules)
-        by_o, by_c = output_derivatives(o, c)
+        y = c
+        if norm.gain is not None:
+            mean, rstd, mean_c, rstd_c = normalized[1]
+            n_c = (c - mean_c[:, None]) * rstd_c[:, None]
+            y = n_c * gain_c
+            if norm.shift_c is not None:
+                y += shift_c
+        by_o, by_c = output_derivatives(o, y)
         by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED)
 
         slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
@@ -347,7 +412,23 @@ def exchanged_backward_kernel(
             )  # fmt: skip
             dh = unprojected[0]
         d_o = dh * by_o
-        dc += dh * by_c
+        if norm.gain is not None:
+            d_y = dh * by_c
+            if not ONE_BLOCK:
+                d_gain = gl.load(d_gain_ptr + state, mask=tile_mask, other=0.0)
+                d_shift = gl.load(d_shift_ptr + state, mask=tile_mask, other=0.0)
+            d_gain += d_y * n_c
+            d_shift += d_y
+            d_y *= gain_c
+            lines = (n.to(gl.int64) * row_blocks + b) * lines_stride
+            publish_sums(computed_ptr + lines, first_unit, rows_here, d_y, d_y * n_c, H, ROWS, UNITS, PARTS)
+            sum_y, sum_yn, row_polls = read_pairs(
+                computed_ptr + lines, in_block, rows_here, row_polls, row_clocks, 0, ONE_BLOCK, H, ROWS, UNITS, PARTS,
+                WARPS,
+            )  # fmt: skip
+            dc += rstd_c[:, None] * (d_y - (sum_y * (1.0 / H))[:, None] - n_c * (sum_yn * (1.0 / H))[:, None])
+        else:
+            dc += dh * by_c
         if CURRENT:
             second_ptr = peephole_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * peephole_stride
             publish_mask = row_mask[:, None] & (unit < padded_units(H))[None, :]
@@ -363,9 +444,27 @@ def exchanged_backward_kernel(
         dc = clip_gradient(dc, c, rules.cell_clip)
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         d = (d_i, d_f, d_g, d_o)
+        if norm.gain is not None:
+            p, d_n, of_mean, of_product = (), (), zero, zero
+            for k in gl.static_range(G):
+                value = (normalized[0][k].to(gl.float32) - mean[:, None]) * rstd[:, None]
+                gradient = d[4 - G + k] * gains[k]
+                p, d_n = p + (value,), d_n + (gradient,)  # noqa: RUF005
+                of_mean += gradient
+                of_product += gradient * value
+            publish_sums(products_ptr + lines, first_unit, rows_here, of_mean, of_product, H, ROWS, UNITS, PARTS)
+            sum_d, sum_dn, row_polls = read_pairs(
+                products_ptr + lines, in_block, rows_here, row_polls, row_clocks, 0, ONE_BLOCK, H, ROWS, UNITS, PARTS,
+                WARPS,
+            )  # fmt: skip
+            sum_d, sum_dn = (sum_d * (1.0 / (G * H)))[:, None], (sum_dn * (1.0 / (G * H)))[:, None]
+            d = (d_i,) if COUPLED else ()
+            for k in gl.static_range(G):
+                d = d + (rstd[:, None] * (d_n[k] - sum_d - p[k] * sum_dn),)  # noqa: RUF005
         if HAS_RESETS:
             read = (reset == 0)[:, None]
-            d = (gl.where(read, d_i, 0.0), gl.where(read, d_f, 0.0), gl.where(read, d_g, 0.0), gl.where(read, d_o, 0.0))
+            d_i_read, d_f_read = gl.where(read, d[0], 0.0), gl.where(read, d[1], 0.0)
+            d = (d_i_read, d_f_read, gl.where(read, d[2], 0.0), gl.where(read, d[3], 0.0))
         publish_gates(
             slot_ptr, first_unit, rows_here, d[0], d[1], d[2], d[3], H, G, P, V, TILED, ROWS, UNITS, PARTS, WARPS,
             PRECISION,
@@ -384,13 +483,21 @@ def exchanged_backward_kernel(
         gl.store(d_now + (G - 1) * H, d_o.to(D_TYPE), mask=tile_mask)
         if not ONE_BLOCK:
             gl.store(dc_ptr + state, dc, mask=tile_mask)
+            if norm.gain is not None:
+                gl.store(d_gain_ptr + state, d_gain, mask=tile_mask)
+                gl.store(d_shift_ptr + state, d_shift, mask=tile_mask)
             if rules.zoneout_h is not None:
                 gl.store(d_h_0_ptr + row[:, None] * HIDDEN + unit[None, :], kept_h, mask=hidden_mask)
             if ROWS * UNITS < 32 * WARPS:
                 barrier()  # where several threads have one element, one stores what all load
     if ONE_BLOCK:
         gl.store(dc_ptr + state, dc, mask=tile_mask)
+        if norm.gain is not None:
+            gl.store(d_gain_ptr + state, d_gain, mask=tile_mask)
+            gl.store(d_shift_ptr + state, d_shift, mask=tile_mask)
         if rules.zoneout_h is not None:
             gl.store(d_h_0_ptr + row[:, None] * HIDDEN + unit[None, :], kept_h, mask=hidden_mask)
+    if norm.gain is not None:
+        polls = gl.minimum(polls, gl.min(row_polls, 0))
     if gl.min(polls, 0) <= 0:
         gl.atomic_or(error_ptr, TIMED_OUT_DATA, sem="relaxed", scope="gpu")

@@ -13,6 +13,9 @@ Two variants need a product within the step, and so a second exchange, through a
 full peephole of the output gate on c_t, which needs c_t of all units, and a projection, h_t = W_hr (o tanh(c_t)), which
 needs o tanh(c_t) of all units (Sak et al. 2014). A program has the rows of W_hr with the numbers of its units, as far
 as there are so many; programs without any wait for the next h_t at once.
+
+With layer normalisation there are two small exchanges within a step, of the mean and the deviation of each row
+(row_statistics.py): of the products W_hh h_{t-1} of all gates, and of c~.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.equations import load_peephole, next_cell, output_gate
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
+from lstm_triton_kernels.row_statistics import line_elements, publish_moments, read_pairs
 from lstm_triton_kernels.rows import at_time, rows_of_block, time_of_step
 from lstm_triton_kernels.rules import ZONEOUT_C_BIT, ZONEOUT_H_BIT, clip, regularized_cell, zone
 from lstm_triton_kernels.streamed import first_streamed, streamed_product
@@ -79,11 +83,30 @@ def load_hidden_mask(hidden_ptr, row, unit, HIDDEN: gl.constexpr, mask):
         return 1.0
 
 
+@gluon.jit
+def load_gains(ptr, unit, H: gl.constexpr, BLOCKS: gl.constexpr):
+    """Load the blocks of gains (BLOCKS·H,) of a program's own units, as rows (1, UNITS) of float32; 0 beyond H."""
+    gains = ()
+    for block in gl.static_range(BLOCKS):
+        gain = gl.load(ptr + block * H + unit, mask=unit < H, other=0.0).to(gl.float32)
+        gains = gains + (gain[None, :],)  # noqa: RUF005
+    return gains
+
+
+@gluon.jit
+def normalized_products(p, mean, rstd, gains):
+    """Return a tuple of blocks (ROWS, UNITS) with their rows normalised, mean and rstd (ROWS,), times the gains."""
+    found = ()
+    for n in gl.static_range(len(p)):
+        found = found + ((p[n] - mean[:, None]) * rstd[:, None] * gains[n],)  # noqa: RUF005
+    return found
+
+
 @gluon.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
 def exchanged_forward_kernel(
     gates_ptr, output_ptr, exchange_ptr, peephole_exchange_ptr, projection_exchange_ptr, cells_ptr, h_n_ptr, c_n_ptr,
     h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, streamed_ptr, lengths_ptr, resets_ptr, error_ptr, rules,
-    T, B, rows, row_blocks, max_polls, pause,
+    norm, T, B, rows, row_blocks, max_polls, pause,
     H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
     OUTPUT_CURRENT: gl.constexpr, SAVE_GATES: gl.constexpr, CELLS: gl.constexpr, HAS_LENGTHS: gl.constexpr,
     HAS_RESETS: gl.constexpr, ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr,
@@ -101,6 +124,7 @@ def exchanged_forward_kernel(
     - h_n, h_0: (D, B, HIDDEN); w_hh: (D, G·H, HIDDEN); w_hr: (D, PROJECTION, H)
     - cells, c_n, c_0, w_ch, lengths, resets, error, ONE_BLOCK: as in `persistent_forward_kernel`
     - rules: a `regularize.KernelRules`; with zoneout of h and several row blocks h_n holds h_{t-1} between steps
+    - norm: a `normalize.KernelNorm`, what it has forward
 
     CHUNKS of each of PARTS of the columns, KEPT of them in shared memory; they are waited for and multiplied in PIECES.
     STREAMED of them are loaded in every step from `streamed` (streamed.py), the last BEYOND_L2 from device memory.
@@ -170,6 +194,14 @@ def exchanged_forward_kernel(
     dropout_ptr = rules.hidden
     if rules.hidden is not None:
         dropout_ptr += side * states_stride
+    if norm.gain is not None:
+        gains = load_gains(norm.gain + side * G * H, unit, H, G)
+        gain_c = load_gains(norm.gain_c + side * H, unit, H, 1)[0]
+        if norm.shift_c is not None:
+            shift_c = load_gains(norm.shift_c + side * H, unit, H, 1)[0]
+        lines_stride = rows * line_elements(H, UNITS, PARTS)
+        products_ptr = norm.product_exchange + side * T * (row_blocks.to(gl.int64) * lines_stride)
+        computed_ptr = norm.cell_exchange + side * T * (row_blocks.to(gl.int64) * lines_stride)
 
     # The initial states are published like all others.
     block = gl.program_id(1)
@@ -233,6 +265,8 @@ def exchanged_forward_kernel(
     places = read_places(rows_here, P, V, TILED, CHUNKS, ROWS, PARTS, WARPS)
     polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
+    if norm.gain is not None:
+        row_polls, row_clocks = in_block * 0 + max_polls, in_block * 0 + pause
 
     # Gate inputs and masks do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
     # But not bytes that are adjacent in a thread: the compiler takes them apart before it polls, and waits for them.
@@ -305,9 +339,20 @@ def exchanged_forward_kernel(
                 slot_ptr, places, polls, clocks, w, kept, buffer, ONE_BLOCK, 4, CHUNKS, PIECES, TILED, ROWS, UNITS,
                 PARTS, WARPS, PRECISION,
             )  # fmt: skip
+        products = ()
+        for g in gl.static_range(G):
+            products = products + (recurrent[g + 4 - G],)  # noqa: RUF005
+        if norm.gain is not None:
+            lines = (n.to(gl.int64) * row_blocks + b) * lines_stride
+            publish_moments(products_ptr + lines, first_unit, rows_here, products, tile_mask, H, ROWS, UNITS, PARTS)
+            mean, rstd, row_polls = read_pairs(
+                products_ptr + lines, in_block, rows_here, row_polls, row_clocks, G, ONE_BLOCK, H, ROWS, UNITS, PARTS,
+                WARPS,
+            )  # fmt: skip
+            products = normalized_products(products, mean, rstd, gains)
         sums = ()
         for g in gl.static_range(G):
-            sums = sums + (a[g].to(gl.float32) + recurrent[g + 4 - G],)  # noqa: RUF005
+            sums = sums + (a[g].to(gl.float32) + products[g],)  # noqa: RUF005
 
         c_previous = c
         i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
@@ -327,7 +372,17 @@ def exchanged_forward_kernel(
             )  # fmt: skip
             a_o += read_c[0]
         o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
-        h = o * tanh(c)
+        y = c
+        if norm.gain is not None:
+            publish_moments(computed_ptr + lines, first_unit, rows_here, (c,), tile_mask, H, ROWS, UNITS, PARTS)
+            mean, rstd, row_polls = read_pairs(
+                computed_ptr + lines, in_block, rows_here, row_polls, row_clocks, 1, ONE_BLOCK, H, ROWS, UNITS, PARTS,
+                WARPS,
+            )  # fmt: skip
+            y = (c - mean[:, None]) * rstd[:, None] * gain_c
+            if norm.shift_c is not None:
+                y += shift_c
+        h = o * tanh(y)
         if PROJECTION > 0:
             second_ptr = projection_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * projection_stride
             publish_operand(second_ptr + own_projection_place, h, c_mask, PRECISION)
@@ -372,5 +427,7 @@ def exchanged_forward_kernel(
             gl.store(output_now, zero.to(H_TYPE), mask=hidden_mask)
             if CELLS == "all":
                 gl.store(cells_ptr + cells_stride * (n + 1) + state, zero, mask=tile_mask)
+    if norm.gain is not None:
+        polls = gl.minimum(polls, gl.min(row_polls, 0))
     if gl.min(polls, 0) <= 0:
         gl.atomic_or(error_ptr, TIMED_OUT_DATA, sem="relaxed", scope="gpu")

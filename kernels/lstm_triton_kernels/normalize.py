@@ -5,7 +5,7 @@ Shapes: T time steps, B batch rows, H hidden units, G gate blocks. Needs no trit
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -36,3 +36,30 @@ class Products(NamedTuple):
     def flipped(self, order: Order) -> Products:
         """Return those of flipped sequences, see `Order.flip`; d_cell is the same memory."""
         return Products(order.flip(self.values), order.flip(self.mean), order.flip(self.rstd), self.d_cell)
+
+
+class KernelNorm(NamedTuple):
+    """The argument `norm` of a persistent kernel, all directions; all None where nothing is normalised.
+
+    - gain: (D, G·H), gain_c, shift_c: (D, H): weight_ln_hh, weight_ln_c and bias_ln_c, which may be None
+    - product_exchange, cell_exchange: (D, T, row_blocks, rows · `row_statistics.line_elements`) float32, in which
+      programs exchange statistics of rows: all ones, but zero behind the last group of units
+
+    Backward also
+
+    - products: (D, T, B, G·H), mean, rstd: (D, T, B), as of `Products`
+    - mean_c, rstd_c: (D, T, B), as these, of c~
+    - d_cell: (D, 2, B, H) as of `Products`, out; zero before, unless a program has one row block
+    """
+
+    gain: Any = None
+    gain_c: Any = None
+    shift_c: Any = None
+    product_exchange: Any = None
+    cell_exchange: Any = None
+    products: Any = None
+    mean: Any = None
+    rstd: Any = None
+    mean_c: Any = None
+    rstd_c: Any = None
+    d_cell: Any = None

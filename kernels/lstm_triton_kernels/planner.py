@@ -59,8 +59,8 @@ def _ranked_plans(layer: Layer, backward: bool, gpu: GPU, preference: Preference
 
 def why_not(layer: Layer) -> str | None:
     """Return what rules out a persistent plan on any GPU; None if nothing does."""
-    if layer.spec.layer_norm:
-        return "layer normalisation is computed step by step: a row's mean needs all its units before any gate"
+    if layer.spec.layer_norm and (obstacle := why_not_normalized(layer)):
+        return obstacle
     if layer.dtype not in PERSISTENT_DTYPES:
         return f"{str(layer.dtype).removeprefix('torch.')} has no persistent kernel: its products would spill"
     if layer.B < 1:
@@ -70,6 +70,16 @@ def why_not(layer: Layer) -> str | None:
     width = padded_row(layer.H) if layer.exact else layer.H
     if layer.B * max(layer.gates * layer.H, layer.D * width) >= 2**31:
         return f"a step of {layer.B} rows and {layer.H} units has more elements than 32-bit offsets reach"
+    return None
+
+
+def why_not_normalized(layer: Layer) -> str | None:
+    """Return what rules out a persistent plan with layer normalisation on any GPU; None if nothing does."""
+    if layer.exact:
+        return "layer normalisation in float32 without TF32 is computed step by step: only the kernels in Gluon have it"
+    if layer.spec.full or layer.P:
+        other = "a full peephole" if layer.spec.full else "a projection"
+        return f"layer normalisation with {other} is computed step by step: no persistent kernel has both"
     return None
 
 

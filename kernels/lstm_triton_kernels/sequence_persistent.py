@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lstm_triton_kernels.gpus import GPU, gpu_of, share_of
+from lstm_triton_kernels.normalize import KernelNorm
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
@@ -23,7 +24,7 @@ from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference, Second
 from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.regularize import NONE, Rules, drawn
 from lstm_triton_kernels.settle import SETTLED, Usage, settled, usage_elsewhere, usage_on_device
-from lstm_triton_kernels.sizes import Layer, accumulator_dtype, matmul_precision, padded_row
+from lstm_triton_kernels.sizes import Layer, accumulator_dtype, ceil_div, matmul_precision, padded_row
 from lstm_triton_kernels.spec import LSTMSpec
 from lstm_triton_kernels.sync import COUNTER_STRIDE, POLLS, unpublish
 from lstm_triton_kernels.tensor_core_plan import (
@@ -32,6 +33,8 @@ from lstm_triton_kernels.tensor_core_plan import (
     fits,
     no_gluon,
     second_columns,
+    statistics_group,
+    statistics_loads,
     thread_registers,
 )
 from lstm_triton_kernels.watch import error_words_of, one_at_a_time
@@ -64,6 +67,7 @@ class Launch(NamedTuple):
 
     - inputs: what the kernels of both engines are given of it, by their names: tensors, and flags of what there is
     - save: whether a forward pass keeps every c_t
+    - norm: what of a normalised layer the kernels in Gluon are given, beside the buffers of a plan
     - lanes: 0 of a launch by itself; else it is one of a schedule on so many lanes (schedule.py), which whoever
       launches it orders as a whole, and has a lane's share of the multiprocessors
     - results: of the results of `forward_results` and `backward_results`, what is to be written where; contiguous, dc
@@ -76,6 +80,7 @@ class Launch(NamedTuple):
     inputs: dict[str, Any]
     save: bool = False
     lanes: int = 0
+    norm: KernelNorm = KernelNorm()
     results: Mapping[str, Tensor] = MappingProxyType({})
 
     @property
@@ -92,7 +97,8 @@ class Launch(NamedTuple):
     def flags(self) -> tuple[bool, ...]:
         """What decides, beside the layer, which kernel is compiled."""
         given = (value for value in self.inputs.values() if isinstance(value, bool))
-        return self.save, *given, *(value is not None for value in self.inputs["rules"])
+        optional = (*self.inputs["rules"], *self.norm)
+        return self.save, *given, *(value is not None for value in optional)
 
     def arguments(self, plan: PersistentPlan) -> dict[str, Any]:
         """Return the arguments of its kernel on a plan, with new buffers, filled as a launch needs them."""
@@ -106,7 +112,7 @@ class Launch(NamedTuple):
 
 def forward_launch(
     layer: Layer, gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_hr: Tensor | None, w_ch: Tensor | None,
-    order: Order, *, save: bool, save_gates: bool,
+    order: Order, *, save: bool, save_gates: bool, norm: KernelNorm = KernelNorm(),
 ) -> Launch:  # fmt: skip
     """Return the launch of all steps forward.
 
@@ -115,6 +121,7 @@ def forward_launch(
       all contiguous
     - order: of the first direction; beyond a row's length output and cells are zero, and h_n and c_n are the row's last
     - save: keep every c_t
+    - norm: the gains and the shift of a normalised layer, of which gates are the input side normalised
 
     Results, by the kernel's names: those of `forward_results`. See `hidden_of` for every h_t.
     """
@@ -128,19 +135,20 @@ def forward_launch(
         SAVE_GATES=save_gates,
         **order_arguments(order),
     )
-    return Launch(layer, False, gates.device, inputs, save)
+    return Launch(layer, False, gates.device, inputs, save, norm=norm)
 
 
 def backward_launch(
     layer: Layer, grad_output: Tensor | None, grad_cells: Tensor | None, grad_h_n: Tensor | None,
     grad_c_n: Tensor | None, gates: Tensor, cells: Tensor, w_hh: Tensor, w_hr: Tensor | None, w_ch: Tensor | None,
-    order: Order,
+    order: Order, norm: KernelNorm = KernelNorm(),
 ) -> Launch:  # fmt: skip
     """Return the launch of all steps backward, from the gradients of the results, None where zero.
 
     - grad_output (T, B, D·P), grad_cells (T, B, D·H), of h_t and of c_t; grad_h_n (D, B, P), grad_c_n (D, B, H); all
       contiguous
     - gates: (D, T, B, G·H), cells: (D, T + 1, B, H), as the forward pass saved them; the others as there
+    - norm: of a normalised layer all but the exchange buffers
 
     Results, by the kernel's names: those of `backward_results`.
     """
@@ -160,7 +168,7 @@ def backward_launch(
         HAS_GRAD_C_N=grad_c_n is not None,
         **order_arguments(order),
     )
-    return Launch(layer, True, gates.device, inputs)
+    return Launch(layer, True, gates.device, inputs, norm=norm)
 
 
 def order_arguments(order: Order) -> dict[str, Any]:
@@ -314,12 +322,19 @@ def launch_without_data(layer: Layer, backward: bool, rules: Rules = NONE, draws
         w_hr = empty(D, P, H)
     weights = (empty(D, layer.gates * H, P), w_hr, w_ch)
     gates, h, c = empty(D, T, B, layer.gates * H), empty(D, B, P), empty(D, B, H)
+    norm = KernelNorm()
+    if spec.layer_norm:
+        norm = KernelNorm(empty(D, layer.gates * H), empty(D, H), empty(D, H))
     layer = layer._replace(T=T)
     if not backward:
         save = layer.training
-        return forward_launch(layer, gates, h, c, *weights, order, save=save, save_gates=save)
-    cells = empty(D, T + 1, B, H, dtype=accumulator_dtype(layer.dtype))
-    return backward_launch(layer, empty(T, B, D * P), None, h, c, gates, cells, *weights, order)
+        return forward_launch(layer, gates, h, c, *weights, order, save=save, save_gates=save, norm=norm)
+    wide = accumulator_dtype(layer.dtype)
+    cells = empty(D, T + 1, B, H, dtype=wide)
+    if spec.layer_norm:
+        of_rows = [empty(D, T, B, dtype=wide) for _ in range(4)]
+        norm = KernelNorm(*norm[:5], empty(*gates.shape), *of_rows, empty(D, 2, B, H, dtype=wide))
+    return backward_launch(layer, empty(T, B, D * P), None, h, c, gates, cells, *weights, order, norm)
 
 
 def run(launch: Launch) -> dict[str, Any]:
@@ -442,6 +457,7 @@ def exchanged_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
         exchange_ptr=exchange_buffer(launch, plan, layer.T + 1, plan.chunks, first),
         peephole_exchange_ptr=second_buffer(launch, plan, plan.peephole, peephole),
         projection_exchange_ptr=second_buffer(launch, plan, plan.projection, projection),
+        norm=norm_arguments(launch, plan),
         PROJECTION=layer.P,
         streamed_ptr=streamed_buffer(launch, plan) if plan.streamed else None,
         STREAMED=plan.streamed,
@@ -460,6 +476,25 @@ def exchanged_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
 def second_buffer(launch: Launch, plan: PersistentPlan, cut: Second | None, published: int) -> Tensor | None:
     """Return the buffer of an exchange within a step; None where there is none."""
     return None if cut is None else exchange_buffer(launch, plan, launch.layer.T, cut.chunks, published)
+
+
+def norm_arguments(launch: Launch, plan: PersistentPlan) -> KernelNorm:
+    """Return the argument `norm` of a kernel in Gluon, with buffers for the exchange of statistics."""
+    if launch.norm.gain is None:
+        return launch.norm
+    buffers = [statistics_buffer(launch, plan) for _ in range(2)]
+    return launch.norm._replace(product_exchange=buffers[0], cell_exchange=buffers[1])
+
+
+def statistics_buffer(launch: Launch, plan: PersistentPlan) -> Tensor:
+    """Return a buffer for statistics of rows, (D, T, row_blocks, rows, groups, 2) float32, see row_statistics.py."""
+    layer = launch.layer
+    groups = 16 * statistics_loads(layer.H, plan.block_u, plan.parts)
+    shape = (layer.D, layer.T, plan.row_blocks, plan.rows, groups, 2)
+    statistics = torch.empty(shape, dtype=torch.float32, device=launch.device)
+    unpublish(statistics)
+    statistics[..., ceil_div(layer.H, statistics_group(plan.block_u, plan.parts)) :, :] = 0
+    return statistics
 
 
 def exchange_buffer(launch: Launch, plan: PersistentPlan, slots: int, chunks: int, published: int) -> Tensor:

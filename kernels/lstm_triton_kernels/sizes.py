@@ -89,8 +89,11 @@ class Layer(NamedTuple):
 
     @property
     def exchanges(self) -> int:
-        """How often in a step what all units have must be known to all: of h, and for each product within the step."""
-        return 1 + self.output_current + (self.P > 0)
+        """How often in a step what all units have must be known to all.
+
+        Of h, for each product within the step, and for the statistics of each of the two layer normalisations.
+        """
+        return 1 + self.output_current + (self.P > 0) + 2 * self.spec.layer_norm
 
     @property
     def matrices(self) -> int:

@@ -92,6 +92,9 @@ L2_SHARE = 0.5
 """Of the capacity of L2, for streamed weights that are to stay there; an assumption. The exchange, the gates and what
 the backward pass saved go through it as well, and L2 of a large GPU has two halves, which may both have a line."""
 
+STATISTICS_LOADS = 8
+"""Loads of 16 bytes that a thread has under way at most, where it reads the statistics of rows (row_statistics.py)."""
+
 PAUSE, PAUSE_PER_KIB, MOST_PAUSE = 300, 25, 700
 """Clocks from a program's last store to its first poll, by what a multiprocessor reads in a step: the best of those
 tried were 300 for 4 KiB, 500 for 12, 700 for more. With several row blocks a program has other work meanwhile."""
@@ -154,6 +157,17 @@ def second_columns(layer: Layer, backward: bool) -> tuple[int, int]:
 def second_sets(units: int) -> int:
     """Return the sets of so many units in a product within a step: a tile has 16 rows at least."""
     return max(1, 16 // units)
+
+
+def statistics_group(units: int, parts: int) -> int:
+    """Return of how many units of a program the statistics of a row are published at once (row_statistics.py)."""
+    return units if parts == 1 else 8
+
+
+def statistics_loads(H: int, units: int, parts: int) -> int:
+    """Return the loads of 16 bytes of each of 8 lanes with which the statistics of a row of H units are read."""
+    group = units if parts == 1 else 8  # `statistics_group`
+    return -(-H // (16 * group))
 
 
 def thread_registers(warps: int, together: int) -> int:

@@ -32,8 +32,8 @@ Memory, strong: one memory, every access takes effect at once.
 
 Memory, weak: as weak as the PTX memory model lets it be, for gangs ("threads" of the model):
 - A store, whatever its qualifier, waits in the gang's buffer. Single elements (never parts of one; torn: 16 bits
-  each) leave it at random times in random order; one address keeps its order. The gang sees its own stores; the other
-  gangs of the CTA see them after a bar.sync, and nobody else until they left.
+  each, but those of float32 whole) leave it at random times in random order; one address keeps its order. The gang
+  sees its own stores; the other gangs of the CTA see them after a bar.sync, and nobody else until they left.
 - A release (atom/red/fence .release, .acq_rel, .sc at gpu or sys scope) first makes visible: all stores of its gang,
   and those of other gangs of the CTA that a bar.sync ordered before it (cumulativity).
 - An atomic acts on the L2 at once. A relaxed or volatile load reads the L2 as it is now.

@@ -110,7 +110,7 @@ def store_later(gang: Gang, off: Array, size: int, data: Array, index: int) -> N
     if gang.pending or gang.cta.pool:
         settle(gang, off, total)
     gang.unreleased.append((off[:, None] // 2 + np.arange(total // 2)).ravel())
-    if gang.memory.torn and size > 2:
+    if gang.memory.torn and size > 2 and not gang.memory.whole[off // 2].all():
         size, data = 2, data.view(u2)
     for lane, start in enumerate(off.tolist()):
         for k, value in enumerate(data[lane].tolist()):

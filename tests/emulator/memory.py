@@ -44,7 +44,8 @@ def raw_bytes(storage: torch.UntypedStorage) -> Array:
 class GlobalMemory:
     """Tensors far apart; `address_of` each by id. Of some a launch knows a larger one, see `spread`.
 
-    Of bytes: valid, inside of a tensor. Of every two: initialised; owner, the CTA that stored them (-1: none).
+    Of bytes: valid, inside of a tensor. Of every two: initialised; owner, the CTA that stored them (-1: none); whole, of
+    elements of float32, which are not torn.
     Weak: before, the value before the last store that left its buffer, stored, when it left, released, when it was
     released, by `clock`, which counts what becomes visible.
     """
@@ -67,6 +68,7 @@ class GlobalMemory:
         self.valid: Array = np.zeros(size, bool)
         self.initialised: Array = np.zeros(size // 2, bool)
         self.owner: Array = np.full(size // 2, -1, i2)
+        self.whole: Array = np.zeros(size // 2, bool)
         self.storages = list(storages.values())
         for start, storage in self.storages:
             self.bytes[start : start + storage.nbytes()] = raw_bytes(storage)
@@ -124,6 +126,8 @@ class GlobalMemory:
         width = tensor.element_size()
         span = slice(first, first + extent * width)
         self.valid[span] = True
+        if tensor.dtype == torch.float32:
+            self.whole[first // 2 : (first + extent * width) // 2] = True
         if width >= 2:
             garbage = (self.bytes[span].view(u2).reshape(extent, width // 2) == GARBAGE).all(1)
             self.initialised[first // 2 : (first + extent * width) // 2] |= np.repeat(~garbage, width // 2)
