@@ -32,7 +32,7 @@ from lstm_triton_kernels.equations import (
 from lstm_triton_kernels.exchanged_forward import load_gains, load_hidden_mask, publish_operand
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
-from lstm_triton_kernels.row_statistics import line_elements, publish_sums, read_pairs
+from lstm_triton_kernels.row_statistics import line_elements, publish_sums, read_pairs, rounded_product
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
 from lstm_triton_kernels.rules import (
     ZONEOUT_C_BIT,
@@ -207,7 +207,7 @@ def exchanged_backward_kernel(
         gain_c = load_gains(norm.gain_c + side * H, unit, H, 1)[0]
         if norm.shift_c is not None:
             shift_c = load_gains(norm.shift_c + side * H, unit, H, 1)[0]
-        lines_stride = rows * line_elements(H, UNITS, PARTS)
+        lines_stride = rows * line_elements(H, UNITS)
         products_ptr = norm.product_exchange + side * T * (row_blocks.to(gl.int64) * lines_stride)
         computed_ptr = norm.cell_exchange + side * T * (row_blocks.to(gl.int64) * lines_stride)
         values_ptr = norm.products + side * T * gates_stride
@@ -419,9 +419,9 @@ def exchanged_backward_kernel(
                 d_shift = gl.load(d_shift_ptr + state, mask=tile_mask, other=0.0)
             d_gain += d_y * n_c
             d_shift += d_y
-            d_y *= gain_c
+            d_y = rounded_product(d_y, gain_c)
             lines = (n.to(gl.int64) * row_blocks + b) * lines_stride
-            publish_sums(computed_ptr + lines, first_unit, rows_here, d_y, d_y * n_c, H, ROWS, UNITS, PARTS)
+            publish_sums(computed_ptr + lines, rows_here, d_y, rounded_product(d_y, n_c), H, ROWS, UNITS, PARTS)
             sum_y, sum_yn, row_polls = read_pairs(
                 computed_ptr + lines, in_block, rows_here, row_polls, row_clocks, 0, ONE_BLOCK, H, ROWS, UNITS, PARTS,
                 WARPS,
@@ -451,8 +451,8 @@ def exchanged_backward_kernel(
                 gradient = d[4 - G + k] * gains[k]
                 p, d_n = p + (value,), d_n + (gradient,)  # noqa: RUF005
                 of_mean += gradient
-                of_product += gradient * value
-            publish_sums(products_ptr + lines, first_unit, rows_here, of_mean, of_product, H, ROWS, UNITS, PARTS)
+                of_product += rounded_product(gradient, value)
+            publish_sums(products_ptr + lines, rows_here, of_mean, of_product, H, ROWS, UNITS, PARTS)
             sum_d, sum_dn, row_polls = read_pairs(
                 products_ptr + lines, in_block, rows_here, row_polls, row_clocks, 0, ONE_BLOCK, H, ROWS, UNITS, PARTS,
                 WARPS,

@@ -199,7 +199,7 @@ def exchanged_forward_kernel(
         gain_c = load_gains(norm.gain_c + side * H, unit, H, 1)[0]
         if norm.shift_c is not None:
             shift_c = load_gains(norm.shift_c + side * H, unit, H, 1)[0]
-        lines_stride = rows * line_elements(H, UNITS, PARTS)
+        lines_stride = rows * line_elements(H, UNITS)
         products_ptr = norm.product_exchange + side * T * (row_blocks.to(gl.int64) * lines_stride)
         computed_ptr = norm.cell_exchange + side * T * (row_blocks.to(gl.int64) * lines_stride)
 
@@ -344,7 +344,7 @@ def exchanged_forward_kernel(
             products = products + (recurrent[g + 4 - G],)  # noqa: RUF005
         if norm.gain is not None:
             lines = (n.to(gl.int64) * row_blocks + b) * lines_stride
-            publish_moments(products_ptr + lines, first_unit, rows_here, products, tile_mask, H, ROWS, UNITS, PARTS)
+            publish_moments(products_ptr + lines, rows_here, products, tile_mask, H, ROWS, UNITS, PARTS)
             mean, rstd, row_polls = read_pairs(
                 products_ptr + lines, in_block, rows_here, row_polls, row_clocks, G, ONE_BLOCK, H, ROWS, UNITS, PARTS,
                 WARPS,
@@ -374,7 +374,7 @@ def exchanged_forward_kernel(
         o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
         y = c
         if norm.gain is not None:
-            publish_moments(computed_ptr + lines, first_unit, rows_here, (c,), tile_mask, H, ROWS, UNITS, PARTS)
+            publish_moments(computed_ptr + lines, rows_here, (c,), tile_mask, H, ROWS, UNITS, PARTS)
             mean, rstd, row_polls = read_pairs(
                 computed_ptr + lines, in_block, rows_here, row_polls, row_clocks, 1, ONE_BLOCK, H, ROWS, UNITS, PARTS,
                 WARPS,

@@ -1,16 +1,16 @@
 """Statistics of rows whose units are on many programs, in Gluon: a small exchange within a step.
 
 Shapes: a block (ROWS, UNITS) is a program's own in the layout `own` of tiles.py, in which 8 lanes of a warp have units
-of the same row. A group is what these have: 8 units, or with one part all UNITS of the program. A slot has for each row
-block a line for each row, and in that two float32 for every group of all H units:
+of the same row. A slot has for each row block a line for each row, and in that two float32 of every program:
 
-- of `publish_moments` the mean of the group's values and the sum of their squared distances from it, which
-  `read_moments` combines as Chan et al. (1979) do
-- of `publish_sums` two sums, which `read_sums` adds up
+- of `publish_moments` the mean of the program's values of the row, and the sum of their squared distances from it
+- of `publish_sums` two sums
 
 Each of the 8 lanes of a row reads a part of its line, 16 bytes at a time, in inline PTX that waits as polling.py does;
 then they add what they have by shuffles. So a warp knows the statistics of its rows without shared memory or barrier.
-A line is filled up to whole loads of 8 lanes; what is behind the last group is zero and has no weight.
+A line is filled up to whole loads of 8 lanes; what is behind the last program is zero and has no weight. Sums are added
+up. Means are taken relative to that of the first program: the sum of their squares is then at most so many times that
+of all distances as there are programs, and what is subtracted from it cancels few digits.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from lstm_triton_kernels.tiles import row_in_block, warps_across
 
 MOST_LOADS = tensor_core_plan.STATISTICS_LOADS
 
-statistics_group = triton.constexpr_function(tensor_core_plan.statistics_group)
 statistics_loads = triton.constexpr_function(tensor_core_plan.statistics_loads)
 
 
 @triton.constexpr_function
-def line_elements(H, units, parts):
+def line_elements(H, units):
     """Return the float32 of a row in a slot."""
-    return 32 * statistics_loads(H, units, parts)
+    return 32 * statistics_loads(H, units)
 
 
 @triton.constexpr_function
@@ -56,8 +55,8 @@ def statistics_ptx(rows, H, units, parts, blocks, pauses):
     Outputs: the two statistics and the polls left, each of all rows; inputs: the address of a line, the most polls,
     with `pauses` the clocks, likewise.
     """
-    loads = statistics_loads(H, units, parts)
-    weights = line_weights(H, units, parts, blocks) if blocks else None
+    loads = statistics_loads(H, units)
+    weights = line_weights(H, units, blocks) if blocks else None
     operands = [[f"${rows * n + row}" for row in range(rows)] for n in range(6)]
     first, second, left, line, most, clocks = operands
     # The lanes of a row are adjacent, or with one part every fourth.
@@ -78,14 +77,16 @@ def statistics_ptx(rows, H, units, parts, blocks, pauses):
     lines += [f"mov.f32 %{sum_}{row}, 0f00000000;" for row in range(rows) for sum_ in "aq"]
     for number, piece in enumerate(pieces):
         asks = []
-        for k, (row, n) in enumerate(piece):
+        for k, load in enumerate(piece):
+            row, n = load
             words = [f"%word{4 * k + m}" for m in range(4)]
             asks.append((f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(words)}}}, [%at{row}+{128 * n}];", words))
             if weights and n == 0:
                 asks.append((f"ld.relaxed.gpu.global.b32 %shift{row}, [{line[row]}];", [f"%shift{row}"]))
         lines += [ask for ask, _ in asks]
         lines += [f"AGAIN{number}:", "setp.ne.b32 %any, 0, 0;"]
-        for k, (_, words) in enumerate(asks):
+        for k, asked in enumerate(asks):
+            words = asked[1]
             if len(words) == 1:
                 lines.append(f"setp.eq.u32 %miss{k}, {words[0]}, 0xFFFFFFFF;")
             else:
@@ -98,7 +99,8 @@ def statistics_ptx(rows, H, units, parts, blocks, pauses):
         ]
         lines += [f"@%miss{k} {ask}" for k, (ask, _) in enumerate(asks)]
         lines += ["setp.gt.s32 %any, %left, 0;", f"@%any bra AGAIN{number};", f"THERE{number}:"]
-        for k, (row, n) in enumerate(piece):
+        for k, load in enumerate(piece):
+            row, n = load
             for half in range(2):
                 one, two = f"%word{4 * k + 2 * half}", f"%word{4 * k + 2 * half + 1}"
                 if not weights:
@@ -126,12 +128,12 @@ def statistics_ptx(rows, H, units, parts, blocks, pauses):
 
 
 @triton.constexpr_function
-def weight_ptx(group, weights):
-    """Return PTX for %w, the number of values of group 2 %lane + `group` of a line; 0 where there is none."""
-    groups, values, of_last = weights
-    if group + 14 < groups - (values != of_last):
+def weight_ptx(first, weights):
+    """Return PTX for %w, the number of values of program 2 %lane + `first` of a line; 0 where there is none."""
+    programs, values, of_last = weights
+    if first + 14 < programs - (values != of_last):
         return [f"mov.f32 %w, {as_ptx(values)};"]
-    behind, last = (groups - group + 1) // 2, groups - 1 - group  # lanes from `behind` on have none
+    behind, last = (programs - first + 1) // 2, programs - 1 - first  # lanes from `behind` on have none
     found = [f"setp.lt.s32 %p, %lane, {behind};", f"selp.f32 %w, {as_ptx(values)}, 0f00000000, %p;"]
     if values != of_last and last % 2 == 0 and 0 <= last < 16:
         found += [f"setp.eq.s32 %p, %lane, {last // 2};", f"selp.f32 %w, {as_ptx(of_last)}, %w, %p;"]
@@ -146,11 +148,10 @@ def as_ptx(value):
 
 
 @triton.constexpr_function
-def line_weights(H, units, parts, blocks):
-    """Return the groups of a line, and the values of a group and of the last one, where a unit has so many values."""
-    group = statistics_group(units, parts)
-    groups = -(-H // group)
-    return groups, blocks * group, blocks * (H - (groups - 1) * group)
+def line_weights(H, units, blocks):
+    """Return the programs of a line, and the values of a program and of the last, where a unit has so many values."""
+    programs = -(-H // units)
+    return programs, blocks * units, blocks * (H - (programs - 1) * units)
 
 
 @gluon.jit
@@ -160,31 +161,48 @@ def by_group(x, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def publish_pairs(
-    slot_ptr, first_unit, rows, first, second, H: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr,
-    PARTS: gl.constexpr,
-):  # fmt: skip
-    """Publish two blocks (ROWS, groups) of a program's groups of units, side by side in the lines of `rows` rows."""
-    GROUP: gl.constexpr = statistics_group(UNITS, PARTS)
-    layout: gl.constexpr = first.type.layout
-    row = row_in_block(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), ROWS, PARTS)[:, None]
-    unit = first_unit + GROUP * gl.arange(0, UNITS // GROUP, layout=gl.SliceLayout(0, layout))[None, :]
-    place = slot_ptr + row * line_elements(H, UNITS, PARTS) + unit // GROUP * 2
-    mask = (row < rows) & (unit < H)
-    publish(place, first, mask)
-    publish(place + 1, second, mask)
+def rounded_product(x, y):
+    """Return x y of two blocks of float32, which no compiler makes a part of a fused multiply-add.
+
+    In a sum by shuffles each lane adds its own product to another's, and only of rounded ones all have the same sum.
+    """
+    return gl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def add_pairs(first, second, other_first, other_second):
+    """Return the sums of two pairs."""
+    return first + other_first, second + other_second
+
+
+@gluon.jit
+def combine_moments(n, mean, squares, other_n, other_mean, other_squares):
+    """Return count, mean and sum of squared distances of two sets of values, from those of each (Chan et al. 1979)."""
+    both, distance = n + other_n, other_mean - mean
+    part = other_n / gl.maximum(both, 1.0)
+    return both, mean + distance * part, squares + other_squares + distance * distance * (n * part)
+
+
+@gluon.jit
+def publish_pairs(slot_ptr, rows, first, second, H: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr,
+                  PARTS: gl.constexpr):  # fmt: skip
+    """Publish two values (ROWS,) of a program, side by side in the lines of `rows` rows."""
+    row = row_in_block(gl.arange(0, ROWS, layout=first.type.layout), ROWS, PARTS)
+    place = slot_ptr + row * line_elements(H, UNITS) + gl.program_id(0) * 2
+    publish(place, first, row < rows)
+    publish(place + 1, second, row < rows)
 
 
 @gluon.jit
 def publish_moments(
-    slot_ptr, first_unit, rows, x, inside, H: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr,
-    PARTS: gl.constexpr,
-):  # fmt: skip
+    slot_ptr, rows, x, inside, H: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr
+):
     """Publish mean and sum of squared distances of a program's own values, a tuple of blocks (ROWS, UNITS).
 
-    inside: which units exist, (ROWS, UNITS); the values of others are zero.
+    inside: which units exist, (ROWS, UNITS); the values of others are zero. What a warp has is combined by shuffles,
+    and then what its groups of units have with others, of other warps, once through shared memory.
     """
-    GROUP: gl.constexpr = statistics_group(UNITS, PARTS)
+    GROUP: gl.constexpr = UNITS if PARTS == 1 else 8
     total = x[0]
     for n in gl.static_range(1, len(x)):
         total += x[n]
@@ -192,29 +210,36 @@ def publish_moments(
     if H % GROUP == 0:
         mean = total * (1.0 / (len(x) * GROUP))
     else:
-        count = gl.sum(by_group(gl.where(inside, 1.0, 0.0), GROUP), 2)
-        mean = total / (gl.maximum(count, 1.0) * len(x))
-    squares = ()
+        count = len(x) * gl.sum(by_group(gl.where(inside, 1.0, 0.0), GROUP), 2)
+        mean = total / gl.maximum(count, 1.0)
     for n in gl.static_range(len(x)):
         distance = by_group(x[n], GROUP) - gl.expand_dims(mean, 2)
         if H % GROUP != 0:
             distance = gl.where(by_group(inside, GROUP), distance, 0.0)
-        squares = squares + (distance * distance,)  # noqa: RUF005
-    total = squares[0]
-    for n in gl.static_range(1, len(x)):
-        total += squares[n]
-    publish_pairs(slot_ptr, first_unit, rows, mean, gl.sum(total, 2), H, ROWS, UNITS, PARTS)
+        if n == 0:
+            distances = rounded_product(distance, distance)
+        else:
+            distances += rounded_product(distance, distance)
+    squares = gl.sum(distances, 2)
+    if GROUP == UNITS:
+        mean, squares = gl.sum(mean, 1), gl.sum(squares, 1)  # of one group
+    else:
+        if H % GROUP == 0:
+            count = total * 0.0 + len(x) * GROUP
+            if H % UNITS != 0:
+                there = gl.max(by_group(inside.to(gl.int32), GROUP), 2)
+                count = gl.where(there != 0, count, 0.0)
+        _, mean, squares = gl.reduce((count, mean, squares), 1, combine_moments)
+    publish_pairs(slot_ptr, rows, mean, squares, H, ROWS, UNITS, PARTS)
 
 
 @gluon.jit
 def publish_sums(
-    slot_ptr, first_unit, rows, first, second, H: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr,
-    PARTS: gl.constexpr,
-):  # fmt: skip
+    slot_ptr, rows, first, second, H: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PARTS: gl.constexpr
+):
     """Publish the sums of two blocks (ROWS, UNITS) over a program's own units; zero where there is no unit."""
-    GROUP: gl.constexpr = statistics_group(UNITS, PARTS)
-    first, second = gl.sum(by_group(first, GROUP), 2), gl.sum(by_group(second, GROUP), 2)
-    publish_pairs(slot_ptr, first_unit, rows, first, second, H, ROWS, UNITS, PARTS)
+    first, second = gl.reduce((first, second), 1, add_pairs)
+    publish_pairs(slot_ptr, rows, first, second, H, ROWS, UNITS, PARTS)
 
 
 @gluon.jit
@@ -229,7 +254,7 @@ def read_pairs(
     """
     N: gl.constexpr = rows_of_thread(ROWS, UNITS, PARTS, WARPS)
     PTX: gl.constexpr = statistics_ptx(N, H, UNITS, PARTS, BLOCKS, PAUSES)
-    line = slot_ptr + gl.minimum(in_block, rows - 1) * line_elements(H, UNITS, PARTS)
+    line = slot_ptr + gl.minimum(in_block, rows - 1) * line_elements(H, UNITS)
     sources = [line.to(gl.int64, bitcast=True), polls]  # type: ignore[var-annotated]
     if PAUSES:
         sources = sources + [clocks]  # noqa: RUF005

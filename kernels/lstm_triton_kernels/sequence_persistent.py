@@ -24,7 +24,7 @@ from lstm_triton_kernels.plan import ANY, PersistentPlan, Preference, Second
 from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.regularize import NONE, Rules, drawn
 from lstm_triton_kernels.settle import SETTLED, Usage, settled, usage_elsewhere, usage_on_device
-from lstm_triton_kernels.sizes import Layer, accumulator_dtype, ceil_div, matmul_precision, padded_row
+from lstm_triton_kernels.sizes import Layer, accumulator_dtype, matmul_precision, padded_row
 from lstm_triton_kernels.spec import LSTMSpec
 from lstm_triton_kernels.sync import COUNTER_STRIDE, POLLS, unpublish
 from lstm_triton_kernels.tensor_core_plan import (
@@ -33,7 +33,6 @@ from lstm_triton_kernels.tensor_core_plan import (
     fits,
     no_gluon,
     second_columns,
-    statistics_group,
     statistics_loads,
     thread_registers,
 )
@@ -487,13 +486,13 @@ def norm_arguments(launch: Launch, plan: PersistentPlan) -> KernelNorm:
 
 
 def statistics_buffer(launch: Launch, plan: PersistentPlan) -> Tensor:
-    """Return a buffer for statistics of rows, (D, T, row_blocks, rows, groups, 2) float32, see row_statistics.py."""
+    """Return a buffer for statistics of rows, (D, T, row_blocks, rows, programs, 2) float32, see row_statistics.py."""
     layer = launch.layer
-    groups = 16 * statistics_loads(layer.H, plan.block_u, plan.parts)
-    shape = (layer.D, layer.T, plan.row_blocks, plan.rows, groups, 2)
+    programs = 16 * statistics_loads(layer.H, plan.block_u)
+    shape = (layer.D, layer.T, plan.row_blocks, plan.rows, programs, 2)
     statistics = torch.empty(shape, dtype=torch.float32, device=launch.device)
     unpublish(statistics)
-    statistics[..., ceil_div(layer.H, statistics_group(plan.block_u, plan.parts)) :, :] = 0
+    statistics[..., plan.unit_programs :, :] = 0
     return statistics
 
 

@@ -159,15 +159,9 @@ def second_sets(units: int) -> int:
     return max(1, 16 // units)
 
 
-def statistics_group(units: int, parts: int) -> int:
-    """Return of how many units of a program the statistics of a row are published at once (row_statistics.py)."""
-    return units if parts == 1 else 8
-
-
-def statistics_loads(H: int, units: int, parts: int) -> int:
-    """Return the loads of 16 bytes of each of 8 lanes with which the statistics of a row of H units are read."""
-    group = units if parts == 1 else 8  # `statistics_group`
-    return -(-H // (16 * group))
+def statistics_loads(H: int, units: int) -> int:
+    """Return the loads of 16 bytes of each of 8 lanes that read two float32 of every program (row_statistics.py)."""
+    return -(-H // (16 * units))
 
 
 def thread_registers(warps: int, together: int) -> int:
