@@ -63,3 +63,7 @@ class KernelNorm(NamedTuple):
     mean_c: Any = None
     rstd_c: Any = None
     d_cell: Any = None
+
+
+NO_NORM = KernelNorm()
+"""Of a layer that is not normalised."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lstm_triton_kernels.gpus import GPU, gpu_of, share_of
-from lstm_triton_kernels.normalize import KernelNorm
+from lstm_triton_kernels.normalize import NO_NORM, KernelNorm
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.persistent_backward import persistent_backward_kernel
 from lstm_triton_kernels.persistent_forward import persistent_forward_kernel
@@ -79,7 +79,7 @@ class Launch(NamedTuple):
     inputs: dict[str, Any]
     save: bool = False
     lanes: int = 0
-    norm: KernelNorm = KernelNorm()
+    norm: KernelNorm = NO_NORM
     results: Mapping[str, Tensor] = MappingProxyType({})
 
     @property
@@ -111,7 +111,7 @@ class Launch(NamedTuple):
 
 def forward_launch(
     layer: Layer, gates: Tensor, h_0: Tensor, c_0: Tensor, w_hh: Tensor, w_hr: Tensor | None, w_ch: Tensor | None,
-    order: Order, *, save: bool, save_gates: bool, norm: KernelNorm = KernelNorm(),
+    order: Order, *, save: bool, save_gates: bool, norm: KernelNorm = NO_NORM,
 ) -> Launch:  # fmt: skip
     """Return the launch of all steps forward.
 
@@ -140,7 +140,7 @@ def forward_launch(
 def backward_launch(
     layer: Layer, grad_output: Tensor | None, grad_cells: Tensor | None, grad_h_n: Tensor | None,
     grad_c_n: Tensor | None, gates: Tensor, cells: Tensor, w_hh: Tensor, w_hr: Tensor | None, w_ch: Tensor | None,
-    order: Order, norm: KernelNorm = KernelNorm(),
+    order: Order, norm: KernelNorm = NO_NORM,
 ) -> Launch:  # fmt: skip
     """Return the launch of all steps backward, from the gradients of the results, None where zero.
 
@@ -321,7 +321,7 @@ def launch_without_data(layer: Layer, backward: bool, rules: Rules = NONE, draws
         w_hr = empty(D, P, H)
     weights = (empty(D, layer.gates * H, P), w_hr, w_ch)
     gates, h, c = empty(D, T, B, layer.gates * H), empty(D, B, P), empty(D, B, H)
-    norm = KernelNorm()
+    norm = NO_NORM
     if spec.layer_norm:
         norm = KernelNorm(empty(D, layer.gates * H), empty(D, H), empty(D, H))
     layer = layer._replace(T=T)

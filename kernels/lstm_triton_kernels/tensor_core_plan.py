@@ -33,6 +33,9 @@ WORKING_REGISTERS, OUTPUT_REGISTERS, BLOCKS_REGISTERS = {False: 50, True: 66}, {
 has several row blocks. Forward, and backward (True)."""
 MANY_OUTPUTS_WORKING, MANY_OUTPUTS_REGISTERS = {False: 60, True: 84}, {False: 5, True: 11}
 """The same where a thread has so many outputs that it does not load ahead (`loads_ahead`)."""
+NORM_REGISTERS, NORM_OUTPUT_REGISTERS, NORM_BLOCKS_REGISTERS = {False: 12, True: 24}, {False: 4, True: 16}, 24
+"""Beside these with layer normalisation: of a thread and for each of its outputs, of which half where warps share the
+rows; and backward where a program has several row blocks."""
 SECOND_SET_REGISTERS = 98
 """Beside these for a second set of 8 rows, forward: with less room these kernels spill in the time loop."""
 LOADING_REGISTERS, LOADING_ELEMENT = 60, 3
@@ -74,6 +77,8 @@ STREAM_US = (1.27, 0.0139, 0.281, 0.63)
 """Where weights are streamed, fitted to 47 simulated plans, 0.78 to 1.16 of them: of a row block, for each KiB that is
 read of other programs, for each further piece, and times the time of what L2 holds of the weights at its full rate. The
 time of what comes from device memory, at the rate of its data sheet, counted 0.88 there; here it is counted whole."""
+NORM_US = 0.9
+"""For each of the two small exchanges of statistics in a step with layer normalisation, beside its KiB."""
 SHORT = {False: 1.46, True: 1.38}
 """How many times a measured step is a simulated one, forward and backward (True), see benchmarks/simulator; and a tenth
 more, so that of two alike the plan of a kind that was measured is taken."""
@@ -184,14 +189,14 @@ def product_clocks(layer: Layer, gpu: GPU) -> float:
 def candidates(layer: Layer, backward: bool, gpu: GPU) -> Iterator[PersistentPlan]:
     """Every plan that fits the GPU: all programs resident, weights in registers and shared memory.
 
-    Only where there is none, plans by which a part of the weights is streamed.
+    Only where there is none, plans by which a part of the weights is streamed; with layer normalisation none is.
     """
     if why_not(gpu) is None:
         found = False
         for plan in resident_plans(layer, backward, gpu):
             found = True
             yield plan
-        if not found:
+        if not found and not layer.spec.layer_norm:
             for units, rows in itertools.product(UNITS_STREAMED, ROWS):
                 tile = Tile(units, rows, WARPS_STREAMED, WARPS_STREAMED, 1)
                 yield from plans_of(layer, backward, gpu, tile, streams=True)
@@ -259,6 +264,9 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile, streams: bool =
     else:
         working = MANY_OUTPUTS_WORKING[backward] + MANY_OUTPUTS_REGISTERS[backward] * outputs
         working += SECOND_SET_REGISTERS if tile.sets > 1 and not (backward or streams) else 0
+    if layer.spec.layer_norm:
+        working += NORM_REGISTERS[backward] + NORM_OUTPUT_REGISTERS[backward] * outputs // (2 if shared else 1)
+        working += NORM_BLOCKS_REGISTERS if backward and blocks > 1 and not shared else 0
     working += BLOCKS_REGISTERS if blocks > 1 and not shared else 0
     grid_us = UNITS_US * log2(max(LEAST_UNIT_PROGRAMS, unit_programs))
     grid_us += PROGRAMS_US * log2(unit_programs * row_programs * layer.D)
@@ -310,6 +318,10 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile, streams: bool =
             step_us = fixed_us + kib_us * read_kib + piece_us * (pieces - 1) + l2_times * of_l2
             step_us = SHORT[backward] * step_us + beyond_l2 * of_all / (gpu.memory_gb_per_s * 1e3)
             clocks = 0.0
+        if layer.spec.layer_norm:
+            across = max(1, min(units // 8, warps)) if parts > 1 else 1  # warps that read the same
+            line_kib = statistics_loads(layer.H, units) * 128 / 1024
+            step_us += 2 * (NORM_US + KIB_US * together * rows * across * line_kib)
         for second in seconds:
             if second is not None:
                 step_us += grid_us + KIB_US * together * rows * second.chunks * parts * CHUNK_BYTES / 1024

@@ -9,17 +9,20 @@ if INTERPRETED:
     pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)
 
 import torch
-from lstm_triton_kernels import gates, normalized_cell, sequence_normalized
+from lstm_triton_kernels import gates, normalized_cell, sequence_normalized, sequence_persistent, watch
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.regularize import NONE, Rules, drawn
 from lstm_triton_kernels.spec import NORMALIZED
 
+from benchmarks.micro import float32_matmuls
 from lstm_triton import LSTMSpec, layer, normalized
 from lstm_triton.directions import OneByOne
 from tests.compiled import layers
 from tests.compiled.layers import Case
+from tests.emulator.launches import emulated
 from tests.support.compiling import compile_launch, record_launches
 from tests.support.parity import RULES
+from tests.support.persistent import expected
 
 KERNELS = {
     name: getattr(module, name)
@@ -40,6 +43,67 @@ def executed():
         yield Case(spec.name, dtype, 2, 3, H, stepwise=True, recompute=n == 2, rules=rules[n % 3], **flags[n % 5])
     yield Case("norm", "bf16", 1, 2, 520, stepwise=True, rules=RULES[3], training=False)
     yield Case("coupled+norm", "fp32", 2, 2, 9, stepwise=True, weak=True)
+
+
+def persistent():
+    """Every variant that the kernels in Gluon normalise; all ways to cut a layer, flags and rules in turn."""
+    both = dict(lengths=True, resets=True)
+    yield Case("norm", "bf16", 2, 5, 136, wait="data", block_u=32)
+    yield Case("norm", "tf32", 2, 3, 24, wait="data", resets=True)
+    yield Case("norm", "fp16", 2, 1, 300, wait="data", block_u=16)  # of the last program 12 units, in two loads a lane
+    yield Case("norm", "tf32", 2, 5, 140, wait="data", block_u=32, gradients=(True, False, False, False))
+    yield Case("coupled+norm", "fp16", 2, 17, 40, 2, wait="data", **both)
+    yield Case("diagonal+norm", "fp16", 2, 5, 136, wait="data", block_u=16, weak=True)
+    yield Case("diagonal+current+norm", "bf16", 2, 5, 9, lengths=True)
+    yield Case("coupled+diagonal+norm", "tf32", 2, 5, 72, wait="data", rules=RULES[4], recompute=True)
+    yield Case("coupled+diagonal+current+norm", "bf16", 3, 5, 40, 2, wait="data", rules=RULES[3], **both)
+    yield Case("norm", "bf16", 3, 5, 72, wait="data", rules=RULES[3], training=False, infer=True)
+    yield Case("norm", "bf16", 2, 17, 72, wait="data", multiprocessors=9)  # 16 rows a tile
+    yield Case("coupled+norm", "fp16", 3, 7, 136, wait="data", rules=RULES[4], **both).with_blocks_of(3, row_programs=1)
+    yield Case("norm", "tf32", 2, 5, 72, wait="data", weak=True).with_blocks_of(3, row_programs=1)
+    yield Case("norm", "bf16", 2, 35, 72, wait="data", resets=True).with_shared_rows(16, 32, 4)
+    yield Case("diagonal+norm", "fp16", 2, 130, 40, wait="data", lengths=True).with_shared_rows(16, 64, 8)
+    yield Case("norm", "fp16", 2, 5, 72, wait="data", capability=80)
+
+
+@pytest.mark.parametrize("case", list(persistent()), ids=str)
+def test_the_persistent_kernels_compute_what_the_reference_does(case):
+    assert not case.stepwise and not layers.run(case).wrong
+
+
+def test_a_mean_far_from_zero_keeps_its_digits():
+    """Products that TF32 has exactly, 512 and half of one more or less: of the mean of their squares float32 keeps no
+    digit of their variance.
+    """
+    case = Case("norm", "tf32", 1, 3, 72, wait="data", infer=True)
+    inputs = layers.inputs_of(case.layer_case())
+    halves = torch.randint(-1, 2, (4 * case.H,), generator=torch.Generator().manual_seed(0)) / 2
+    inputs.h_0[:] = 1.0
+    weight_hh = torch.zeros_like(inputs.weights[0].weight_hh)
+    weight_hh[:, 5] = 512 + halves
+    inputs.weights[0] = inputs.weights[0]._replace(weight_hh=weight_hh)
+    wanted = expected(case.layer_case(), inputs)[0]
+    with float32_matmuls("tf32"), emulated(case.emulation()):
+        output = layers.computed(case, inputs, "persistent", case.plans())[0]
+    watch.check_launches()
+    assert (output.double() - wanted).norm() < layers.BOUND["tf32"] * wanted.norm()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_launch_that_lacks_a_program_ends_and_says_so(backward, monkeypatch):
+    """The others stop waiting after so many polls, in each exchange."""
+    case, whole, seen = Case("norm", "bf16", 2, 5, 72, wait="data"), sequence_persistent.grid, []
+
+    def grid(plan, device, lanes):
+        seen.append(plan)
+        parts, *rest = whole(plan, device, lanes)
+        return (parts - (len(seen) - 1 == backward), *rest)
+
+    monkeypatch.setattr(sequence_persistent, "grid", grid)
+    emulation = case.emulation()
+    emulation.max_polls = 3
+    outcome = layers.run(case, emulation)
+    assert "timed out" in outcome.why and f"the {'backward' if backward else 'forward'} pass of 72 units" in outcome.why
 
 
 @pytest.mark.parametrize("case", list(executed()), ids=str)

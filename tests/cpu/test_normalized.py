@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lstm_triton_kernels import tensor_core_plan
 from lstm_triton_kernels.gpus import GPUS
 from lstm_triton_kernels.planner import ranked_plans
 from lstm_triton_kernels.sizes import Layer
@@ -165,23 +166,60 @@ def test_the_gradients_of_a_normalised_product_are_autograds(dtype, bound):
 
 # Who computes it.
 
-REASON = "layer normalisation is computed step by step"
+REASON = "layer normalisation {} is computed step by step"
 LAYER = Layer(NORMALIZED[0], 64, 16, 768, 1, torch.bfloat16, training=True)
+WITHOUT_PLAN = {
+    "in float32 without TF32": LAYER._replace(dtype=torch.float32),
+    "with a full peephole": LAYER._replace(spec=FULL_CURRENT),
+    "with a projection": LAYER._replace(P=64),
+}
 
 
-def test_the_kernels_compute_it_step_by_step():
-    assert REASON in str(ranked_plans(LAYER, False, GPUS["h100"]))
-    facts = routing.Facts(LAYER, GPUS["h100"], no_operator="it has no layer normalisation")
+@pytest.mark.parametrize("spec", [spec for spec in NORMALIZED if not spec.full], ids=lambda spec: spec.name)
+def test_the_persistent_kernels_compute_it(spec):
+    layer = LAYER._replace(spec=spec)
+    found = routing.decide(routing.Facts(layer, GPUS["h100"], no_operator="it has no layer normalisation"))
+    assert found.name == "persistent"
+    for backward in (False, True):
+        plain = LSTMSpec(spec.coupled, spec.peephole, spec.output_peephole)
+        plans, others = (
+            ranked_plans(layer._replace(spec=own), backward, GPUS["h100"]) for own in (spec, plain)
+        )  # fmt: skip
+        assert plans[0].estimate_us > others[0].estimate_us and plans[0].streamed == 0
+
+
+@pytest.mark.parametrize("what", WITHOUT_PLAN)
+def test_what_is_computed_step_by_step(what):
+    layer, reason = WITHOUT_PLAN[what], REASON.format(what)
+    for backward in (False, True):
+        assert reason in str(ranked_plans(layer, backward, GPUS["h100"]))
+    facts = routing.Facts(layer, GPUS["h100"], no_operator="it has no layer normalisation")
     found = routing.decide(facts)
-    assert found.name == "stepwise" and REASON in found.reason
+    assert found.name == "stepwise" and reason in found.reason
     assert routing.decide(facts._replace(strategy="stepwise")).name == "stepwise"
-    with pytest.raises(RuntimeError, match=f"strategy 'persistent' cannot run here: {REASON}"):
+    with pytest.raises(RuntimeError, match=f"strategy 'persistent' cannot run here: {reason}"):
         routing.decide(facts._replace(strategy="persistent"))
     assert routing.decide(facts._replace(no_kernels="no GPU")).name == "eager"
-    assert routing.now("kernels", LAYER, torch.device("cpu")) == "stepwise"
+    assert routing.now("kernels", layer, torch.device("cpu")) == "stepwise"
+
+
+def test_weights_that_do_not_fit_the_chip_are_not_streamed():
+    layer = LAYER._replace(H=4096)
+    assert "no tiles of the recurrent weights" in str(ranked_plans(layer, False, GPUS["h100"]))
+    plain = ranked_plans(layer._replace(spec=LSTMSpec()), False, GPUS["h100"])
+    assert plain[0].streamed > 0
+
+
+def test_statistics_are_read_by_8_lanes_of_two_programs_each():
+    loads = tensor_core_plan.statistics_loads
+    assert [loads(H, 16) for H in (1, 256, 257, 768)] == [1, 1, 2, 3]
+    assert [loads(H, 8) for H in (768, 769)] == [6, 7]
 
 
 def test_explain_says_so():
     module = lstm_triton.LSTM(64, 128, layer_norm=True, dtype=torch.bfloat16)
     text = str(module.explain(torch.zeros(16, 4, 64, dtype=torch.bfloat16), gpu="h100"))
-    assert "stepwise" in text and REASON in text
+    assert "persistent" in text and "step by step" not in text
+    module = lstm_triton.LSTM(64, 128, layer_norm=True, peephole="full", dtype=torch.bfloat16)
+    text = str(module.explain(torch.zeros(16, 4, 64, dtype=torch.bfloat16), gpu="h100"))
+    assert "stepwise" in text and REASON.format("with a full peephole") in text

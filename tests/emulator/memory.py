@@ -44,8 +44,8 @@ def raw_bytes(storage: torch.UntypedStorage) -> Array:
 class GlobalMemory:
     """Tensors far apart; `address_of` each by id. Of some a launch knows a larger one, see `spread`.
 
-    Of bytes: valid, inside of a tensor. Of every two: initialised; owner, the CTA that stored them (-1: none); whole, of
-    elements of float32, which are not torn.
+    Of bytes: valid, inside of a tensor. Of every two: initialised; owner, the CTA that stored them (-1: none); whole,
+    of elements of float32, which are not torn.
     Weak: before, the value before the last store that left its buffer, stored, when it left, released, when it was
     released, by `clock`, which counts what becomes visible.
     """
