@@ -48,8 +48,8 @@ def backward(
         norm = with_products(norm, products, gates, cells, spec, order)
     found = sequence_persistent.run(sequence_persistent.backward_launch(layer, *tensors, order, norm))
     d_gates, dc = found["d_gates_ptr"], found["dc_ptr"]
-    for n, of_direction in enumerate(products or ()):
-        of_direction.d_cell.copy_(norm.d_cell[n])
+    for n, side in enumerate(products or ()):
+        side.d_cell.copy_(norm.d_cell[n])
     for n, w in enumerate(weights):
         if spec.full and w.weight_ch is not None:  # the kernel leaves out what the first step adds
             own = order.direction(n)
@@ -82,6 +82,11 @@ def with_products(
     orders = [order.direction(n) for n in range(len(products))]
     computed = [gemms.computed_cells(gates[n], cells[n], spec, own) for n, own in enumerate(orders)]
     of_cells = [normalized.moments(c) for c in computed]
-    fields = [together(list(each)) for each in (*zip(*products, strict=True), *zip(*of_cells, strict=True))]
-    values, mean, rstd, d_cell, mean_c, rstd_c = fields
-    return KernelNorm(*norm[:5], values, mean, rstd, mean_c, rstd_c, d_cell)
+    return norm._replace(
+        products=together([side.values for side in products]),
+        mean=together([side.mean for side in products]),
+        rstd=together([side.rstd for side in products]),
+        mean_c=together([mean for mean, _ in of_cells]),
+        rstd_c=together([rstd for _, rstd in of_cells]),
+        d_cell=together([side.d_cell for side in products]),
+    )

@@ -32,7 +32,13 @@ from lstm_triton_kernels.equations import (
 from lstm_triton_kernels.exchanged_forward import load_gains, load_hidden_mask, publish_operand
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
-from lstm_triton_kernels.row_statistics import line_elements, publish_sums, read_pairs, rounded_product
+from lstm_triton_kernels.row_statistics import (
+    STATISTICS_PAUSE,
+    line_elements,
+    publish_sums,
+    read_pairs,
+    rounded_product,
+)
 from lstm_triton_kernels.rows import at_time, row_values, rows_of_block, time_of_step
 from lstm_triton_kernels.rules import (
     ZONEOUT_C_BIT,
@@ -267,7 +273,7 @@ def exchanged_backward_kernel(
     polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
     if norm.gain is not None:
-        row_polls, row_clocks = in_block * 0 + max_polls, in_block * 0 + pause
+        row_polls, row_clocks = in_block * 0 + max_polls, in_block * 0 + gl.minimum(pause, STATISTICS_PAUSE)
 
     # What the forward pass saved does not depend on other programs: it is loaded an iteration ahead.
     AHEAD: gl.constexpr = STREAMED == 0 and loads_ahead(ROWS, UNITS, PARTS, WARPS)

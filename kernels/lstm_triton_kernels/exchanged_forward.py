@@ -27,7 +27,7 @@ from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.equations import load_peephole, next_cell, output_gate
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
-from lstm_triton_kernels.row_statistics import line_elements, publish_moments, read_pairs
+from lstm_triton_kernels.row_statistics import STATISTICS_PAUSE, line_elements, publish_moments, read_pairs
 from lstm_triton_kernels.rows import at_time, rows_of_block, time_of_step
 from lstm_triton_kernels.rules import ZONEOUT_C_BIT, ZONEOUT_H_BIT, clip, regularized_cell, zone
 from lstm_triton_kernels.streamed import first_streamed, streamed_product
@@ -266,7 +266,7 @@ def exchanged_forward_kernel(
     polls = gl.full([32 * WARPS], 0, gl.int32, each) + max_polls
     clocks = gl.full([32 * WARPS], 0, gl.int32, each) + pause
     if norm.gain is not None:
-        row_polls, row_clocks = in_block * 0 + max_polls, in_block * 0 + pause
+        row_polls, row_clocks = in_block * 0 + max_polls, in_block * 0 + gl.minimum(pause, STATISTICS_PAUSE)
 
     # Gate inputs and masks do not depend on other programs: they are loaded an iteration ahead, to hide the latency.
     # But not bytes that are adjacent in a thread: the compiler takes them apart before it polls, and waits for them.

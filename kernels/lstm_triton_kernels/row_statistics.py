@@ -27,6 +27,9 @@ from lstm_triton_kernels.tiles import row_in_block, warps_across
 
 MOST_LOADS = tensor_core_plan.STATISTICS_LOADS
 
+STATISTICS_PAUSE = gl.constexpr(tensor_core_plan.PAUSE)
+"""Clocks from a program's own statistics to its first poll at most: less than in the exchange of h, as less is read."""
+
 statistics_loads = triton.constexpr_function(tensor_core_plan.statistics_loads)
 
 
@@ -255,7 +258,7 @@ def read_pairs(
     N: gl.constexpr = rows_of_thread(ROWS, UNITS, PARTS, WARPS)
     PTX: gl.constexpr = statistics_ptx(N, H, UNITS, PARTS, BLOCKS, PAUSES)
     line = slot_ptr + gl.minimum(in_block, rows - 1) * line_elements(H, UNITS)
-    sources = [line.to(gl.int64, bitcast=True), polls]  # type: ignore[var-annotated]
+    sources = [line.to(gl.int64, bitcast=True), polls]
     if PAUSES:
         sources = sources + [clocks]  # noqa: RUF005
     first, second, left = gl.inline_asm_elementwise(

@@ -331,8 +331,9 @@ def launch_without_data(layer: Layer, backward: bool, rules: Rules = NONE, draws
     wide = accumulator_dtype(layer.dtype)
     cells = empty(D, T + 1, B, H, dtype=wide)
     if spec.layer_norm:
-        of_rows = [empty(D, T, B, dtype=wide) for _ in range(4)]
-        norm = KernelNorm(*norm[:5], empty(*gates.shape), *of_rows, empty(D, 2, B, H, dtype=wide))
+        names = ("mean", "rstd", "mean_c", "rstd_c")
+        of_rows = {name: empty(D, T, B, dtype=wide) for name in names}
+        norm = norm._replace(products=empty(*gates.shape), d_cell=empty(D, 2, B, H, dtype=wide), **of_rows)
     return backward_launch(layer, empty(T, B, D * P), None, h, c, gates, cells, *weights, order, norm)
 
 

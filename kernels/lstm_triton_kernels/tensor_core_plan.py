@@ -319,9 +319,10 @@ def plans_of(layer: Layer, backward: bool, gpu: GPU, tile: Tile, streams: bool =
             step_us = SHORT[backward] * step_us + beyond_l2 * of_all / (gpu.memory_gb_per_s * 1e3)
             clocks = 0.0
         if layer.spec.layer_norm:
-            across = max(1, min(units // 8, warps)) if parts > 1 else 1  # warps that read the same
+            across = max(1, min(units // 8, warps)) if parts > 1 else 1
+            readers = across * max(1, 4 * (warps // across) // tile_rows)  # warps that read the same
             line_kib = statistics_loads(layer.H, units) * 128 / 1024
-            step_us += 2 * (NORM_US + KIB_US * together * rows * across * line_kib)
+            step_us += 2 * (NORM_US + KIB_US * together * rows * readers * line_kib)
         for second in seconds:
             if second is not None:
                 step_us += grid_us + KIB_US * together * rows * second.chunks * parts * CHUNK_BYTES / 1024

@@ -70,13 +70,32 @@ def test_regularised_steps(spec, precision):
         assert_near(replace(case, device="cuda", dtype=torch.float32))
 
 
+PERSISTENT = {
+    "one program": dict(T=9, B=3, I=5, H=8),
+    "odd": dict(T=70, B=12, I=40, H=130, bidirectional=True),
+    "wide": dict(T=33, B=16, I=64, H=768),
+    "16 rows a tile": dict(T=17, B=64, I=64, H=1024),
+    "many rows": dict(T=9, B=300, I=33, H=256),
+    "lengths, resets": dict(T=41, B=12, I=33, H=136, bidirectional=True, lengths=True, resets=True, states=True),
+    "all rules": dict(T=37, B=17, I=33, H=140, rules=RULES[3], lengths=True),
+}
+
+
+@pytest.mark.parametrize("precision", [name for name in TYPES if name not in ("float32 ieee", "float64")], indirect=True)
+@pytest.mark.parametrize("shape", PERSISTENT)
+@pytest.mark.parametrize("spec", [spec for spec in NORMALIZED if not spec.full], ids=lambda spec: spec.name)
+def test_the_persistent_kernels(spec, shape, precision):
+    assert_near(Case(spec, dtype=TYPES[precision], device="cuda", strategy="persistent", **PERSISTENT[shape]))
+
+
 @pytest.mark.parametrize("H", [1024, 2048, 4096, 5000])
 def test_long_rows(H):
     assert_near(Case(NORMALIZED[0], T=3, B=2, I=16, H=H, dtype=torch.bfloat16, device="cuda"))
 
 
-def test_the_same_bits_from_run_to_run():
-    case = Case(FULL_CURRENT, T=70, B=12, I=64, H=130, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("spec", [FULL_CURRENT, NORMALIZED[0]], ids=["step by step", "persistent"])
+def test_the_same_bits_from_run_to_run(spec):
+    case = Case(spec, T=70, B=12, I=64, H=130, dtype=torch.bfloat16, device="cuda")
     inputs = random_inputs(case)
     with lstm_triton.backend("triton"):
         first, *others = (results(case, inputs, call) for _ in range(4))
