@@ -487,14 +487,14 @@ def norm_arguments(launch: Launch, plan: PersistentPlan) -> KernelNorm:
 
 
 def statistics_buffer(launch: Launch, plan: PersistentPlan) -> Tensor:
-    """Return a buffer for statistics of rows, (D, T, row_blocks, rows, programs, 2) float32, see row_statistics.py."""
+    """Return a buffer for statistics of rows, (D, T, row_blocks, rows · programs · 2) float32 (row_statistics.py)."""
     layer = launch.layer
     programs = 16 * statistics_loads(layer.H, plan.block_u)
     shape = (layer.D, layer.T, plan.row_blocks, plan.rows, programs, 2)
     statistics = torch.empty(shape, dtype=torch.float32, device=launch.device)
     unpublish(statistics)
     statistics[..., plan.unit_programs :, :] = 0
-    return statistics
+    return statistics.flatten(3)
 
 
 def exchange_buffer(launch: Launch, plan: PersistentPlan, slots: int, chunks: int, published: int) -> Tensor:

@@ -61,6 +61,7 @@ RULED = Case(
     "coupled", "fp16", 5, 11, 40, 2, wait="data", P=36, lengths=True,
     rules=Rules.rounded(0.4, 0.3, 0.3, 0.2, 0.0, 0.6),
 ).with_blocks_of(3, row_programs=2)  # fmt: skip
+NORMALIZED = Case("norm", "bf16", 5, 11, 24, 2, wait="data", lengths=True).with_blocks_of(3, row_programs=2)
 PADDED_UNITS = Case("coupled", "fp32", 5, 3, 9, 2)
 """The rows of the plain kernels' hidden states are longer than those of the gates."""
 ALONE = Case("standard", "fp32", 5, 5, 8, 2, lengths=True)
@@ -75,15 +76,15 @@ RESET_STEPS = Case("coupled+diagonal", "fp16", 5, 5, 2, 2, stepwise=True, resets
 FULL_STEPS = Case("full+current", "fp32", 5, 5, 24, stepwise=True, lengths=True)
 
 CASES = [
-    GLUON, SEVERAL, FULL, TURNS, FEW_UNITS, STREAMED, RULED, PADDED_UNITS, ALONE, DATA, COUNTER, PLAIN_TURNS,
-    FEW_PLAIN_UNITS, STEPS, RESET_STEPS, FULL_STEPS, WITHIN, PLAIN_WITHIN, DATA_WITHIN,
+    GLUON, SEVERAL, FULL, TURNS, FEW_UNITS, STREAMED, RULED, NORMALIZED, PADDED_UNITS, ALONE, DATA, COUNTER,
+    PLAIN_TURNS, FEW_PLAIN_UNITS, STEPS, RESET_STEPS, FULL_STEPS, WITHIN, PLAIN_WITHIN, DATA_WITHIN,
 ]  # fmt: skip
-QUICK = {GLUON, RULED, FEW_UNITS, TURNS, PADDED_UNITS, DATA, FEW_PLAIN_UNITS, STEPS, FULL_STEPS, WITHIN}
+QUICK = {GLUON, RULED, NORMALIZED, FEW_UNITS, TURNS, PADDED_UNITS, DATA, FEW_PLAIN_UNITS, STEPS, FULL_STEPS, WITHIN}
 
 OF_ALL_STEPS = {
     "gates_ptr", "d_gates_ptr", "gate_input_ptr", "cells_ptr", "output_ptr", "hidden_ptr", "grad_output_ptr",
     "grad_cells_ptr", "exchange_ptr", "peephole_exchange_ptr", "projection_exchange_ptr", "d_hidden_ptr",
-    "unprojected_ptr", "rules.0", "rules.2",
+    "unprojected_ptr", "rules.0", "rules.2", "norm.product_exchange", "norm.cell_exchange", "norm.products",
 }  # fmt: skip
 """Arguments with an axis of time steps; beside resets, which reach as far only with few units."""
 

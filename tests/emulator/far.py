@@ -19,13 +19,20 @@ from torch import Tensor
 from tests.emulator.memory import Spread
 from tests.emulator.values import Array, i8
 
-ROW_AXIS = {"hidden_ptr": -3, "unprojected_ptr": -3, "output_ptr": -3, "lengths_ptr": -1, "resets_ptr": -1}
+ROW_AXIS = {
+    "hidden_ptr": -3, "unprojected_ptr": -3, "output_ptr": -3, "lengths_ptr": -1, "resets_ptr": -1,
+    **{f"norm.{name}": -1 for name in ("mean", "rstd", "mean_c", "rstd_c")},
+}  # fmt: skip
 """The axis of the batch rows, of tensors in which it is not the last but one."""
 
 WITHOUT_ROWS = {
     "w_hh_ptr", "w_hr_ptr", "w_ch_ptr", "streamed_ptr", "w_ih_ptr", "bias_ih_ptr", "bias_hh_ptr", "error_ptr",
+    "norm.gain", "norm.gain_c", "norm.shift_c",
 }  # fmt: skip
-BLOCKS = {"exchange_ptr", "peephole_exchange_ptr", "projection_exchange_ptr", "counters_ptr"}
+BLOCKS = {
+    "exchange_ptr", "peephole_exchange_ptr", "projection_exchange_ptr", "counters_ptr", "norm.product_exchange",
+    "norm.cell_exchange",
+}  # fmt: skip
 """These have an axis of row blocks in its place."""
 
 TIME_STRIDES = {"stride_ht", "stride_gt"}
@@ -62,8 +69,10 @@ class Far:
         if persistent:
             numbers["row_blocks"] = arguments["row_blocks"] + turns * more
         spreads: dict[int, Spread] = {}
-        rules = arguments.get("rules") or ()
-        for name, value in (*arguments.items(), *((f"rules.{n}", mask) for n, mask in enumerate(rules))):
+        rules, norm = arguments.get("rules") or (), arguments.get("norm")
+        given = {f"rules.{n}": mask for n, mask in enumerate(rules)}
+        given |= {f"norm.{name}": value for name, value in norm._asdict().items()} if norm is not None else {}
+        for name, value in (arguments | given).items():
             if name in TIME_STRIDES:
                 assert value % B == 0
                 numbers[name] = value // B * numbers["B"]

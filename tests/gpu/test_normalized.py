@@ -81,7 +81,7 @@ PERSISTENT = {
 }
 
 
-@pytest.mark.parametrize("precision", [name for name in TYPES if name not in ("float32 ieee", "float64")], indirect=True)
+@pytest.mark.parametrize("precision", ["float32 tf32", "float16", "bfloat16"], indirect=True)
 @pytest.mark.parametrize("shape", PERSISTENT)
 @pytest.mark.parametrize("spec", [spec for spec in NORMALIZED if not spec.full], ids=lambda spec: spec.name)
 def test_the_persistent_kernels(spec, shape, precision):
