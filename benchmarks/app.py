@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 from lstm_triton_kernels.limit import Constants
-from lstm_triton_kernels.spec import VARIANTS
+from lstm_triton_kernels.spec import NORMALIZED, VARIANTS
 from rich.console import Console
 from rich.progress import track
 
@@ -374,7 +374,7 @@ def simulate_command(
     views = {"--json": (as_json, passes.as_json), "--all-plans": (all_plans, passes.every_plan)}
     views["--code"] = (code, passes.instructions)
     asked = [option for option, (wanted, _) in views.items() if wanted]
-    known("--variant", [variant], [*(spec.name for spec in VARIANTS), *suites.REGULARIZED])
+    known("--variant", [variant], [*(spec.name for spec in (*VARIANTS, *NORMALIZED)), *suites.REGULARIZED])
     known("--wait", [wait] if wait else [], ("counter", "data"))
     if gpu not in MACHINES:
         raise typer.BadParameter(f"--gpu: no model of {gpu!r}: there are {', '.join(MACHINES)}")
