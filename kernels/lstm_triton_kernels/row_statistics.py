@@ -7,7 +7,7 @@ of the same row. A slot has for each row block a line for each row, and in that 
 - of `publish_sums` two sums
 
 Each of the 8 lanes of a row reads a part of its line, 16 bytes at a time, in inline PTX that waits as polling.py does;
-then they add what they have by shuffles. So a warp knows the statistics of its rows without shared memory or barrier.
+then they add what they have by shuffles. So a warp reads the statistics of its rows without shared memory or barrier.
 A line is filled up to whole loads of 8 lanes; what is behind the last program is zero and has no weight. Sums are added
 up. Means are taken relative to that of the first program: the sum of their squares is then at most so many times that
 of all distances as there are programs, and what is subtracted from it cancels few digits.

@@ -64,6 +64,7 @@ def persistent():
     yield Case("norm", "bf16", 2, 35, 72, wait="data", resets=True).with_shared_rows(16, 32, 4)
     yield Case("diagonal+norm", "fp16", 2, 130, 40, wait="data", lengths=True).with_shared_rows(16, 64, 8)
     yield Case("norm", "fp16", 2, 5, 72, wait="data", capability=80)
+    yield Case("norm", "bf16", 1, 1, 1100, wait="data", block_u=8, infer=True)  # 9 loads a lane, more than at once
 
 
 @pytest.mark.parametrize("case", list(persistent()), ids=str)
