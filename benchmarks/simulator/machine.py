@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from benchmarks.simulator.conflicts import needed_wavefronts
 from benchmarks.simulator.sass import NONE, Instruction
-from benchmarks.simulator.step import ARRIVES, LOADS, ONE_THREAD, POLLS, STREAMS, Step, names, polls
+from benchmarks.simulator.step import ARRIVES, LOADS, ONCE, ONE_THREAD, POLLS, STREAMS, Step, names, polls
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,8 @@ class ThreadBlock:
     def load(self, one: Instruction, warp: Warp, now: int) -> int:
         """Return the latency of a load from global memory: from L2 what others publish, from device memory the rest."""
         start = self.occupy_memory(now, max(1, one.width // 4))
+        if ONCE & set(names(one)):
+            return ISSUE
         if STREAMS & set(names(one)):
             return int(self.stream(one, start) - now)
         if not (POLLS | LOADS) & set(names(one)) and "STRONG" not in one.opcode:

@@ -30,6 +30,8 @@ POLLS = {"any_missing", "load_bits", "wait_for_count", "load_when_published", "l
 LOADS = {"exchange_load", "as_right", "as_operand", "round_to_tf32", "load_streamed"}
 STREAMS = {"load_streamed"}
 """Loads of weights that do not stay on the chip."""
+ONCE = {"load_last"}
+"""Loads that are masked off in all steps but a row's last: what is simulated is another step."""
 EQUATIONS = {
     "next_cell", "output_gate", "output_derivatives", "cell_derivatives", "previous_cell_gradient", "tanh", "sigmoid",
     "exp2_approx", "reciprocal_approx", "drop_candidate", "clip", "clip_gradient", "zone", "zone_gradients",

@@ -63,7 +63,7 @@ from lstm_triton_kernels.tiles import (
     second_sets,
     sum_buffer,
 )
-from lstm_triton_kernels.time_loop import code_of, load_saved, load_step_codes, rows_in_turn, step_of
+from lstm_triton_kernels.time_loop import code_of, load_last, load_saved, load_step_codes, rows_in_turn, step_of
 
 
 @gluon.jit
@@ -350,9 +350,9 @@ def exchanged_backward_kernel(
         last = step_mask[:, None] & row_values(n == length - 1, HAS_LENGTHS)
         if HAS_GRAD_H_N:
             place = grad_h_n_ptr + row[:, None] * HIDDEN + unit[None, :]
-            d_h_n = gl.load(place, mask=hidden_mask & last, other=0.0)
+            d_h_n = load_last(place, hidden_mask & last)
         if HAS_GRAD_C_N:
-            d_c_n = gl.load(grad_c_n_ptr + state, mask=tile_mask & last, other=0.0)
+            d_c_n = load_last(grad_c_n_ptr + state, tile_mask & last)
         f, g, o = saved[G - 3].to(gl.float32), saved[G - 2].to(gl.float32), saved[G - 1].to(gl.float32)
         i = 1.0 - f if COUPLED else saved[0].to(gl.float32)
         c_previous, c = c_read[0], c_read[1]

@@ -46,7 +46,7 @@ from lstm_triton_kernels.sync import (
     exchange_store,
     exchange_wait,
 )
-from lstm_triton_kernels.time_loop import load_saved, load_step_codes, rows_in_turn, step_of
+from lstm_triton_kernels.time_loop import load_last, load_saved, load_step_codes, rows_in_turn, step_of
 
 
 @triton.jit(do_not_specialize=["T", "B", "rows", "row_blocks", "max_polls", "pause"])
@@ -210,9 +210,9 @@ def persistent_backward_kernel(
         last = step_mask[:, None] & row_values(n == length - 1, HAS_LENGTHS)
         if HAS_GRAD_H_N:
             place = grad_h_n_ptr + row[:, None] * P + unit[None, :]
-            d_h_n = tl.load(place, mask=hidden_mask & last, other=0.0)
+            d_h_n = load_last(place, hidden_mask & last)
         if HAS_GRAD_C_N:
-            d_c_n = tl.load(grad_c_n_ptr + state, mask=tile_mask & last, other=0.0)
+            d_c_n = load_last(grad_c_n_ptr + state, tile_mask & last)
         # Step n + 1 of a row, which read the state that step n left: not where there is none, or where it was reset.
         after = time_of_step(n + 1, length, reverse)
         carry_mask = row_mask & (n + 1 < length)

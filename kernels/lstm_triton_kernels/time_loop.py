@@ -123,3 +123,9 @@ def load_saved(
         place = at_time(grad_cells_ptr, t, D * size, HAS_LENGTHS) + row[:, None] * D * H + unit[None, :]
         grads = grads + (tl.load(place, mask=step_tile_mask, other=0.0),)  # noqa: RUF005
     return saved, (c_previous, c), grads
+
+
+@triton.jit
+def load_last(place, mask):
+    """Load the gradient of the last state of the rows that end with this step; in other steps the mask is empty."""
+    return tl.load(place, mask=mask, other=0.0)

@@ -114,7 +114,7 @@ def test_an_instruction_of_no_known_function_has_the_phase_of_the_one_before():
     assert phases_of(code, last_poll=-1) == ["ahead", "sums", "sums", "store"]
 
 
-GROUPS = ("PRODUCTS", "SUMS", "POLLS", "LOADS", "STREAMS", "EQUATIONS", "STORES", "ARRIVES", "ONE_THREAD")
+GROUPS = ("PRODUCTS", "SUMS", "POLLS", "LOADS", "STREAMS", "ONCE", "EQUATIONS", "STORES", "ARRIVES", "ONE_THREAD")
 
 
 @pytest.mark.parametrize("group", GROUPS)
