@@ -89,6 +89,20 @@ def test_a_mean_far_from_zero_keeps_its_digits():
     assert (output.double() - wanted).norm() < layers.BOUND["tf32"] * wanted.norm()
 
 
+def test_a_nan_stays_in_its_row():
+    """Whose statistics are NaN, too, and are published as another than that of what is unpublished."""
+    case = Case("norm", "bf16", 3, 5, 72, wait="data", multiprocessors=9)
+    inputs = layers.inputs_of(case.layer_case())
+    inputs.h_0.view(torch.int16)[0, 2, case.H - 1] = -1
+    assert inputs.h_0[0, 2].isnan().sum() == 1
+    with emulated(case.emulation()):
+        output, _, h_n, _, *gradients = layers.computed(case, inputs, "persistent", case.plans())
+    watch.check_launches()
+    others = [n for n in range(case.B) if n != 2]
+    assert output[:, 2].isnan().all() and h_n[:, 2].isnan().all()
+    assert output[:, others].isfinite().all() and gradients[0][:, others].isfinite().all()
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_launch_that_lacks_a_program_ends_and_says_so(backward, monkeypatch):
     """The others stop waiting after so many polls, in each exchange."""
