@@ -156,7 +156,8 @@ def assert_as_planned(kernel: Kernel) -> None:
     if not kernel.plan.exact:
         spilled = usage(kernel, kernel.plan).spilled  # ahead of the loop that costs nothing
         assert spilled == 0 or spills_of_a_step(found.asm["cubin"]) <= MOST_ACCESSES, kernel
-        assert 0 <= found.metadata.shared - kernel.plan.shared_bytes <= 256, kernel
+        gains = 12 * kernel.plan.block_u * kernel.layer.spec.layer_norm  # of the units, laid out anew before the loop
+        assert 0 <= found.metadata.shared - kernel.plan.shared_bytes <= 256 + gains, kernel
 
 
 WITHIN_A_STEP = [
