@@ -348,7 +348,7 @@ def input_gradients(
         reading = ["weight_ih"] * (v.x is not None) + ["weight_hh", "weight_ch"]
         names = [name for name in needs.weights[n] if name in reading]
         read = (first.x if v.x is None else v.x, torch.zeros_like(first.h_0[n]) if v.h_0 is None else v.h_0[n])
-        more = gemms.weight_gradients(names, *read, along.output, d, None, along.gates, along.cells, spec, own)
+        more = gemms.weight_gradients(names, *read, along.output, d, None, along.gates, along.cells, v_w, spec, own)
         if "weight_hr" in of_weights and first.d_hidden is not None:
             unprojected = unprojected_tangents(first.gates[n], first.cells[n], along, spec, own)
             more["weight_hr"] = first.d_hidden[n].flatten(0, 1).t() @ unprojected.flatten(0, 1)

@@ -13,6 +13,8 @@ from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
 
+from lstm_triton.layer_norm import normalized
+
 
 def project_input(x: Tensor, w: LSTMWeights, out: Tensor | None = None) -> Tensor:
     """Return the input side of all gates of all steps, x (T, B, I) -> (T, B, G·H), both biases included: one GEMM."""
@@ -66,10 +68,10 @@ def computed_cells(gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Order) -
 
     gates (T, B, G·H): of the activated gates those of i, f and g are read; cells (T + 1, B, H).
     """
-    previous, current = order.cells_read(cells)
     regularized = order.regularized
     if regularized.rules.zoneout_c == 0:
-        return current
+        return order.cells_written(cells)
+    previous, current = order.cells_read(cells)
     act = spec.split_gates(gates.to(cells.dtype))
     i = 1 - act["f"] if spec.coupled else act["i"]
     computed = regularized.clip_cell(act["f"] * previous + i * regularized.drop_candidate(act["g"]))
@@ -92,7 +94,7 @@ def initial_hidden_gradient(d_gates: Tensor, w: LSTMWeights, order: Order) -> Te
 
 def weight_gradients(
     wanted: Sequence[str], x: Tensor, h_0: Tensor, output: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
-    gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Order,
+    gates: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, order: Order,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return the gradients of the parameters named in `wanted`: sums over all T and B, each one GEMM.
 
@@ -112,7 +114,7 @@ def weight_gradients(
         bias = d_rows.sum(0)
         gradients |= {name: bias for name in ("bias_ih", "bias_hh") if name in wanted}
     if "weight_hr" in wanted and d_hidden is not None:
-        gradients["weight_hr"] = projection_gradient(d_hidden, gates, cells, spec, order)
+        gradients["weight_hr"] = d_hidden.flatten(0, 1).t() @ unprojected(gates, cells, w, spec, order).flatten(0, 1)
     if "weight_ch" in wanted:
         gradients["weight_ch"] = peephole_gradient(d_gates, gates, cells, spec, order)
     return gradients
@@ -135,17 +137,15 @@ def peephole_gradient(d_gates: Tensor, gates: Tensor, cells: Tensor, spec: LSTMS
     return torch.cat(blocks)
 
 
-def projection_gradient(d_hidden: Tensor, gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Order) -> Tensor:
-    """Return the gradient of weight_hr (P, H) from d_hidden (T, B, P), that of h_t; o tanh(c_t) is computed again."""
-    return d_hidden.flatten(0, 1).t() @ unprojected(gates, cells, spec, order).flatten(0, 1)
-
-
 def projected(gates: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, order: Order) -> Tensor:
-    """Return W_hr (o tanh(c~)) of every step, (T, B, P), from what the forward pass saved."""
+    """Return W_hr times `unprojected` of every step, (T, B, P), from what the forward pass saved."""
     assert w.weight_hr is not None
-    return unprojected(gates, cells, spec, order) @ w.weight_hr.t()
+    return unprojected(gates, cells, w, spec, order) @ w.weight_hr.t()
 
 
-def unprojected(gates: Tensor, cells: Tensor, spec: LSTMSpec, order: Order) -> Tensor:
-    """Return o tanh(c~) of every step, (T, B, H), in the type of the gates."""
-    return (spec.split_gates(gates)["o"] * computed_cells(gates, cells, spec, order).tanh()).to(gates.dtype)
+def unprojected(gates: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, order: Order) -> Tensor:
+    """Return o tanh(c~) of every step, (T, B, H), in the type of the gates; c~ normalised, where the layer is."""
+    c = computed_cells(gates, cells, spec, order)
+    if w.weight_ln_c is not None:
+        c = normalized(c, w.weight_ln_c, w.bias_ln_c)
+    return (spec.split_gates(gates)["o"] * c.tanh()).to(gates.dtype)

@@ -205,10 +205,7 @@ def backward(
 ) -> LayerGradients:  # fmt: skip
     """Return the gradients that `needs` names, from those of the results and what `forward` saved."""
     gates = activated_gates(x, h_0, weights, output, gates, cells, order, call)
-    if order.regularized.rules.proj_clip:
-        order = order._replace(
-            regularized=order.regularized._replace(clipped=clipped(gates, cells, weights, order, call))
-        )
+    order = with_clipped(order, gates, cells, weights, call.spec)
     steps = loop.backward(grads, gates, cells, weights, order, call)
     return gradients(steps, x, h_0, weights, output, gates, cells, order, call, needs)
 
@@ -228,11 +225,14 @@ def activated_gates(
     return together(again)
 
 
-def clipped(gates: Tensor, cells: Tensor, weights: Sequence[LSTMWeights], order: Order, call: Call) -> Tensor:
-    """Return where the projected h~ of a layer is at its limit, (D, T, B, P) bool; gates as of `activated_gates`."""
+def with_clipped(order: Order, gates: Tensor, cells: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec) -> Order:
+    """Return the order of a layer's steps with where a clipped h~ is at its limit; gates as of `activated_gates`."""
     limit = order.regularized.rules.proj_clip
-    hidden = (gemms.projected(gates[n], cells[n], w, call.spec, order.direction(n)) for n, w in enumerate(weights))
-    return torch.stack([h.abs() >= limit for h in hidden])
+    if not limit:
+        return order
+    hidden = (gemms.projected(gates[n], cells[n], w, spec, order.direction(n)) for n, w in enumerate(weights))
+    clipped = torch.stack([h.abs() >= limit for h in hidden])
+    return order._replace(regularized=order.regularized._replace(clipped=clipped))
 
 
 def gradients(
@@ -249,7 +249,7 @@ def gradients(
         if needs.h_0:
             gradient = gemms.initial_hidden_gradient(d_gates[n], w, orders[n])
             grad_h_0.append(gradient if kept_h_0 is None else (gradient + kept_h_0[n]).to(x.dtype))
-        own = (d_gates[n], None if d_hidden is None else d_hidden[n], gates[n], cells[n], spec, orders[n])
+        own = (d_gates[n], None if d_hidden is None else d_hidden[n], gates[n], cells[n], w, spec, orders[n])
         grad_weights.append(gemms.weight_gradients(needs.weights[n], x, h_0[n], outputs[n], *own))
     return LayerGradients(
         gemms.input_gradient(d_gates, weights) if needs.x else None,

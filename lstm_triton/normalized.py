@@ -17,15 +17,14 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from lstm_triton_kernels.normalize import NORM_EPS, Products
+from lstm_triton_kernels.normalize import Products
 from lstm_triton_kernels.order import Order
-from lstm_triton_kernels.sizes import accumulator_dtype
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
 
 from lstm_triton import gemms, layer
 from lstm_triton.layer import Call, Gradients, LayerGradients, Loop, Needs
+from lstm_triton.layer_norm import moments, normalized, product_gradients
 
 
 def project_input(x: Tensor, w: LSTMWeights, out: Tensor | None = None) -> Tensor:
@@ -52,10 +51,7 @@ def backward(
     if gates.numel() == 0:  # not saved, or of no rows
         again = (activated_gates(x, products[n], cells[n], w, spec, orders[n]) for n, w in enumerate(weights))
         gates = layer.together(list(again))
-    if (limit := order.regularized.rules.proj_clip) > 0:
-        hidden = (projected(gates[n], cells[n], w, spec, orders[n]) for n, w in enumerate(weights))
-        clipped = torch.stack([h.abs() >= limit for h in hidden])
-        order = order._replace(regularized=order.regularized._replace(clipped=clipped))
+    order = layer.with_clipped(order, gates, cells, weights, spec)
     steps = loop.backward(grads, gates, cells, weights, order, call, products)
     grad_x, grad_h_0, grad_weights = [], [], []
     for n, w in enumerate(weights):
@@ -89,7 +85,7 @@ def plain_gradients(
     """Return the gradients of the parameters that are not normalised, from d (T, B, G·H) and d_hidden (T, B, P)."""
     found = {name: d.sum((0, 1)) for name in ("bias_ih", "bias_hh") if name in wanted}
     if "weight_hr" in wanted and d_hidden is not None:
-        found["weight_hr"] = times(d_hidden, unprojected(gates, cells, w, spec, order))
+        found["weight_hr"] = times(d_hidden, gemms.unprojected(gates, cells, w, spec, order))
     if "weight_ch" in wanted:
         found["weight_ch"] = gemms.peephole_gradient(d, gates, cells, spec, order)
     return found
@@ -112,20 +108,6 @@ def activated_gates(
     return gemms.activate(gates, cells, w, spec, order)
 
 
-def unprojected(gates: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, order: Order) -> Tensor:
-    """Return o tanh(w_c n(c~) + b_c) of every step, (T, B, H), in the type of the gates."""
-    c = gemms.computed_cells(gates, cells, spec, order)
-    assert w.weight_ln_c is not None
-    y = normalized(c, w.weight_ln_c.to(c.dtype), None if w.bias_ln_c is None else w.bias_ln_c.to(c.dtype))
-    return (spec.split_gates(gates)["o"] * y.tanh()).to(gates.dtype)
-
-
-def projected(gates: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, order: Order) -> Tensor:
-    """Return W_hr (o tanh(w_c n(c~) + b_c)) of every step, (T, B, P)."""
-    assert w.weight_hr is not None
-    return unprojected(gates, cells, w, spec, order) @ w.weight_hr.t()
-
-
 def without_biases(w: LSTMWeights) -> LSTMWeights:
     """Return the parameters less the biases of the gates, which stand outside of the normalised products."""
     return w._replace(bias_ih=None, bias_hh=None)
@@ -134,34 +116,3 @@ def without_biases(w: LSTMWeights) -> LSTMWeights:
 def times(d: Tensor, read: Tensor) -> Tensor:
     """Return the gradient of a weight (N, K), from that of its product (T, B, N) and what it read (T, B, K)."""
     return d.flatten(0, 1).t() @ read.flatten(0, 1)
-
-
-# PyTorch's operators of layer normalisation. On a GPU they compute in float32 what is of 16 bits, and so are the mean
-# and the reciprocal deviation; on a CPU these are of the type of the rows, which are widened there.
-
-
-def widened(t: Tensor) -> Tensor:
-    """Return rows (..., N) in a type of which the operators make statistics in the accumulator type."""
-    return t if t.device.type == "cuda" else t.to(accumulator_dtype(t.dtype))
-
-
-def normalized(t: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
-    """Return rows (..., N) normalised, times the gain (N,), plus the shift (N,), in their type."""
-    gain, shift = (None if p is None else widened(p) for p in (gain, shift))
-    return F.layer_norm(widened(t), t.shape[-1:], gain, shift, NORM_EPS).to(t.dtype)
-
-
-def moments(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and reciprocal standard deviation of rows (T, B, N), each (T, B) in the accumulator type."""
-    _, mean, rstd = torch.native_layer_norm(widened(t), t.shape[-1:], None, None, NORM_EPS)
-    return mean.squeeze(-1), rstd.squeeze(-1)
-
-
-def product_gradients(
-    d: Tensor, product: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of a product (T, B, N) and of its gain (N,), from d (T, B, N) of gain · n(product)."""
-    assert gain is not None
-    given = (widened(d), widened(product), product.shape[-1:], mean[..., None], rstd[..., None], widened(gain), None)
-    d_product, d_gain, _ = torch.ops.aten.native_layer_norm_backward(*given, [True, True, False])
-    return d_product.to(d.dtype), d_gain.to(d.dtype)

@@ -14,8 +14,9 @@ from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
 
-from lstm_triton import gemms, normalized
+from lstm_triton import gemms
 from lstm_triton.layer import Call, Gradients, States, StepGradients, together
+from lstm_triton.layer_norm import moments
 
 
 def forward(
@@ -81,7 +82,7 @@ def with_products(
     """
     orders = [order.direction(n) for n in range(len(products))]
     computed = [gemms.computed_cells(gates[n], cells[n], spec, own) for n, own in enumerate(orders)]
-    of_cells = [normalized.moments(c) for c in computed]
+    of_cells = [moments(c) for c in computed]
     return norm._replace(
         products=together([side.values for side in products]),
         mean=together([side.mean for side in products]),

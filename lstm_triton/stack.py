@@ -268,7 +268,7 @@ def backward(
             wanted = list(compress(names, own))
             by_name = gemms.weight_gradients(
                 wanted, saved.inputs[n], h_0[n], saved.outputs[n], d_gates[n][0], None, saved.gates[n][0],
-                saved.cells[n][0], call.spec, order,
+                saved.cells[n][0], weights[n], call.spec, order,
             )  # fmt: skip
             if {"bias_ih", "bias_hh"} <= by_name.keys():
                 by_name["bias_hh"] = by_name["bias_ih"].clone()  # autograd may keep both as .grad

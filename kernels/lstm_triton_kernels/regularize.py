@@ -25,8 +25,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lstm_triton_kernels.gpus import gpu_of
+
 CANDIDATE, ZONEOUT_H, ZONEOUT_C = 1, 2, 4
 """Bits of a code: the candidate is dropped; h_t is h_{t-1}; c_t is c_{t-1}."""
+
+TRITON_INSTALLED = find_spec("triton") is not None
 
 HIDDEN_STREAM = 3
 """The number of the mask on h among those that are drawn; the bits of a code have 0, 1 and 2."""
@@ -222,8 +226,8 @@ def drawn_by_kernels(seed: Tensor) -> bool:
         seed.is_cuda
         and type(seed) is Tensor
         and torch.version.hip is None
-        and find_spec("triton") is not None
-        and torch.cuda.get_device_capability(seed.device) >= (8, 0)
+        and TRITON_INSTALLED
+        and gpu_of(seed.device).capability >= 80
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -13,7 +13,7 @@ from lstm_triton_kernels.gates import add_output_peephole, gate_preactivations
 from lstm_triton_kernels.normalize import Products
 from lstm_triton_kernels.normalized_cell import normalized_backward, normalized_forward
 from lstm_triton_kernels.order import Order
-from lstm_triton_kernels.sequence_stepwise import project, unproject
+from lstm_triton_kernels.sequence_stepwise import carry, project, unproject
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 
 
@@ -100,10 +100,4 @@ def backward(
         if v_previous is not None:
             dc += d_step @ v_previous
         torch.mm(d_product, weights.weight_hh, out=dh)
-        if regularized.hidden is not None:
-            dh *= regularized.hidden
-        if begun is not None:
-            dh.masked_fill_(begun[step.t], 0)
-            dc.masked_fill_(begun[step.t], 0)
-            if projected and kept is not None:
-                kept.masked_fill_(begun[step.t], 0)
+        carry(dh, dc, kept if projected else None, regularized, None if begun is None else begun[step.t])

@@ -88,6 +88,19 @@ def unproject(
     torch.mm(d_hidden, weight_hr, out=d_unprojected)
 
 
+def carry(dh: Tensor, dc: Tensor, kept: Tensor | None, regularized: Regularized, begun: Tensor | None) -> None:
+    """Make gradients of what a step read those of what the step before left, in place: dh and kept (B, P), dc (B, H).
+
+    begun (B, 1): the rows that are reset before the step; nothing goes there. kept is None where a kernel has done it.
+    """
+    if regularized.hidden is not None:
+        dh *= regularized.hidden
+    if begun is not None:
+        for gradient in (dh, dc, kept):
+            if gradient is not None:
+                gradient.masked_fill_(begun, 0)
+
+
 def backward(
     grad_output: Tensor | None, grad_cells: Tensor | None, dh: Tensor, dc: Tensor, weights: LSTMWeights,
     spec: LSTMSpec, order: Order, gates: Tensor, cells: Tensor, d_gates: Tensor, d_hidden: Tensor | None,
@@ -134,10 +147,4 @@ def backward(
         if v_previous is not None:
             dc += d_step @ v_previous
         torch.mm(d_step, weights.weight_hh, out=dh)
-        if regularized.hidden is not None:
-            dh *= regularized.hidden
-        if begun is not None:
-            dh.masked_fill_(begun[step.t], 0)
-            dc.masked_fill_(begun[step.t], 0)
-            if projected and kept is not None:
-                kept.masked_fill_(begun[step.t], 0)
+        carry(dh, dc, kept if projected else None, regularized, None if begun is None else begun[step.t])

@@ -157,7 +157,7 @@ def test_zoneout_keeps_as_many_elements_as_it_should():
 
 
 def test_evaluated_zoneout_is_its_expectation():
-    """Krueger et al. 2017, section 3.3 and equations 3 and 4, with PyTorch's own cell."""
+    """Krueger et al. 2017: the mean of what training draws, here with PyTorch's own cell."""
     lstm, cell = lstm_of(zoneout=(0.3, 0.1)).eval(), torch.nn.LSTMCell(5, 8, dtype=torch.float64)
     cell.load_state_dict({name.removesuffix("_l0"): value for name, value in lstm.state_dict().items()})
     h, c = STATES[0][0], STATES[1][0]
