@@ -229,7 +229,7 @@ def steps_command(
     out = console()
     if device.type != "cuda":
         raise typer.BadParameter("times persistent kernels: needs a GPU")
-    known("--variant", [variant], [spec.name for spec in VARIANTS])
+    known("--variant", [variant], [spec.name for spec in (*VARIANTS, *NORMALIZED)])
     waits = known("--wait", wait or [], steps.WAITS)
     sizes = [parse_shape(text) for text in shape or []]
     if proj and not sizes:

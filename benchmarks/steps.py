@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lstm_triton_kernels.normalize import Products
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.spec import LSTMWeights
 
 from benchmarks import bench, timing
 from benchmarks.check import distances
 from benchmarks.suites import TRAINING, Case
-from lstm_triton import reference
+from lstm_triton import normalized, reference
 from lstm_triton.layer import Call, Gradients
 
 CHECKED, TIMED = 48, 1024
@@ -114,9 +115,10 @@ class Passes:
             return (torch.randn(shape, generator=generator, device=device) * times).to(layer.dtype)
 
         shapes = spec.parameter_shapes(case.H, case.H, False, case.P)
-        weights = {name: normal(*shape, times=scale) for name, shape in shapes.items() if name != "weight_ih"}
-        no_input = torch.empty(0, device=device)  # the gates' input side is drawn, not computed
-        self.weights = [LSTMWeights(weight_ih=no_input, **weights)]
+        # The input side of the gates is drawn, not computed.
+        own = {name: shape for name, shape in shapes.items() if name not in ("weight_ih", "weight_ln_ih")}
+        weights = {name: normal(*shape, times=1.0 if "_ln_" in name else scale) for name, shape in own.items()}
+        self.weights = [LSTMWeights(weight_ih=torch.empty(0, device=device), **weights)]
         self.inputs = normal(1, case.T, case.B, layer.gates * case.H)
         self.h_0, self.c_0 = normal(1, case.B, case.hidden), normal(1, case.B, case.H)
         grads = normal(case.T, case.B, case.hidden), normal(1, case.B, case.hidden), normal(1, case.B, case.H)
@@ -125,19 +127,25 @@ class Passes:
         self.call = Call(spec.name, False, case.P > 0, "persistent", save=True)
         self.gates = self.inputs.clone()
         self.cells: torch.Tensor | None = None
+        self.products: list[Products] | None = None
 
     def forward(self) -> tuple[torch.Tensor, ...]:
         """Return output, h_n, c_n; the gates are overwritten, by numbers that the next launch may take as input."""
-        x = torch.empty(0, device=self.gates.device)
+        x = self.h_0.new_empty(self.case.T, self.case.B, 0)
         output, h_n, c_n, self.cells = self.engine.forward(
             x, self.gates, self.h_0, self.c_0, self.weights, self.order, self.call
         )
+        if self.case.spec.layer_norm and self.cells is not None and self.products is None:  # once: their time is not that of the steps
+            read = self.order.hidden_read(output, self.h_0[0])
+            self.products = [normalized.recurrent_products(read, self.weights[0], self.cells[0])]
         return output, h_n, c_n
 
     def backward(self) -> tuple[torch.Tensor, ...]:
         """Return the gradients of the pre-activations and of c_0; after `forward`."""
         assert self.cells is not None
-        found = self.engine.backward(self.grads, self.gates, self.cells, self.weights, self.order, self.call)
+        found = self.engine.backward(
+            self.grads, self.gates, self.cells, self.weights, self.order, self.call, self.products
+        )
         return found.gates, found.c_0
 
     def results(self) -> dict[str, torch.Tensor]:

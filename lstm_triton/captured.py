@@ -17,8 +17,8 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -183,7 +183,8 @@ class Graph:
         with torch.inference_mode(False), torch.set_grad_enabled(tracked), computing_on(device), cast:
             static = [t.detach().clone().requires_grad_(tracked and t.requires_grad) for t in given]
             static += [w.detach().requires_grad_(tracked and w.requires_grad) for w in weights]
-            self.call = make_graphed(stack, tuple(static))
+            with drawing_nothing(device):
+                self.call = make_graphed(stack, tuple(static))
 
     @property
     def pending(self) -> bool:
@@ -241,6 +242,19 @@ class Use:
             self.graph.done.record()
         self.done = True
         return copies
+
+
+@contextmanager
+def drawing_nothing(device: torch.device) -> Iterator[None]:
+    """Leave the device's generator as it was: a call draws the same whether or not its graphs are captured before."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_rng_state(device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_rng_state(before, device)
 
 
 def make_graphed(stack: Stack, static: tuple[Tensor, ...]) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lstm_triton_kernels.sizes import matmul_precision
 
 import lstm_triton
 from lstm_triton import VARIANTS, LSTMSpec, aten, autograd, second_order
@@ -19,6 +20,7 @@ from tests.support.double_backward import (
 )
 from tests.support.gpu import NEEDS_GPU, TIMES_CUDNN, TYPES
 from tests.support.parity import Case, call, call_reference, errors, random_inputs
+from tests.support.rounding import RoundedOperands, operand_rounding
 
 pytestmark = NEEDS_GPU
 
@@ -32,10 +34,17 @@ two_specs = pytest.mark.parametrize("spec", [LSTMSpec(), LSTMSpec(coupled=True)]
 
 
 def assert_as_near_as_pytorchs_operators(case):
-    """Each within 1.5 times the largest error of the reference in the case's type, or within BOUND."""
+    """Each within 1.5 times the largest error of the reference in the case's type, or of rounding alone, or BOUND.
+
+    Rounding alone is TF32's: PyTorch's operators leave it for float32 in products of some sizes.
+    """
     inputs = random_inputs(case)
     expected = expected_second_gradients(case, inputs)
     theirs = errors(second_gradients(case, inputs, call_reference), expected)
+    if case.dtype == torch.float32 and matmul_precision() == "tf32":
+        with RoundedOperands(operand_rounding(case.dtype, "tf32")):
+            rounded = expected_second_gradients(case, inputs)
+        theirs |= {f"rounded {name}": error for name, error in errors(rounded, expected).items()}
     with lstm_triton.backend("triton"), without_reference():
         found = errors(second_gradients(case, inputs, call), expected)
     allowed = max(TIMES_CUDNN * max(theirs.values()), BOUND[case.dtype])

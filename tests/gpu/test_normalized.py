@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lstm_triton_kernels.sizes import matmul_precision
 from lstm_triton_kernels.spec import NORMALIZED
 
 import lstm_triton
@@ -22,6 +23,7 @@ from tests.support.parity import (
     regularized_cases,
     results,
 )  # fmt: skip
+from tests.support.rounding import rounded_results
 
 pytestmark = NEEDS_GPU
 
@@ -43,10 +45,14 @@ FULL_CURRENT = LSTMSpec(True, "full", "current", layer_norm=True)
 
 
 def assert_near(case):
-    """Within the bound of the type, or 1.5 times the error of PyTorch's operators in it."""
+    """Within the bound of the type, or 1.5 times the error of PyTorch's operators in it, or of rounding alone to TF32,
+    which those leave for float32 in products of some sizes."""
     inputs = random_inputs(case)
     expected = expected_results(case, inputs)
     others = errors(results(case, inputs, call_reference), expected)
+    if case.dtype == torch.float32 and matmul_precision() == "tf32":
+        rounded = errors(rounded_results(case, inputs, "tf32"), expected)
+        others = {name: max(error, rounded[name]) for name, error in others.items()}
     with lstm_triton.backend("triton"):
         for _ in range(3):  # launched step by step, captured, and replayed
             found = errors(results(case, inputs, call), expected)

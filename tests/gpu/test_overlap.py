@@ -30,7 +30,7 @@ SIZES = {
     ),
     "few units": StackCase(4, 32, L=5, T=129, B=16, H=64, I=64, bias=False, dropout=0.5),
     "in halves": StackCase(2, 48, L=5, T=200, B=64, H=512, I=512),
-    "one gradient": StackCase(2, 16, L=2, T=40, B=9, H=100, I=30, gradients=(False, True, False)),
+    "one gradient": StackCase(2, 16, L=2, T=20, B=9, H=100, I=30, gradients=(False, True, False)),
     "inference": StackCase(3, 16, L=3, T=50, B=33, H=200, I=30, gradients=None),
 }
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from benchmarks import steps
+from benchmarks.check import distances
+from lstm_triton import autograd
 
 CPU = torch.device("cpu")
 
@@ -24,6 +26,14 @@ def test_both_passes_are_timed_and_right(variant, P):
         assert 0 < row.us_least <= row.us <= row.us_most and row.plan.endswith("alone") and row.estimate_us > 0
         assert 0 < row.error < steps.ALLOWED["float32"]
         assert f"{row.us:.3f} us a step" in str(row) and row.P == P and (f" P={P}" in str(row)) == (P > 0)
+
+
+def test_the_passes_of_a_normalised_layer_are_right_by_the_other_kernels():
+    """Triton's interpreter has not the persistent ones."""
+    (case,) = steps.cases([(3, 8, "float32", "coupled+diagonal+norm")])
+    passes = steps.Passes(case, CPU)
+    passes.engine = autograd.loop_of("stepwise")
+    assert max(distances(passes.results(), passes.expected()).values()) < 1e-5
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
