@@ -139,7 +139,8 @@ def markdown_of(frame: pd.DataFrame) -> str:
 
 
 def block(frame: pd.DataFrame, results: Path) -> str:
-    """Return the block of a README: of every GPU what a user gets who chooses nothing; links go to `results`."""
+    """Return the block of a README: of every GPU what a user gets who chooses nothing, with a picture of the one that
+    has the most rows; links go to `results`."""
     report = f"[report.md]({quote(str(results / 'report.md'))})"
     ours = frame[(frame.who == OURS) & (frame.baseline == BASELINE) & ~frame.on_cpu]
     if not len(ours):
@@ -160,7 +161,7 @@ def block(frame: pd.DataFrame, results: Path) -> str:
             table(("suite", "what", "rows", FORWARD, TRAINING, "slowest row", "slower rows"), lines, range(2, 7)),
             f"*slower rows*: noise is not counted. {', '.join(words)}; rows of {files}. All of them: {report}.",
         ]
-        if rows_of_gpu.ratio.count():
+        if rows_of_gpu.ratio.count() and gpu == ours.gpu.mode()[0]:
             parts.append(f"![{gpu}: speed over shapes]({quote(str(results / picture))})")
     return "\n\n".join(parts)
 

@@ -117,7 +117,13 @@ class Passes:
         shapes = spec.parameter_shapes(case.H, case.H, False, case.P)
         # The input side of the gates is drawn, not computed.
         own = {name: shape for name, shape in shapes.items() if name not in ("weight_ih", "weight_ln_ih")}
-        weights = {name: normal(*shape, times=1.0 if "_ln_" in name else scale) for name, shape in own.items()}
+        weights = {
+            # Random gains make gradients grow from step to step, and errors with them.
+            name: torch.full(shape, 0.5, dtype=layer.dtype, device=device)
+            if name.startswith("weight_ln")
+            else normal(*shape, times=scale)
+            for name, shape in own.items()
+        }
         self.weights = [LSTMWeights(weight_ih=torch.empty(0, device=device), **weights)]
         self.inputs = normal(1, case.T, case.B, layer.gates * case.H)
         self.h_0, self.c_0 = normal(1, case.B, case.hidden), normal(1, case.B, case.H)
@@ -135,7 +141,8 @@ class Passes:
         output, h_n, c_n, self.cells = self.engine.forward(
             x, self.gates, self.h_0, self.c_0, self.weights, self.order, self.call
         )
-        if self.case.spec.layer_norm and self.cells is not None and self.products is None:  # once: their time is not that of the steps
+        # Once: the time of these products is not that of the steps.
+        if self.case.spec.layer_norm and self.cells is not None and self.products is None:
             read = self.order.hidden_read(output, self.h_0[0])
             self.products = [normalized.recurrent_products(read, self.weights[0], self.cells[0])]
         return output, h_n, c_n

@@ -68,18 +68,20 @@ PRODUCTS, KEPT, SUMS = 0.77, 0.68, 3.6
 """What the clocks of a step are multiplied by: those of the products, by PRODUCT_CLOCKS; and by SHARED_BYTES_PER_CLOCK
 those of reading the kept weights, and of writing the parts of the sums."""
 SHARED_US = {False: (0.36, 0.0126, 0.23), True: (0.0, 0.0132, 0.79)}
-"""Where warps share the rows, fitted to 54 simulated plans, 0.84 to 1.13 of all but one, for no GPU has measured any:
-of a row block, for each KiB, and for each further piece, forward and backward (True)."""
+"""Where warps share the rows, fitted to 54 simulated plans, 0.84 to 1.13 of all but one, and 0.92 of the one that
+an H200 measured, 128 rows of 1,024 units forward: of a row block, for each KiB, and for each further piece, forward and
+backward (True)."""
 SHARED_CLOCKS = {False: (0.485, 1.375), True: (0.165, 0.86)}
 """Likewise, times the clocks of the products (or of reading the kept weights, if those are more), and clocks for each
 output of a multiprocessor."""
 STREAM_US = (1.27, 0.0139, 0.281, 0.63)
-"""Where weights are streamed, fitted to 47 simulated plans, 0.78 to 1.16 of them: of a row block, for each KiB that is
+"""Where weights are streamed, fitted to 47 simulated plans, 0.78 to 1.16 of them, and 0.82 to 1.02 of the four that an
+H200 measured, 1 and 8 rows of 2,048 units: of a row block, for each KiB that is
 read of other programs, for each further piece, and times the time of what L2 holds of the weights at its full rate. The
 time of what comes from device memory, at the rate of its data sheet, counted 0.88 there; here it is counted whole."""
 NORM_US = 0.9
 """For each of the two small exchanges of statistics in a step with layer normalisation, beside its KiB: by simulated
-steps of 16 rows of 768 units and of 64 of 512, times SHORT, for no GPU has measured any."""
+steps of 16 rows of 768 units and of 64 of 512, times SHORT. Whole calls on an H200 ask for up to 1.2 and 1.9.""" ""
 SHORT = {False: 1.46, True: 1.38}
 """How many times a measured step is a simulated one, forward and backward (True), see benchmarks/simulator; and a tenth
 more, so that of two alike the plan of a kind that was measured is taken."""
