@@ -81,7 +81,7 @@ read of other programs, for each further piece, and times the time of what L2 ho
 time of what comes from device memory, at the rate of its data sheet, counted 0.88 there; here it is counted whole."""
 NORM_US = 0.9
 """For each of the two small exchanges of statistics in a step with layer normalisation, beside its KiB: by simulated
-steps of 16 rows of 768 units and of 64 of 512, times SHORT. Whole calls on an H200 ask for up to 1.2 and 1.9.""" ""
+steps of 16 rows of 768 units and of 64 of 512, times SHORT. Whole calls on an H200 ask for up to 1.2 and 1.9."""
 SHORT = {False: 1.46, True: 1.38}
 """How many times a measured step is a simulated one, forward and backward (True), see benchmarks/simulator; and a tenth
 more, so that of two alike the plan of a kind that was measured is taken."""
