@@ -29,6 +29,9 @@ from lstm_triton.regularization import DroppedOn, Zoneout
 from lstm_triton.routing import Strategy
 from lstm_triton.session import Session
 
+LIBRARY = "lstm_triton"
+"""What ends the representation of a module: `LSTM(5, 8, lstm_triton)`."""
+
 if TYPE_CHECKING:
     Signature = TypeVar("Signature", bound=Callable[..., Any])
 
@@ -222,9 +225,9 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
             """Call `forward`, and the hooks."""
 
     def extra_repr(self) -> str:
-        """Return the arguments that are not the defaults."""
+        """Return the arguments that are not the defaults, and the library's name: PyTorch's class has the same name."""
         bias = ", bias=False" if not self.bias else ""
-        return f"{self.input_size}, {self.hidden_size}{bias}{self._variant_repr()}"
+        return f"{self.input_size}, {self.hidden_size}{bias}{self._variant_repr()}, {LIBRARY}"
 
 
 class LSTM(VariantModule, nn.RNNBase):
@@ -605,14 +608,14 @@ class LSTM(VariantModule, nn.RNNBase):
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
     def extra_repr(self) -> str:
-        """Return the arguments that are not the defaults."""
+        """Return the arguments that are not the defaults, and the library's name: PyTorch's class has the same name."""
         defaults = dict(proj_size=0, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False)
         options = "".join(
             f", {name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default
         )
         how = f", strategy={self.strategy!r}" if self.strategy != "auto" else ""
         how += ", recompute=True" if self.recompute else ""
-        return f"{self.input_size}, {self.hidden_size}{options}{self._variant_repr()}{how}"
+        return f"{self.input_size}, {self.hidden_size}{options}{self._variant_repr()}{how}, {LIBRARY}"
 
 
 def gone() -> None:

@@ -437,4 +437,4 @@ def test_a_copy_has_graphs_of_its_own(graphs):
     near((copy.deepcopy(model)(x),), (first,))
     fast = pickle.loads(pickle.dumps(model.fast))
     near((fast(x)[0],), (first,))
-    assert graphs.captures == 3 and "Captured(LSTM(5, 8))" in repr(fast)
+    assert graphs.captures == 3 and "Captured(LSTM(5, 8, lstm_triton))" in repr(fast)

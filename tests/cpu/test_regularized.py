@@ -324,7 +324,7 @@ def test_options_are_attributes_that_stay_and_show():
         for module in (lstm, copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm))):
             assert all(getattr(module, name) == value for name, value in options.items())
             assert all(f"{name}={value!r}" in repr(module) for name, value in options.items())
-    assert repr(LSTM(5, 8)) == "LSTM(5, 8)"
+    assert repr(LSTM(5, 8)) == "LSTM(5, 8, lstm_triton)"
     lstm = LSTM(5, 8)
     lstm.zoneout = (1.0, 1.0)
     assert torch.equal(lstm(torch.randn(3, 2, 5))[0], torch.zeros(3, 2, 8))

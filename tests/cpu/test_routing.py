@@ -714,12 +714,13 @@ def test_auto_knows_that_pytorch_asks_for_no_persistent_kernel_of_a_stack(called
 
 
 def test_repr_shows_what_is_not_the_default():
-    assert repr(lstm_triton.LSTM(3, 4)) == "LSTM(3, 4)"
-    assert repr(lstm_triton.LSTM(3, 4, strategy="stepwise")) == "LSTM(3, 4, strategy='stepwise')"
+    assert repr(lstm_triton.LSTM(3, 4)) == "LSTM(3, 4, lstm_triton)"
+    assert repr(lstm_triton.LSTM(3, 4, strategy="stepwise")) == "LSTM(3, 4, strategy='stepwise', lstm_triton)"
     module = CoupledLSTM(3, 4, 2, strategy="persistent", recompute=True)
-    assert repr(module) == "CoupledLSTM(3, 4, num_layers=2, coupled=True, strategy='persistent', recompute=True)"
+    text = "CoupledLSTM(3, 4, num_layers=2, coupled=True, strategy='persistent', recompute=True, lstm_triton)"
+    assert repr(module) == text
     module.strategy, module.recompute = "auto", False
-    assert repr(module) == "CoupledLSTM(3, 4, num_layers=2, coupled=True)"
+    assert repr(module) == "CoupledLSTM(3, 4, num_layers=2, coupled=True, lstm_triton)"
 
 
 def test_copies_keep_the_strategy():
@@ -737,7 +738,7 @@ def test_a_module_pickled_without_strategy_and_recompute_still_works():
     again = pickle.loads(pickle.dumps(module))
     assert not {"strategy", "recompute"} & again.__dict__.keys()
     assert (again.strategy, again.recompute) == ("auto", False)
-    assert repr(again) == "LSTM(3, 4, coupled=True)"
+    assert repr(again) == "LSTM(3, 4, coupled=True, lstm_triton)"
     torch.testing.assert_close(again(x)[0], expected, rtol=0, atol=0)
     again(x)[0].sum().backward()
 

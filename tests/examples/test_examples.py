@@ -26,11 +26,11 @@ def run(name, folder, fault=None):
 
 LINES = {
     "exercise": (
-        "Part 1, the cell: LSTMCell(5, 10)",
-        "Part 2, two layers: LSTM(5, 10, num_layers=2)",
-        "Part 3, coupled gates: LSTMCell(5, 10, coupled=True)",
-        "Part 4, peepholes: LSTMCell(5, 10, peephole='full')",
-        "Textbook peepholes: LSTMCell(5, 10, peephole='full', output_peephole='current')",
+        "Part 1, the cell: LSTMCell(5, 10, lstm_triton)",
+        "Part 2, two layers: LSTM(5, 10, num_layers=2, lstm_triton)",
+        "Part 3, coupled gates: LSTMCell(5, 10, coupled=True, lstm_triton)",
+        "Part 4, peepholes: LSTMCell(5, 10, peephole='full', lstm_triton)",
+        "Textbook peepholes: LSTMCell(5, 10, peephole='full', output_peephole='current', lstm_triton)",
         "Every result and every gradient agrees to 1e-12.",
     ),
     "migrate": (
