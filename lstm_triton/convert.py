@@ -5,7 +5,7 @@ So its parameters, buffers, hooks and attributes are unchanged, and whatever ref
 goes on working: optimizers, tied weights, handles of hooks, a second place in the model, a plain list of modules.
 `from_torch` can add peepholes, as new parameters, and drop the input gates, which makes new parameters.
 
-`plan` decides what becomes of each layer, and changes nothing; `Plan.apply` carries it out.
+`report` decides what becomes of each layer, and changes nothing; `Report.apply` carries it out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
     - path: where it is in the model, "" for the model itself
     - cls: its class, as "torch.nn.LSTM"
-    - outcome: "convert"; "leave", as it is; or "refuse", for which `Plan.apply` raises ValueError
+    - outcome: "convert"; "leave", as it is; or "refuse", for which `Report.apply` raises ValueError
     - reason: why, or what changes with the conversion
     """
 
@@ -57,8 +57,8 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `from_torch` does with a model: print it, read its entries, or `apply` it.
+class Report:
+    """What `from_torch` does with a model, and why: print it, read its entries, or `apply` it.
 
     - model: the model that is to be converted
     - entries: one for each recurrent layer or cell of the model, in the order of `named_modules`
@@ -71,8 +71,8 @@ class Plan:
     def apply(self) -> nn.Module:
         """Convert the model in place, and return it.
 
-        A plan is applied once, to the model as it was planned. Raises ValueError, before anything is changed, with the
-        reason of the first layer that is refused; RuntimeError if the class of a layer is another one than was planned.
+        Once, and while the model is what it was when the report was made. Raises ValueError, before anything is changed, with the
+        reason of the first layer that is refused; RuntimeError if the class of a layer is another one than then.
         """
         refused = [entry for entry in self.entries if entry.outcome == "refuse"]
         if refused:
@@ -81,7 +81,7 @@ class Plan:
         for entry in self.entries:
             if entry.outcome == "convert" and (entry.path not in now or name_of(now[entry.path]) != entry.cls):
                 raise RuntimeError(
-                    f"{entry.path or 'the module'} is no {entry.cls} any more: the plan was applied, or the model "
+                    f"{entry.path or 'the module'} is no {entry.cls} any more: the report was applied, or the model "
                     "changed since; make a new one"
                 )
         for change in self._changes:
@@ -111,7 +111,7 @@ def from_torch(
       function as before, and training can go on from there
     - coupled: whether to drop the input gates, in favour of 1 - f. Then the model computes another function: a coupled
       LSTM cannot compute what a standard one does. What is left of the weights is a place to start training from
-    - returns the same object, converted; `plan` with the same arguments says what will be done, and why
+    - returns the same object, converted; `report` with the same arguments says what will be done, and why
 
     The state dict, the outputs, the parameters (the same objects), options, hooks, training flags and other attributes
     stay the same; no parameter is allocated and no random number is drawn. Parametrized and pruned modules are
@@ -135,7 +135,7 @@ def from_torch(
     bfloat16, float32, float64, complex64 and complex128 (with options: of a complex type); with coupled=True also if it
     is parametrized or pruned, or shares a parameter with a module that is not converted.
     """
-    plan(module, peephole=peephole, output_peephole=output_peephole, coupled=coupled).apply()
+    report(module, peephole=peephole, output_peephole=output_peephole, coupled=coupled).apply()
     return module
 
 
@@ -153,17 +153,17 @@ def to_torch(module: Model) -> Model:
     of a subclass) is not of the standard variant, has regularised steps, has a replaced `forward`, has an attribute
     with a name that PyTorch's class uses, or is sharded by FSDP2.
     """
-    planned(module, TORCHS, LSTMSpec()).apply()
+    report_of(module, TORCHS, LSTMSpec()).apply()
     return module
 
 
-def plan(
+def report(
     module: nn.Module,
     *,
     peephole: Peephole | None = None,
     output_peephole: OutputPeephole = "previous",
     coupled: bool = False,
-) -> Plan:
+) -> Report:
     """Return what `from_torch` with these arguments does with each recurrent layer of a model; nothing is changed.
 
     Print it: a table of the layers, their classes, the outcome ("convert", "leave", "refuse") and the reason. Layers
@@ -171,11 +171,11 @@ def plan(
 
     Raises TypeError if it is no module, and TypeError or ValueError as `LSTM` does for a variant that there is not.
     """
-    return planned(module, OURS, LSTMSpec.of(coupled, peephole, output_peephole))
+    return report_of(module, OURS, LSTMSpec.of(coupled, peephole, output_peephole))
 
 
-def planned(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], spec: LSTMSpec) -> Plan:
-    """Return the plan that gives each module whose class is a key of `classes` the class that is the value.
+def report_of(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], spec: LSTMSpec) -> Report:
+    """Return the report on giving each module whose class is a key of `classes` the class that is the value.
 
     - spec: the variant that the modules have afterwards
 
@@ -197,14 +197,14 @@ def planned(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], 
             outcome, reason = "convert", what_changes(pair[1], spec)
             changes.append(change(layer, *pair, spec, new_of))
         entries.append(Entry(path, name_of(layer), outcome, reason or why_left(layer)))
-    return Plan(module, tuple(entries), tuple(changes))
+    return Report(module, tuple(entries), tuple(changes))
 
 
 # What becomes of a layer, and why: in words.
 
 
 def is_recurrent(module: nn.Module) -> bool:
-    """Return whether a plan has an entry for the module: PyTorch's recurrent classes, and theirs that were scripted."""
+    """Return whether a report has an entry for the module: PyTorch's recurrent classes, and theirs that were scripted."""
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return True
     name = module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
@@ -298,13 +298,13 @@ def why_not_kept(module: nn.Module, old: nn.Module, new: nn.Module) -> str | Non
 def why_not_coupled(module: nn.Module, old: nn.Module, shared: dict[int, list[str]]) -> str | None:
     """Return what keeps the weights from losing their input gate: computed, or shared with other modules."""
     for name in old._parameters:
-        parameter = module._parameters.get(name, old)
-        if parameter is old:
+        if name not in module._parameters:
             return (
                 f"has a {name} that is computed, by a parametrization or by pruning: the blocks of a coupled LSTM can "
                 "only be taken from a parameter; remove it first"
             )
-        if others := shared.get(id(parameter)):
+    for name in old._parameters:
+        if others := shared.get(id(module._parameters[name])):
             return f"shares {name} with {', '.join(others)}, which would not be changed with it"
     return None
 
@@ -313,9 +313,10 @@ def holders(model: nn.Module) -> dict[int, list[str]]:
     """Return by id of each parameter the names under which modules hold it that do not become coupled."""
     found: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        own = skeleton(type(module), module)._parameters if type(module) in OURS else {}
-        for name, parameter in module._parameters.items():
-            if parameter is not None and name not in own:
+        kind = parametrize.type_before_parametrizations(module)
+        own = skeleton(kind, module)._parameters if kind in OURS else {}
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if name not in own:
                 found.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     return found
 
@@ -349,7 +350,7 @@ def change(
 ) -> Callable[[], None]:
     """Return the function that gives the module, of the class of `old`, the class and the variant of `new`.
 
-    - new_of: parameters without an input gate by the id of those that they come from, for all modules of a plan
+    - new_of: parameters without an input gate by the id of those that they come from, for all modules of a model
     """
     state = vars(module)
 
@@ -369,7 +370,7 @@ def change(
         else:
             module.__class__ = type(new)
         if not spec.standard:
-            give_variant(module, old, new, spec, new_of)
+            give_variant(module, new, spec, new_of)
         # PyTorch's list of weights. Those that are parametrized it computes at the next call; to compute them here
         # could change them (a power iteration) or draw random numbers.
         elif isinstance(module, nn.LSTM) and not parametrized:
@@ -378,13 +379,14 @@ def change(
     return apply
 
 
-def give_variant(module: Any, old: nn.Module, new: Any, spec: LSTMSpec, new_of: dict[int, nn.Parameter]) -> None:
+def give_variant(module: Any, new: Any, spec: LSTMSpec, new_of: dict[int, nn.Parameter]) -> None:
     """Give a module, already of this library's class, the options and the parameters of the variant."""
     module._set_variant(spec)
     held: dict[str, nn.Parameter | None] = module._parameters
-    recurrent = next(parameter for name, parameter in module.named_parameters() if "weight_hh" in name)
+    parameters = module.named_parameters(remove_duplicate=False)
+    recurrent = next(parameter for name, parameter in parameters if "weight_hh" in name)
     for name, parameter in new._parameters.items():
-        if "weight_ch" in name:
+        if "weight_ch" in name and parameter is not None:
             held[name] = nn.Parameter(torch.zeros(parameter.shape, dtype=recurrent.dtype, device=recurrent.device))
         elif spec.coupled and "weight_hr" not in name and (given := held.get(name)) is not None:
             if id(given) not in new_of:
@@ -397,8 +399,8 @@ def give_variant(module: Any, old: nn.Module, new: Any, spec: LSTMSpec, new_of: 
         names = new._flat_weights_names
         module._all_weights, module._flat_weights_names = new._all_weights, names
         flat = [held.get(name) for name in names]
-        module._flat_weights = flat
-        module._flat_weight_refs = [gone if weight is None else weakref.ref(weight) for weight in flat]
+        refs: list[Any] = [gone if weight is None else weakref.ref(weight) for weight in flat]
+        module._flat_weights, module._flat_weight_refs = flat, refs
 
 
 def without_input_gate(stacked: Tensor) -> Tensor:
