@@ -71,8 +71,9 @@ class Report:
     def apply(self) -> nn.Module:
         """Convert the model in place, and return it.
 
-        Once, and while the model is what it was when the report was made. Raises ValueError, before anything is changed, with the
-        reason of the first layer that is refused; RuntimeError if the class of a layer is another one than then.
+        A report is applied once, to the model as it was when the report was made. Raises, before anything is changed,
+        ValueError with the reason of the first layer that is refused; RuntimeError if a layer is of another class than
+        in the report.
         """
         refused = [entry for entry in self.entries if entry.outcome == "refuse"]
         if refused:
@@ -122,9 +123,9 @@ def from_torch(
     (`add_param_group`). With coupled=True weights and biases are new parameters, of the blocks f, g and o of the old
     ones; what was tied stays tied. Then make optimizers after the conversion.
 
-    Outputs with peepholes of zero: where the same engine computes both, they have the same bits. On a CPU that is so in
-    float16 and bfloat16 beside `LSTM`; in float32 and float64 PyTorch's own operator computes the standard variant,
-    which sums in another order.
+    Peepholes of zero leave the outputs as they were bit for bit where the same engine computes both variants. On a CPU
+    that is so in float16 and bfloat16, beside `LSTM` of the standard variant. In float32 and float64 the standard
+    variant is computed there by PyTorch's own operator, which sums in another order, and the outputs agree to rounding.
 
     A subclass of `torch.nn.LSTM` or `torch.nn.LSTMCell` may compute something else, and is left as it is; so are other
     classes, such as `torch.ao.nn.quantizable.LSTM`, and scripted modules.
@@ -204,7 +205,7 @@ def report_of(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]
 
 
 def is_recurrent(module: nn.Module) -> bool:
-    """Return whether a report has an entry for the module: PyTorch's recurrent classes, and theirs that were scripted."""
+    """Return whether a report has an entry for the module: PyTorch's recurrent classes, also scripted."""
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return True
     name = module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
