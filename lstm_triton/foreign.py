@@ -252,15 +252,19 @@ def from_onnx(
 
     - W: (D, 4H, I), R: (D, 4H, H), B: (D, 8H), the biases of W and of R, P: (D, 3H), peepholes: the node's inputs of
       these names; gates are in the order i, o, f, c, peepholes in the order i, o, f
-    - direction: "forward" or "bidirectional"; input_forget: 1 for coupled gates, i = 1 - f, whose W, R, B and P have an
-      input gate that is not used; layout: 1 for batch_first: the node's attributes of these names
+    - direction: "forward" or "bidirectional"; input_forget: 1 for coupled gates; layout: 1 for batch_first: the node's
+      attributes of these names
     - activations, clip: the node's attributes, which this library does not have: other activations than Sigmoid, Tanh
       and Tanh for each direction, and any clip, are refused
 
     With P the output gate reads c_t, which is output_peephole="current". The node's initial_h and initial_c are
     arguments of a call, and so is sequence_lens, as lengths.
 
-    Layout: onnx/onnx, docs/Operators.md, "LSTM".
+    ONNX does not say which gate input_forget=1 computes from the other. In onnxruntime it is f = 1 - i, from the
+    weights of the input gate, and those of the forget gate are not used. This library computes i = 1 - f; since
+    1 - s(a) = s(-a), the weights of its forget gate are those of the input gate, negated.
+
+    Layout: onnx/onnx, docs/Operators.md, "LSTM"; microsoft/onnxruntime, core/providers/cpu/rnn/uni_directional_lstm.cc.
 
     Raises ValueError for attributes that this library does not have, direction="reverse" among them, and naming an
     array whose shape or type does not fit.
@@ -292,14 +296,13 @@ def from_onnx(
     directions = []
     for d in range(D):
         biases = arrays["B"][d].chunk(2) if "B" in arrays else (None, None)
-        diagonal = dict(zip("iof", arrays["P"][d].chunk(3), strict=True)) if "P" in arrays else {}
         directions.append(
             LSTMWeights(
                 weight_ih=reordered(arrays["W"][d], ONNX_GATES, spec),
                 weight_hh=reordered(arrays["R"][d], ONNX_GATES, spec),
                 bias_ih=None if biases[0] is None else reordered(biases[0], ONNX_GATES, spec),
                 bias_hh=None if biases[1] is None else reordered(biases[1], ONNX_GATES, spec),
-                weight_ch=torch.cat([diagonal[gate] for gate in spec.peephole_gates]) if diagonal else None,
+                weight_ch=reordered(arrays["P"][d], "iof", spec) if "P" in arrays else None,
             )
         )
     return ForeignLSTM(spec, (tuple(directions),), dict(batch_first=True) if layout else {})
@@ -388,9 +391,14 @@ def hidden_size_of(name: str, rows: int) -> int:
 
 
 def reordered(stacked: Tensor, order: str, spec: LSTMSpec) -> Tensor:
-    """Return rows in gate blocks of that order, as "ifgo", with the blocks that the variant has, in its order."""
+    """Return rows in gate blocks of that order, as "ifgo", with the blocks that the variant has, in its order.
+
+    A coupled variant gets a forget gate that is 1 - i.
+    """
     blocks = dict(zip(order, stacked.chunk(len(order), 0), strict=True))
-    return torch.cat([blocks[gate] for gate in spec.gates])
+    if spec.coupled:
+        blocks["f"] = -blocks["i"]
+    return torch.cat([blocks[gate] for gate in spec.gates if gate in blocks])
 
 
 def by_columns(arrays: Mapping[str, Tensor], order: str, more: Mapping[str, Any]) -> ForeignLSTM:
