@@ -95,8 +95,8 @@ def from_keras(
 
     Layout: keras-team/keras, keras/src/layers/rnn/lstm.py and bidirectional.py.
 
-    Raises ValueError for other activations, as the hard_sigmoid of Keras 1 and of Keras 2 before `tf.keras` 2.0, for
-    another number of arrays, and naming an array whose shape or type does not fit.
+    Raises ValueError for other activations, as hard_sigmoid, the default in `tf.keras` of TensorFlow 1, for another
+    number of arrays, and naming an array whose shape or type does not fit.
     """
     for name, given, known in (
         ("activation", activation, "tanh"),
@@ -131,8 +131,8 @@ def from_tensorflow(
 ) -> ForeignLSTM:
     """Read a cell of TensorFlow 1 (`tf.compat.v1.nn.rnn_cell`, `tf.contrib.rnn`), one direction of one layer.
 
-    It is BasicLSTMCell, LSTMCell, LSTMBlockCell, LSTMBlockFusedCell or the raw operator BlockLSTM, whose variables have
-    the same layout:
+    It is a BasicLSTMCell, LSTMCell (of the activation tanh), LSTMBlockCell or LSTMBlockFusedCell, or the raw operator
+    BlockLSTM. Their variables have the same layout:
 
     - kernel: (I + P, 4H), the rows of the input first; bias: (4H,); in the gate order i, c, f, o (c is called j, too)
     - w_i_diag, w_f_diag, w_o_diag: (H,) each, the peepholes (wci, wcf, wco of the block operators): all or none. The
@@ -141,13 +141,13 @@ def from_tensorflow(
     - forget_bias: what the cell adds to the bias of its forget gate in every call. It is an argument of the cell, not
       part of the checkpoint, and 1 by default. Of the Cudnn-compatible cells, and of BlockLSTMV2, it is 0
     - cell_clip, proj_clip: arguments of the cell. A cell_clip that is not positive clips nothing, as in the block
-      operators, nor does a proj_clip without a projection
+      operators, nor does a proj_clip without a projection. The raw operator BlockLSTM has cell_clip=3 by default
     - gates: "ifco" for the raw operator BlockLSTMV2
 
     The bias becomes `bias_ih`; `bias_hh` is zero but for the forget gate, where it is forget_bias.
 
     Layout: tensorflow/tensorflow, tensorflow/python/ops/rnn_cell_impl.py (release 1.14) and
-    tensorflow/contrib/rnn/python/ops/lstm_ops.py; of BlockLSTMV2 its kernel test, lstm_block_test.py.
+    tensorflow/contrib/rnn/python/ops/lstm_ops.py; of BlockLSTMV2 tensorflow/python/ops/rnn_grad_test.py.
 
     Raises ValueError for an unknown order of gates, for some of the peepholes without the others, and naming an array
     whose shape or type does not fit.

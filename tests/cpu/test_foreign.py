@@ -1,9 +1,14 @@
-"""Weights of other libraries: each reader against the equations of its source in NumPy, ONNX's against onnxruntime."""
+"""Weights of other libraries: each reader against the equations of its source in NumPy, and what was recorded of it.
+
+ONNX's is compared with onnxruntime. What Keras and TensorFlow computed is recorded in tests/data.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -263,6 +268,28 @@ def test_what_is_exported_to_onnx_is_read_again(options):
 
 def test_a_batch_first_node_is_a_batch_first_module():
     assert foreign.from_onnx(draw(1, 4 * H, I), draw(1, 4 * H, H), layout=1).module().batch_first is True
+
+
+# What Keras and TensorFlow computed themselves
+
+RECORDED = json.loads((Path(__file__).parents[1] / "data" / "foreign-recorded.json").read_text())["cases"]
+
+
+def unpacked(recorded):
+    return np.array(recorded["values"], np.float32).reshape(recorded["shape"])
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=[case["source"] for case in RECORDED])
+def test_what_the_other_program_computed(case):
+    weights = [unpacked(weight) for weight in case["weights"]]
+    arrays = {name: unpacked(array) for name, array in case.get("peepholes", {}).items()}
+    if "projection" in case:
+        arrays["projection"] = unpacked(case["projection"])
+    given = [weights] if case["function"] == "from_keras" else weights
+    lstm = getattr(foreign, case["function"])(*given, **arrays, **case["options"]).module()
+    with torch.no_grad():
+        output, _ = lstm(torch.from_numpy(unpacked(case["x"])))
+    close(output.numpy(), unpacked(case["output"]), 1e-6)
 
 
 # What is made of it
