@@ -40,6 +40,19 @@ LINES = {
         "with peepholes of zero the outputs are the old model's",
         "no layer's peepholes are still zero",
     ),
+    "old_models": (
+        "encoder  torch.nn.LSTM      convert  computes the same function; new: weight_ch_l0, weight_ch_l1 of zeros",
+        "decoder  torch.nn.LSTMCell  convert  computes the same function; new: weight_ch of zeros",
+        "context  torch.nn.GRU       leave    not an LSTM",
+        "2 to convert, 1 left as they are, 0 refused",
+        "(encoder): LSTM(6, 8, num_layers=2, peephole='diagonal', output_peephole='current', lstm_triton)",
+        "with peepholes of zero the outputs are the old model's: difference",
+        "coupled gates: the outputs change",
+        "Keras, two layers: LSTM(6, 8, num_layers=2, batch_first=True, lstm_triton)",
+        "difference from Keras' equations",
+        "ONNX, both directions: LSTM(6, 8, bidirectional=True, peephole='diagonal', output_peephole='current', ",
+        "difference from ONNX's equations",
+    ),
     "kernel_on_a_laptop": ("a_i  kernel", "a_o  kernel", "g    kernel", "c'   kernel", "h'   kernel", "stepwise, two"),
     "rl_resets": (
         "largest difference of the output with resets from that of the episode alone",
@@ -111,6 +124,21 @@ FAULTS = {
         "migrate",
         "torch.nn.init.zeros_ = torch.nn.init.ones_",
         "with peepholes of zero",
+    ),
+    "peepholes that a conversion draws": (
+        "old_models",
+        "after(torch, 'zeros', lambda zeros, *_, **__: zeros + 0.1)",
+        "outputs are the old model's",
+    ),
+    "Keras' gates in another order": (
+        "old_models",
+        "lstm_triton.foreign.KERAS_GATES = 'igfo'",
+        "difference from Keras' equations",
+    ),
+    "ONNX' gates in another order": (
+        "old_models",
+        "lstm_triton.foreign.ONNX_GATES = 'ifog'",
+        "difference from ONNX's equations",
     ),
     "a gate matmul that is off": (
         "kernel_on_a_laptop",
