@@ -1,4 +1,4 @@
-"""On a GPU: a model of cuDNN's LSTM gets peepholes of zero, and computes what it did; weights read from tensors there."""
+"""On a GPU: a model of cuDNN's LSTM gets peepholes of zero and computes what it did; weights are read from tensors."""
 
 from __future__ import annotations
 
