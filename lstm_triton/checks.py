@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lstm_triton_kernels.sizes import SUPPORTED_DTYPES
+from lstm_triton_kernels.spec import LSTMSpec
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
@@ -55,14 +56,16 @@ def lstm_arguments(
         raise ValueError("proj_size has to be smaller than hidden_size")
 
 
-def forget_bias(value: Any, bias: bool) -> None:
-    """Raise ValueError for a forget_bias that is neither None nor a number, and for one without biases."""
+def forget_bias(value: Any, bias: bool, spec: LSTMSpec) -> None:
+    """Raise ValueError for a forget_bias that is neither None nor a number, and without biases or a forget gate."""
     if value is None:
         return
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ValueError(f"forget_bias should be a number or None, got {value!r}")
     if not bias:
         raise ValueError("forget_bias sets biases: it needs bias=True")
+    if not spec.forget_gate:
+        raise ValueError("forget_bias sets the biases of the forget gate, which forget_gate=False leaves out")
 
 
 def flag(name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lstm_triton_kernels.sizes import Layer
-from lstm_triton_kernels.spec import BY_NAME, VARIANTS, LSTMSpec
+from lstm_triton_kernels.spec import BY_NAME, NAMES_IN_WORDS, VARIANTS, LSTMSpec
 
 import lstm_triton
 from lstm_triton import explain, routing
@@ -59,7 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands")
     about = "print versions and devices; with --hidden, what strategy='auto' takes for a layer on a GPU, and why"
     command = commands.add_parser("info", help=about, description=about, epilog=EXAMPLES, formatter_class=raw)
-    names = ", ".join(spec.name for spec in VARIANTS) + "; with layer normalisation norm, coupled+norm, ..."
+    names = (
+        ", ".join(spec.name for spec in VARIANTS)
+        + "; with layer normalisation norm, coupled+norm, ...; of ablations no-forget-gate, identity-output, ..."
+    )
     of_layer = command.add_argument_group("the layer (all of these need --hidden)")
     of_layer.add_argument("--hidden", type=positive, metavar="N", help="hidden units")
     of_layer.add_argument("--batch", type=positive, metavar="N", help="batch rows (default: 16)")
@@ -105,9 +108,8 @@ def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def variant_name(text: str) -> str:
     """Return the name of a variant. Raises ValueError if there is none of that name."""
-    names = list(BY_NAME)
-    if text.lower() not in names:
-        raise ValueError(f"unknown variant {text!r}: choose from {', '.join(names)}")
+    if text.lower() not in BY_NAME:
+        raise ValueError(f"unknown variant {text!r}: choose from {NAMES_IN_WORDS}")
     return text.lower()
 
 

@@ -75,7 +75,8 @@ def forward(
             if not spec.output_current:
                 o.addcmul_(v_o, c_previous)
         a_if.sigmoid_()
-        g.tanh_()
+        if not spec.identity_input:
+            g.tanh_()
         g_read = own.drop_candidate(g)
         if spec.coupled:
             torch.lerp(g_read, c_previous, f, out=c)
@@ -87,7 +88,10 @@ def forward(
             o.addmm_(c, v_o.t()) if spec.full else o.addcmul_(v_o, c)
         o.sigmoid_()
         h_previous = h.clone() if rules.zoneout_h else h
-        torch.tanh(c, out=hidden).mul_(o)
+        if spec.identity_output:
+            torch.mul(c, o, out=hidden)
+        else:
+            torch.tanh(c, out=hidden).mul_(o)
         if w.weight_hr is not None:
             torch.mm(hidden, w.weight_hr.t(), out=h)
             if rules.proj_clip:
@@ -191,14 +195,21 @@ def factors(
     act, by = spec.split_gates(gates), spec.split_gates(d)
     f, g, o = act["f"], act["g"], act["o"]
     g_read = regularized.drop_candidate(g)
-    tanh_c = c.tanh()
-    sigmoid_backward(tanh_c, o, grad_input=by["o"])
-    dc_by_dh = tanh_backward(o, tanh_c, grad_input=tanh_c)
+    if spec.identity_output:
+        sigmoid_backward(c, o, grad_input=by["o"])
+        dc_by_dh = o.clone()
+    else:
+        tanh_c = c.tanh()
+        sigmoid_backward(tanh_c, o, grad_input=by["o"])
+        dc_by_dh = tanh_backward(o, tanh_c, grad_input=tanh_c)
+    i = 1 - f if spec.coupled else act["i"]
+    if spec.identity_input:
+        by["g"].copy_(i)
+    else:
+        tanh_backward(i, g, grad_input=by["g"])
     if spec.coupled:
-        tanh_backward(1 - f, g, grad_input=by["g"])
         sigmoid_backward(c_previous - g_read, f, grad_input=by["f"])
     else:
-        tanh_backward(act["i"], g, grad_input=by["g"])
         sigmoid_backward(c_previous, f, grad_input=by["f"])
         sigmoid_backward(g_read, act["i"], grad_input=by["i"])
     if g_read is not g:

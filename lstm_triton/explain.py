@@ -125,7 +125,8 @@ class Explanation:
     def text(self, width: int = PLAIN_WIDTH) -> str:
         """Return the explanation as text of so many columns."""
         parts = [self.note] if self.note else []
-        parts += [layer_words(self.layer), *(report_text(self.layer, report, width) for report in self.reports)]
+        computed = with_all_gates(self.layer)
+        parts += [layer_words(self.layer), *(report_text(computed, report, width) for report in self.reports)]
         return "\n\n".join(parts)
 
     def __str__(self) -> str:
@@ -184,8 +185,14 @@ def explain(
 
     Raises RuntimeError where `compiling` is asked for and Triton, or a tool of it, is missing.
     """
-    reports = [_report(layer, target, strategy, asked, packed, recompute, compiling) for target in devices]
+    computed = with_all_gates(layer)
+    reports = [_report(computed, target, strategy, asked, packed, recompute, compiling) for target in devices]
     return Explanation(layer, tuple(reports), note)
+
+
+def with_all_gates(layer: Layer) -> Layer:
+    """Return the layer that is computed: of the variant with all gates."""
+    return layer._replace(spec=layer.spec.computed)
 
 
 def _report(
@@ -334,7 +341,10 @@ def layer_words(layer: Layer) -> str:
     text += ", both directions" if layer.D == 2 else ""
     text += f"; {plural(layer.T, 'time step')} of {plural(layer.B, 'batch row')}"
     text += " that end at different steps" if layer.ragged else ""
-    return f"{text}; {name}; {'training' if layer.training else 'inference'}"
+    text += f"; {name}; {'training' if layer.training else 'inference'}"
+    if layer.spec.missing:
+        text += f"; computed as the variant {layer.spec.computed.name}, by weights with which what is left out is 1"
+    return text
 
 
 def report_text(layer: Layer, report: Report, width: int) -> str:

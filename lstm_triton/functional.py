@@ -5,8 +5,8 @@ Sizes in the docstrings, here and in `lstm_triton.modules`:
 - T time steps, B batch rows, I input features, H hidden units (the size of a cell state)
 - P size of a hidden state: `proj_size` where the layer projects its hidden state, else H
 - L layers, D directions (2 if bidirectional, else 1)
-- G gate blocks: 4, in the order i, f, g, o; coupled: 3, in the order f, g, o
-- Q peephole blocks: 3, in the order i, f, o; coupled: 2, in the order f, o
+- G gate blocks: 4, in the order i, f, g, o; coupled: 3, in the order f, g, o; one fewer for each gate that is left out
+- Q peephole blocks: 3, in the order i, f, o; coupled: 2, in the order f, o; likewise
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.regularize import NONE, Rules
 from lstm_triton_kernels.sizes import Layer
-from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights, OutputPeephole, Peephole
+from lstm_triton_kernels.spec import Activation, LSTMSpec, LSTMWeights, OutputPeephole, Peephole, widened
 from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -59,6 +59,11 @@ class Options(TypedDict, total=False):
     peephole: Peephole | None
     output_peephole: OutputPeephole
     layer_norm: bool
+    input_gate: bool
+    forget_gate: bool
+    output_gate: bool
+    input_activation: Activation
+    output_activation: Activation
     recurrent_dropout: float
     recurrent_dropout_on: DroppedOn
     zoneout: Zoneout
@@ -84,6 +89,11 @@ def lstm_cell(
     peephole: Peephole | None = None,
     output_peephole: OutputPeephole = "previous",
     layer_norm: bool = False,
+    input_gate: bool = True,
+    forget_gate: bool = True,
+    output_gate: bool = True,
+    input_activation: Activation = "tanh",
+    output_activation: Activation = "tanh",
     weight_ln_ih: Tensor | None = None,
     weight_ln_hh: Tensor | None = None,
     weight_ln_c: Tensor | None = None,
@@ -108,8 +118,9 @@ def lstm_cell(
     - hx: (h, c), each (B, H), or (H,) unbatched; zeros if None
     - weight_ih: W_ih, (G·H, I); weight_hh: W_hh, (G·H, H); bias_ih, bias_hh: (G·H,), both or neither
     - weight_ch: V, given exactly if there is a peephole; diagonal (Q·H,), full (Q·H, H)
-    - coupled, peephole, output_peephole, layer_norm: the variant, as in `lstm_triton.LSTMCell`. By default the output
-      gate reads the "previous" cell state, a simplified form; textbook peepholes are "current"
+    - coupled, peephole, output_peephole, layer_norm, input_gate, forget_gate, output_gate, input_activation,
+      output_activation: the variant, as in `lstm_triton.LSTMCell`. By default the output gate reads the "previous" cell
+      state, a simplified form; textbook peepholes are "current"
     - weight_ln_ih, weight_ln_hh: (G·H,), weight_ln_c: (H,), bias_ln_c: (H,) if there are biases; given exactly with
       layer_norm
     - zoneout, cell_clip: as in `lstm_triton.LSTM`; training: whether zoneout is drawn, or else its expectation
@@ -124,15 +135,18 @@ def lstm_cell(
     """
     if not torch.compiler.is_compiling():
         check_launches()
-    spec = LSTMSpec.of(coupled, peephole, output_peephole, layer_norm)
+    spec = LSTMSpec.of(
+        coupled, peephole, output_peephole, layer_norm, input_gate, forget_gate, output_gate, input_activation,
+        output_activation,
+    )  # fmt: skip
     rules = regularization.rules_of(0.0, "hidden", zoneout, cell_clip, None, 0, training)
     weights = LSTMWeights(
         weight_ih, weight_hh, bias_ih, bias_hh, None, weight_ch, weight_ln_ih, weight_ln_hh, weight_ln_c, bias_ln_c
     )
     dtype = autocast_dtype(input)
     both = (bias_ih is None) == (bias_hh is None) and all(weight is None for weight in weights[4:])
-    plain = dtype is None and both and rules == NONE and type(weight_ih) in autograd.PLAIN
-    sizes = Layer(spec, 1, 1, weight_hh.shape[-1], 1, dtype or input.dtype)
+    plain = dtype is None and both and rules == NONE and not spec.missing and type(weight_ih) in autograd.PLAIN
+    sizes = Layer(spec.computed, 1, 1, weight_hh.shape[-1], 1, dtype or input.dtype)
     route = routing.cell(sizes, input.device, plain)
     if route.name == "operator":
         checks.cell_arguments(input, hx)
@@ -153,13 +167,14 @@ def lstm_cell(
         flat = [w for w in weights if w is not None]
     checks.cell_dtypes(x, (h, c, *flat))
     checks.same_device(x.device, (h, c), flat)
+    weights, spec = widened(weights, spec), spec.computed
 
     if route.name == "reference" and rules == NONE:
         checks.computed_dtype(x.dtype)
         h, c = second_order.cell(x, h, c, weights, spec)
         return (h, c) if batched else (h[0], c[0])
     seed = regularization.seed_for(rules, training, x.device)
-    call = Call(spec.name, bias_ih is not None, False, route.name, rules=() if rules == NONE else rules)
+    call = Call(spec.name, weights.bias_ih is not None, False, route.name, rules=() if rules == NONE else rules)
     given = (x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0))
     if route.name == "reference":
         checks.computed_dtype(x.dtype)
@@ -213,6 +228,11 @@ def lstm(
     peephole: Peephole | None = None,
     output_peephole: OutputPeephole = "previous",
     layer_norm: bool = False,
+    input_gate: bool = True,
+    forget_gate: bool = True,
+    output_gate: bool = True,
+    input_activation: Activation = "tanh",
+    output_activation: Activation = "tanh",
     recurrent_dropout: float = 0.0,
     recurrent_dropout_on: DroppedOn = "hidden",
     zoneout: Zoneout = (0.0, 0.0),
@@ -237,8 +257,9 @@ def lstm(
       diagonal (Q·H,) or full (Q·H, H), with `layer_norm` weight_ln_ih and weight_ln_hh (G·H,), weight_ln_c (H,), and
       with `bias` bias_ln_c (H,)
     - dropout: probability of zeroing an element of the output of each layer but the last, where `training`
-    - coupled, peephole, output_peephole, layer_norm: the variant, as in `lstm_triton.LSTM`. By default the output gate
-      reads the "previous" cell state, a simplified form; textbook peepholes are "current"
+    - coupled, peephole, output_peephole, layer_norm, input_gate, forget_gate, output_gate, input_activation,
+      output_activation: the variant, as in `lstm_triton.LSTM`. By default the output gate reads the "previous" cell
+      state, a simplified form; textbook peepholes are "current"
     - recurrent_dropout, recurrent_dropout_on, zoneout, weight_dropout, cell_clip, proj_clip: as in `lstm_triton.LSTM`;
       the dropouts only where `training`, zoneout then drawn and otherwise its expectation
     - strategy: what computes the recurrence. "persistent": all time steps in one kernel launch, with the recurrent
@@ -269,7 +290,10 @@ def lstm(
     """
     if not torch.compiler.is_compiling():
         check_launches()
-    spec = LSTMSpec.of(coupled, peephole, output_peephole, layer_norm)
+    spec = LSTMSpec.of(
+        coupled, peephole, output_peephole, layer_norm, input_gate, forget_gate, output_gate, input_activation,
+        output_activation,
+    )  # fmt: skip
     checks.flag("recompute", recompute)
     rules = regularization.rules_of(
         recurrent_dropout, recurrent_dropout_on, zoneout, cell_clip, proj_clip, proj_size, training
@@ -291,6 +315,8 @@ def lstm(
     if weight_dropout and training:
         names = spec.parameter_names(bias, proj_size > 0)
         weights = regularization.drop_weights(weights, names, weight_dropout)
+    if spec.missing:
+        weights, spec, bias = parameters.widened_stack(weights, spec, bias, proj_size > 0)
     cell_states = None
     # Autocast would cast the arguments of PyTorch's operator once more: on CUDA to float16, whatever was asked for.
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
@@ -364,7 +390,7 @@ def take(
     tracked = torch.is_grad_enabled() and (True in [t.requires_grad for t in inputs] or bool(transforms.recorder()))
     ragged = order.ragged or (packing is not None and not packing.full)
     layer = Layer(
-        spec, layout.T, layout.B, H, D, x.dtype, I=I, P=proj_size, ragged=ragged,
+        spec.computed, layout.T, layout.B, H, D, x.dtype, I=I, P=proj_size, ragged=ragged,
         training=tracked, L=L,
     )  # fmt: skip
     question = (layer, x.device, strategy, asked, packing is not None)

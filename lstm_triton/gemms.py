@@ -59,7 +59,10 @@ def activate(gates: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, order
             a = torch.addcmul(a, previous if gate in spec.previous_gates else current, v[gate])
         elif gate in v and gate not in spec.previous_gates:
             a = a + current @ v[gate].t().to(current.dtype)
-        block.copy_(a.tanh() if gate == "g" else a.sigmoid())
+        if gate != "g":
+            block.copy_(a.sigmoid())
+        elif not spec.identity_input:
+            block.copy_(a.tanh())
     return gates
 
 
@@ -148,4 +151,4 @@ def unprojected(gates: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, or
     c = computed_cells(gates, cells, spec, order)
     if w.weight_ln_c is not None:
         c = normalized(c, w.weight_ln_c, w.bias_ln_c)
-    return (spec.split_gates(gates)["o"] * c.tanh()).to(gates.dtype)
+    return (spec.split_gates(gates)["o"] * (c if spec.identity_output else c.tanh())).to(gates.dtype)

@@ -22,7 +22,7 @@ def forget_bias_(module: Module, value: float = 1.0) -> Module:
     """Set what is added to the pre-activation of every forget gate to `value`, in all layers and directions.
 
     A positive one lets the cell state pass at first (Gers et al. 2000; Jozefowicz et al. 2015 advise 1). Of the two
-    biases b_ih gets the value and b_hh zero. Raises ValueError for a module without biases.
+    biases b_ih gets the value and b_hh zero. Raises ValueError for a module without biases or forget gate.
     """
     for b_ih, b_hh in biases(module, "f"):
         b_ih.fill_(value)
@@ -36,8 +36,8 @@ def chrono_(module: Module, longest: int) -> Module:
 
         b_f = log(u), u uniform on [1, longest - 1];  b_i = -b_f
 
-    Of the two biases b_ih gets these and b_hh zero. Coupled gates have b_f alone: i = 1 - f is both.
-    Raises ValueError for a module without biases, and unless longest is at least 3.
+    Of the two biases b_ih gets these and b_hh zero. Without an input gate of its own there is b_f alone: coupled,
+    i = 1 - f is both. Raises ValueError for a module without biases or forget gate, and unless longest is at least 3.
     """
     if longest < 3:
         raise ValueError(f"longest must be at least 3 steps, got {longest}")
@@ -46,7 +46,7 @@ def chrono_(module: Module, longest: int) -> Module:
         b_ih.uniform_(1, longest - 1).log_()
         b_hh.zero_()
         drawn.append(b_ih)
-    if not module.spec.coupled:
+    if "i" in module.spec.gates:
         for b_f, (b_ih, b_hh) in zip(drawn, biases(module, "i"), strict=True):
             b_ih.copy_(-b_f)
             b_hh.zero_()
@@ -71,6 +71,8 @@ def biases(module: Module, gate: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the parts (H,) of b_ih and b_hh of a gate, of every layer and direction. Raises ValueError without any."""
     if not module.bias:
         raise ValueError(f"{type(module).__name__} has no biases: build it with bias=True")
+    if gate not in module.spec.gates:
+        raise ValueError(f"{type(module).__name__} has no gate {gate}: it is of the variant {module.spec.name!r}")
     named = dict(module.named_parameters())
     for name, b_ih in named.items():
         if name.startswith("bias_ih"):

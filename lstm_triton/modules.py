@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from lstm_triton_kernels.regularize import Rules
-from lstm_triton_kernels.spec import LSTMSpec, OutputPeephole, Peephole, state_dict_name
+from lstm_triton_kernels.spec import OPTIONS, Activation, LSTMSpec, OutputPeephole, Peephole, state_dict_name
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
         """Declare a method with the signature of `function`: `__call__`, untyped in `nn.Module`, with forward's."""
 
 
+PRESENT = (True, "tanh")
+"""Values of the options of ablations that are the defaults."""
+
+
 class VariantModule(nn.Module):
     """Base of `LSTM` and `LSTMCell`: the options of the variant, initial values, the reply to `torch.jit.script`."""
 
@@ -48,18 +52,26 @@ class VariantModule(nn.Module):
     peephole: Peephole | None = None
     output_peephole: OutputPeephole = "previous"
     layer_norm: bool = False
+    input_gate: bool = True
+    forget_gate: bool = True
+    output_gate: bool = True
+    input_activation: Activation = "tanh"
+    output_activation: Activation = "tanh"
     zoneout: Zoneout = (0.0, 0.0)
     cell_clip: float | None = None
     forget_bias: float | None = None
 
     def _set_variant(self, spec: LSTMSpec) -> None:
-        self.coupled, self.peephole, self.output_peephole = spec.coupled, spec.peephole, spec.output_peephole
-        self.layer_norm = spec.layer_norm
+        for name, value in spec.options.items():
+            setattr(self, name, value)
 
     @property
     def spec(self) -> LSTMSpec:
         """The variant of this module, as one value."""
-        return LSTMSpec.of(self.coupled, self.peephole, self.output_peephole, self.layer_norm)
+        return LSTMSpec.of(
+            self.coupled, self.peephole, self.output_peephole, self.layer_norm, self.input_gate, self.forget_gate,
+            self.output_gate, self.input_activation, self.output_activation,
+        )  # fmt: skip
 
     @property
     def regularization(self) -> dict[str, Any]:
@@ -101,6 +113,9 @@ class VariantModule(nn.Module):
         text += f", peephole={self.peephole!r}" if self.peephole else ""
         text += f", output_peephole={self.output_peephole!r}" if self.output_peephole != "previous" else ""
         text += ", layer_norm=True" if self.layer_norm else ""
+        text += "".join(
+            f", {name}={getattr(self, name)!r}" for name in OPTIONS[4:] if getattr(self, name) not in PRESENT
+        )
         text += "".join(f", {name}={value!r}" for name, value in self.regularization.items())
         return text + (f", forget_bias={self.forget_bias!r}" if self.forget_bias is not None else "")
 
@@ -130,17 +145,18 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
     - output_peephole: which cell state the output gate reads. "previous", the default, is a simplified form in which it
       reads c, as the other gates do. Textbook peepholes (Gers & Schmidhuber 2000; TensorFlow, ONNX) are "current":
       there it reads c'
-    - layer_norm, zoneout, cell_clip, forget_bias: as in `LSTM`
+    - layer_norm, zoneout, cell_clip, forget_bias, input_gate, forget_gate, output_gate, input_activation,
+      output_activation: as in `LSTM`
 
     Parameters, with G gate blocks in the order i, f, g, o (coupled: f, g, o) and Q peephole blocks in the order i, f, o
-    (coupled: f, o):
+    (coupled: f, o), each without the gates that are left out:
 
     - weight_ih: W_ih, (G·H, I); weight_hh: W_hh, (G·H, H); bias_ih, bias_hh: (G·H,), or None without bias
     - weight_ch: V, diagonal (Q·H,), full (Q·H, H), or None without a peephole
     - weight_ln_ih, weight_ln_hh: (G·H,), weight_ln_c: (H,), bias_ln_c: (H,) or None without bias; with layer_norm
 
-    Raises TypeError if coupled or layer_norm is no bool, ValueError for an unknown variant, and for a probability or
-    limit that is none.
+    Raises TypeError for a flag that is no bool, ValueError for an unknown variant, with the reason for options that
+    contradict each other, and for a probability or limit that is none.
     """
 
     weight_ih: Tensor
@@ -165,14 +181,22 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
         peephole: Peephole | None = None,
         output_peephole: OutputPeephole = "previous",
         layer_norm: bool = False,
+        input_gate: bool = True,
+        forget_gate: bool = True,
+        output_gate: bool = True,
+        input_activation: Activation = "tanh",
+        output_activation: Activation = "tanh",
         zoneout: Zoneout = (0.0, 0.0),
         cell_clip: float | None = None,
         forget_bias: float | None = None,
     ) -> None:
         nn.Module.__init__(self)  # RNNCellBase would make the parameters of the standard variant
-        spec = LSTMSpec.of(coupled, peephole, output_peephole, layer_norm)
+        spec = LSTMSpec.of(
+            coupled, peephole, output_peephole, layer_norm, input_gate, forget_gate, output_gate, input_activation,
+            output_activation,
+        )  # fmt: skip
         regularization.rules_of(0.0, "hidden", zoneout, cell_clip, None, 0, training=True)
-        checks.forget_bias(forget_bias, bias)
+        checks.forget_bias(forget_bias, bias, spec)
         self._set_variant(spec)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -209,6 +233,11 @@ class LSTMCell(VariantModule, nn.RNNCellBase):
             peephole=self.peephole,
             output_peephole=self.output_peephole,
             layer_norm=self.layer_norm,
+            input_gate=self.input_gate,
+            forget_gate=self.forget_gate,
+            output_gate=self.output_gate,
+            input_activation=self.input_activation,
+            output_activation=self.output_activation,
             weight_ln_ih=self.weight_ln_ih if self.layer_norm else None,
             weight_ln_hh=self.weight_ln_hh if self.layer_norm else None,
             weight_ln_c=self.weight_ln_c if self.layer_norm else None,
@@ -271,6 +300,10 @@ class LSTM(VariantModule, nn.RNNBase):
     - cell_clip, proj_clip: largest absolute value of an element of c_t, and of a projected h_t; what is beyond has
       gradient zero (TensorFlow's LSTMCell)
     - layer_norm: whether W_ih x_t, W_hh h_{t-1} and c_t (for h_t alone) are normalised (Ba et al. 2016)
+    - input_gate, forget_gate, output_gate: whether there is this gate; one that is left out is 1 and has no parameters
+      (NIG, NFG, NOG of Greff et al. 2017)
+    - input_activation: "tanh", or "identity": g = a_g (NIAF); output_activation: "tanh", or "identity": h_t = o c_t
+      (NOAF)
     - forget_bias: what both biases of the forget gate are initialised to, in sum (Jozefowicz et al. 2015); None: as the
       others
     - strategy: what computes the recurrence, "auto", "persistent", "stepwise" or "cudnn"; recompute: whether the
@@ -278,7 +311,8 @@ class LSTM(VariantModule, nn.RNNBase):
       set at any time
 
     Parameters of layer k (with the suffix `_reverse` those of the second direction), with G gate blocks in the order
-    i, f, g, o (coupled: f, g, o) and Q peephole blocks in the order i, f, o (coupled: f, o):
+    i, f, g, o (coupled: f, g, o) and Q peephole blocks in the order i, f, o (coupled: f, o), each without the gates
+    that are left out:
 
     - weight_ih_l{k}: W_ih, (G·H, I), in layers above the first (G·H, D·P)
     - weight_hh_l{k}: W_hh, (G·H, P); bias_ih_l{k}, bias_hh_l{k}: (G·H,), absent without bias
@@ -319,6 +353,11 @@ class LSTM(VariantModule, nn.RNNBase):
         peephole: Peephole | None = None,
         output_peephole: OutputPeephole = "previous",
         layer_norm: bool = False,
+        input_gate: bool = True,
+        forget_gate: bool = True,
+        output_gate: bool = True,
+        input_activation: Activation = "tanh",
+        output_activation: Activation = "tanh",
         recurrent_dropout: float = 0.0,
         recurrent_dropout_on: DroppedOn = "hidden",
         zoneout: Zoneout = (0.0, 0.0),
@@ -331,13 +370,16 @@ class LSTM(VariantModule, nn.RNNBase):
     ) -> None:
         nn.Module.__init__(self)  # RNNBase would make the parameters of the standard variant
         checks.lstm_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        spec = LSTMSpec.of(coupled, peephole, output_peephole, layer_norm)
+        spec = LSTMSpec.of(
+            coupled, peephole, output_peephole, layer_norm, input_gate, forget_gate, output_gate, input_activation,
+            output_activation,
+        )  # fmt: skip
         routing.check_strategy(strategy, spec)
         checks.flag("recompute", recompute)
         limits = (cell_clip, proj_clip, proj_size)
         regularization.rules_of(recurrent_dropout, recurrent_dropout_on, zoneout, *limits, training=True)
         regularization.probability("weight_dropout", weight_dropout)
-        checks.forget_bias(forget_bias, bias)
+        checks.forget_bias(forget_bias, bias, spec)
         self._set_variant(spec)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -460,7 +502,8 @@ class LSTM(VariantModule, nn.RNNBase):
             input, hx, self._current_weights(), self.spec, self.num_layers, directions, self.bias, self.batch_first,
             self.proj_size, self.strategy, lengths, resets, return_cell_states, self._rules(),
         )  # fmt: skip
-        return explanation(*taken.question, gpu=gpu, recompute=self.recompute)
+        layer = taken.question[0]._replace(spec=self.spec)
+        return explanation(layer, *taken.question[1:], gpu=gpu, recompute=self.recompute)
 
     def session(self, batch_size: int, *, graphs: bool = True) -> Session:
         """Return a session for streaming: `session(x)` computes the next time steps of `batch_size` rows.
@@ -537,6 +580,11 @@ class LSTM(VariantModule, nn.RNNBase):
             peephole=self.peephole,
             output_peephole=self.output_peephole,
             layer_norm=self.layer_norm,
+            input_gate=self.input_gate,
+            forget_gate=self.forget_gate,
+            output_gate=self.output_gate,
+            input_activation=self.input_activation,
+            output_activation=self.output_activation,
             recurrent_dropout=self.recurrent_dropout,
             recurrent_dropout_on=self.recurrent_dropout_on,
             zoneout=self.zoneout,

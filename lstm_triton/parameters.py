@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights, state_dict_name
+from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights, state_dict_name, widened
 from torch import Tensor
 
 from lstm_triton import checks
@@ -29,6 +29,17 @@ def state_dict_names(spec: LSTMSpec, num_layers: int, bidirectional: bool, bias:
         for direction in range(2 if bidirectional else 1)
         for name in spec.parameter_names(bias, proj_size > 0)
     ]
+
+
+def widened_stack(
+    weights: Sequence[Tensor], spec: LSTMSpec, bias: bool, projection: bool
+) -> tuple[list[Tensor], LSTMSpec, bool]:
+    """Return the flat list of parameters of a stack that has all gates, its variant, and that there are biases.
+
+    It computes the same: see `widened`.
+    """
+    groups = Call(spec.name, bias, projection, "").group(weights)
+    return [w for own in groups for w in widened(own, spec) if w is not None], spec.computed, True
 
 
 def stack_sizes(

@@ -16,6 +16,9 @@ With layer normalisation (Ba et al. 2016), where n(v) is v less its mean, divide
     a = w_ih n(W_ih x_t) + b_ih + w_hh n(W_hh h_{t-1}) + b_hh
     h_t = o tanh(w_c n(c_t) + b_c)
 
+Ablations (Greff et al. 2017): a gate that is left out is 1, g = a_g with input_activation="identity", and h_t = o c_t
+with output_activation="identity".
+
 Regularised steps (dropout within the recurrence, zoneout, clipping) are in `lstm_triton_kernels.regularize`.
 """
 
@@ -43,16 +46,19 @@ def cell(
     full = spec.full
 
     def gate(name: str, c_read: Tensor) -> Tensor:
+        if name in spec.missing:
+            return torch.ones_like(c_read)
         if not v:
             return torch.sigmoid(a[name])
         return torch.sigmoid(a[name] + (F.linear(c_read, v[name]) if full else v[name] * c_read))
 
     f = gate("f", c)
     i = 1 - f if spec.coupled else gate("i", c)
-    g = regularized.drop_candidate(torch.tanh(a["g"]))
+    g = regularized.drop_candidate(a["g"] if spec.identity_input else torch.tanh(a["g"]))
     c_next = regularized.clip_cell(f * c + i * g)
     o = gate("o", c_next if spec.output_current else c)
-    h_next = o * torch.tanh(normalized(c_next, weights.weight_ln_c, weights.bias_ln_c))
+    y = normalized(c_next, weights.weight_ln_c, weights.bias_ln_c)
+    h_next = o * (y if spec.identity_output else torch.tanh(y))
     if weights.weight_hr is not None:
         h_next = regularized.clip_hidden(F.linear(h_next, weights.weight_hr))
     return regularized.zone_hidden(h_next, h), regularized.zone_cell(c_next, c)

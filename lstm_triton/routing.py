@@ -256,6 +256,8 @@ def check_strategy(strategy: Any, spec: LSTMSpec) -> None:
         raise ValueError(f"strategy 'cudnn' computes no peepholes, got the variant {spec.name!r}")
     if strategy == "cudnn" and spec.layer_norm:
         raise ValueError(f"strategy 'cudnn' computes no layer normalisation, got the variant {spec.name!r}")
+    if strategy == "cudnn" and not spec.activated:
+        raise ValueError(f"strategy 'cudnn' has no activation but tanh, got the variant {spec.name!r}")
 
 
 def requested() -> str:
@@ -294,7 +296,9 @@ def why_not_in_operator(spec: LSTMSpec) -> str | None:
     """Return what a variant has that `torch.nn.LSTM`'s own operator has not; None if nothing."""
     if spec.peephole is not None:
         return f"it has no peepholes, as {spec.name!r} has"
-    return f"it has no layer normalisation, as {spec.name!r} has" if spec.layer_norm else None
+    if spec.layer_norm:
+        return f"it has no layer normalisation, as {spec.name!r} has"
+    return None if spec.activated else f"it has no activation but tanh, which {spec.name!r} does without"
 
 
 def why_not_operator(device: torch.device, layer: Layer, asked: tuple[str, ...]) -> str | None:
@@ -446,7 +450,7 @@ def double_backward(
 
     - engine: of the forward pass, that of a layer or "operator"
     - watched: whether something beside autograd looks at the tensors, or they are a batch or have tangents
-    - regularized: whether steps are regularised or normalised
+    - regularized: whether steps are regularised or normalised, or lack an activation
     """
     if regularized:
         return Choice("reference", "the kernels for second derivatives are of plain steps")

@@ -1,22 +1,30 @@
 """LSTM variants: their gate blocks, their parameters, shapes and names.
 
-The only place that knows what a combination of `coupled`, `peephole`, `output_peephole` and `layer_norm` means.
+The only place that knows what a combination of `coupled`, `peephole`, `output_peephole` and `layer_norm`, and of the
+ablations, means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from itertools import product
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 Peephole = Literal["diagonal", "full"]
 OutputPeephole = Literal["previous", "current"]
+Activation = Literal["tanh", "identity"]
 
 PEEPHOLES: tuple[Peephole | None, ...] = (None, *get_args(Peephole))
 OUTPUT_PEEPHOLES: tuple[OutputPeephole, ...] = get_args(OutputPeephole)
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+OPEN = 40.0
+"""A bias with which a gate that reads nothing is open: its logistic function is exactly 1, and its derivative 0, in
+every type, since e^-40 is less than half of float64's precision."""
 
 
 class LSTMWeights(NamedTuple):
@@ -51,56 +59,131 @@ class LSTMWeights(NamedTuple):
         return LSTMWeights(*(None if weight is None else function(weight) for weight in self))  # type: ignore[arg-type]
 
 
+GATE_OPTIONS = ("input_gate", "forget_gate", "output_gate")
+FLAGS = ("coupled", "layer_norm", *GATE_OPTIONS)
+OPTIONS = (
+    "coupled", "peephole", "output_peephole", "layer_norm", *GATE_OPTIONS, "input_activation", "output_activation"
+)  # fmt: skip
+"""The options of a variant, in the order of `LSTMSpec`'s fields."""
+
+
 @dataclass(frozen=True)
 class LSTMSpec:
-    """One of the ten LSTM variants, or of the same ten with layer normalisation.
+    """One of the ten LSTM variants, of the same ten with layer normalisation, or of the ablations of either.
 
     - coupled: the input gate is 1 - f (CIFG: Greff et al. 2017), three gate blocks instead of four
     - peephole: None, "diagonal" (elementwise: Gers & Schmidhuber 2000) or "full" (a matrix)
     - output_peephole: which cell state the output gate reads: "previous", the default, is a simplified form in which it
       reads c_{t-1}; textbook peepholes (Gers & Schmidhuber 2000; TensorFlow, ONNX) are "current", and read c_t
     - layer_norm: whether both products and the cell state are normalised (Ba et al. 2016)
+    - input_gate, forget_gate, output_gate: whether there is this gate; one that there is not is the constant 1, and has
+      no weights, biases and peepholes (NIG, NFG, NOG of Greff et al. 2017)
+    - input_activation: "tanh", or "identity": g = a_g (NIAF); output_activation: "tanh", or "identity": h_t = o c_t
+      (NOAF)
 
     What follows from them, settled once since every step of a layer asks for it:
 
-    - name: "standard", "coupled", "diagonal", "coupled+full+current", "norm", "coupled+norm", ...
+    - name: "standard", "coupled", "diagonal", "coupled+full+current", "norm", "coupled+norm", ..., of ablations
+      "no-forget-gate", "diagonal+no-output-gate+identity-input", ...
     - gates: the gate blocks in the order in which they are stacked in the weights
     - peephole_gates: those that read the cell state, in the order of `weight_ch`
     - previous_gates: those that read c_{t-1}
 
-    Raises ValueError for an unknown value, and for "current" without a peephole, TypeError for a flag that is no bool.
+    Raises ValueError for an unknown value, and with the reason for options that contradict each other; TypeError for a
+    flag that is no bool.
     """
 
     coupled: bool = False
     peephole: Peephole | None = None
     output_peephole: OutputPeephole = "previous"
     layer_norm: bool = False
+    input_gate: bool = True
+    forget_gate: bool = True
+    output_gate: bool = True
+    input_activation: Activation = "tanh"
+    output_activation: Activation = "tanh"
     name: str = field(init=False, repr=False, compare=False)
     gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
     peephole_gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
     previous_gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for flag, given in (("coupled", self.coupled), ("layer_norm", self.layer_norm)):
+        for flag in FLAGS:
+            given = getattr(self, flag)
             if not isinstance(given, bool):
                 raise TypeError(f"{flag} should be of type bool, got: {type(given).__name__}")
         if self.peephole not in PEEPHOLES:
             raise ValueError(f"peephole must be None, 'diagonal' or 'full', got {self.peephole!r}")
         if self.output_peephole not in OUTPUT_PEEPHOLES:
             raise ValueError(f"output_peephole must be 'previous' or 'current', got {self.output_peephole!r}")
-        if self.output_current and self.peephole is None:
-            raise ValueError(
-                "output_peephole='current' needs a peephole: choose peephole='diagonal' or 'full', got peephole=None"
-            )
-        gates = ("f", "g", "o") if self.coupled else ("i", "f", "g", "o")
+        for name in ("input_activation", "output_activation"):
+            if getattr(self, name) not in ACTIVATIONS:
+                raise ValueError(f"{name} must be 'tanh' or 'identity', got {getattr(self, name)!r}")
+        contradiction = self._contradiction()
+        if contradiction is not None:
+            raise ValueError(contradiction)
+        missing = self.missing
+        gates = tuple(
+            gate for gate in ("i", "f", "g", "o") if gate not in missing and not (self.coupled and gate == "i")
+        )
         reading = tuple(gate for gate in gates if gate != "g") if self.peephole else ()
         previous = tuple(gate for gate in reading if not (gate == "o" and self.output_current))
         parts = ["coupled"] * self.coupled + [self.peephole or ""] + ["current"] * self.output_current
+        parts += [f"no-{name.replace('_', '-')}" for name in GATE_OPTIONS if not getattr(self, name)]
+        parts += ["identity-input"] * (self.input_activation == "identity")
+        parts += ["identity-output"] * (self.output_activation == "identity")
         parts += ["norm"] * self.layer_norm
         name = "+".join(part for part in parts if part) or "standard"
         settled = dict(name=name, gates=gates, peephole_gates=reading, previous_gates=previous)
         for attribute, value in settled.items():
             object.__setattr__(self, attribute, value)
+
+    def _contradiction(self) -> str | None:
+        """Return why these options, each a known one, are no variant; None if they are."""
+        missing = self.missing
+        if self.output_current and self.peephole is None:
+            return "output_peephole='current' needs a peephole: choose peephole='diagonal' or 'full', got peephole=None"
+        if self.coupled and "i" in missing:
+            return "coupled=True makes the input gate 1 - f: with input_gate=False it would be 1"
+        if self.coupled and "f" in missing:
+            return "coupled=True makes the input gate 1 - f: with forget_gate=False it would be 0, and no input be read"
+        if self.output_current and "o" in missing:
+            return "output_peephole='current' is of the output gate, which output_gate=False leaves out"
+        if self.peephole is not None and len(missing) == 3:
+            return f"peephole={self.peephole!r} needs a gate that reads the cell state: all three are left out"
+        if self.layer_norm and missing:
+            return "layer_norm=True normalises the products over the blocks of all gates: none can be left out"
+        return None
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The gates that are the constant 1: of i, f and o."""
+        return tuple(name[0] for name in GATE_OPTIONS if not getattr(self, name))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by name, as `lstm_triton.LSTM` takes them."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    @property
+    def computed(self) -> LSTMSpec:
+        """The variant that is computed in place of this one: that with all gates, on `widened` weights."""
+        return self if not self.missing else LSTMSpec.of(**self.options | dict.fromkeys(GATE_OPTIONS, True))
+
+    @property
+    def identity_input(self) -> bool:
+        """Whether g is its pre-activation."""
+        return self.input_activation == "identity"
+
+    @property
+    def identity_output(self) -> bool:
+        """Whether h_t is o c_t."""
+        return self.output_activation == "identity"
+
+    @property
+    def activated(self) -> bool:
+        """Whether both activations are tanh."""
+        return not (self.identity_input or self.identity_output)
 
     @property
     def full(self) -> bool:
@@ -120,26 +203,31 @@ class LSTMSpec:
     @property
     def standard(self) -> bool:
         """Whether this is `torch.nn.LSTM`'s variant."""
-        return not self.coupled and self.peephole is None and not self.layer_norm
+        return self.name == "standard"
 
     @classmethod
     def of(
-        cls, coupled: bool, peephole: Peephole | None, output_peephole: OutputPeephole, layer_norm: bool = False
-    ) -> LSTMSpec:
+        cls, coupled: bool = False, peephole: Peephole | None = None, output_peephole: OutputPeephole = "previous",
+        layer_norm: bool = False, input_gate: bool = True, forget_gate: bool = True, output_gate: bool = True,
+        input_activation: Activation = "tanh", output_activation: Activation = "tanh",
+    ) -> LSTMSpec:  # fmt: skip
         """Return the variant with these options, without building it again. Raises as the class does."""
-        names = isinstance(peephole, (str, type(None))) and isinstance(output_peephole, str)
-        if isinstance(coupled, bool) and isinstance(layer_norm, bool) and names:
-            known = BY_OPTIONS.get((coupled, peephole, output_peephole, layer_norm))
-            if known is not None:
-                return known
-        return cls(coupled, peephole, output_peephole, layer_norm)
+        flags = (coupled, layer_norm, input_gate, forget_gate, output_gate)
+        names = (output_peephole, input_activation, output_activation)
+        options = (coupled, peephole, output_peephole, *flags[1:], *names[1:])
+        known = [isinstance(flag, bool) for flag in flags] + [isinstance(name, str) for name in names]
+        if False not in known and isinstance(peephole, (str, type(None))):
+            found = BY_OPTIONS.get(options)
+            if found is not None:
+                return found
+        return cls(coupled, peephole, output_peephole, *flags[1:], *names[1:])
 
     @classmethod
     def parse(cls, name: str) -> LSTMSpec:
-        """Return the variant of that `name`. Raises ValueError listing all names."""
+        """Return the variant of that `name`. Raises ValueError listing the names."""
         if name in BY_NAME:
             return BY_NAME[name]
-        raise ValueError(f"variant must be one of {', '.join(BY_NAME)}, got {name!r}")
+        raise ValueError(f"variant must be one of {NAMES_IN_WORDS}, got {name!r}")
 
     def parameter_names(self, bias: bool = True, projection: bool = False) -> tuple[str, ...]:
         """Return the fields of LSTMWeights that the variant has, in `torch.nn.LSTM`'s order, those of its own last."""
@@ -181,7 +269,7 @@ class LSTMSpec:
     def previous_peephole(self, weight_ch: Tensor) -> Tensor:
         """A full peephole on c_{t-1} as gate blocks, (G·H, H): zero for the gates that do not read c_{t-1}."""
         blocks = self.split_peephole(weight_ch)
-        zero = torch.zeros_like(blocks["f"])
+        zero = torch.zeros_like(next(iter(blocks.values())))
         return torch.cat([blocks[gate] if gate in self.previous_gates else zero for gate in self.gates])
 
 
@@ -201,8 +289,78 @@ NORMALIZED: tuple[LSTMSpec, ...] = tuple(
 STANDARD = VARIANTS[0]
 """`torch.nn.LSTM`'s variant."""
 
-BY_NAME = {spec.name: spec for spec in (*VARIANTS, *NORMALIZED)}
-BY_OPTIONS = {(spec.coupled, spec.peephole, spec.output_peephole, spec.layer_norm): spec for spec in BY_NAME.values()}
+
+def _ablations() -> list[LSTMSpec]:
+    """Return all variants that lack a gate or an activation."""
+    found = []
+    for spec, gates in product((*VARIANTS, *NORMALIZED), product((True, False), repeat=3)):
+        own = spec.options | dict(zip(GATE_OPTIONS, gates, strict=True))
+        try:
+            found += [
+                LSTMSpec(**own | dict(input_activation=of_input, output_activation=of_output))
+                for of_input, of_output in product(ACTIVATIONS, ACTIVATIONS)
+            ]
+        except ValueError:  # the options contradict each other
+            continue
+    return [spec for spec in found if spec.missing or not spec.activated]
+
+
+ABLATIONS: tuple[LSTMSpec, ...] = (
+    LSTMSpec(input_gate=False),
+    LSTMSpec(forget_gate=False),
+    LSTMSpec(output_gate=False),
+    LSTMSpec(input_activation="identity"),
+    LSTMSpec(output_activation="identity"),
+)
+"""NIG, NFG, NOG, NIAF and NOAF of Greff et al. 2017, without peepholes. All others that combine have names, too."""
+
+
+BY_OPTIONS: dict[tuple[Any, ...], LSTMSpec] = {
+    tuple(spec.options.values()): spec for spec in (*VARIANTS, *NORMALIZED, *_ablations())
+}
+BY_NAME = {spec.name: spec for spec in BY_OPTIONS.values()}
+
+NAMES_IN_WORDS = (
+    f"{', '.join(spec.name for spec in (*VARIANTS, *NORMALIZED))}; or one of the ablations, with the parts "
+    "no-input-gate, no-forget-gate, no-output-gate, identity-input, identity-output before norm: no-forget-gate, "
+    "diagonal+current+identity-output, ..."
+)
+"""The names of the variants, for messages."""
+
+
+def widened(weights: LSTMWeights, spec: LSTMSpec) -> LSTMWeights:
+    """Return the weights of `spec.computed` that computes what these compute with the variant `spec`.
+
+    A gate that there is not has weights of zero and the bias OPEN: it is exactly 1, and nothing that it would read has
+    a gradient through it. So there are biases, also where there were none. Differentiable.
+    """
+    missing = spec.missing
+    if not missing:
+        return weights
+    every = spec.computed
+    H = weights.weight_hh.shape[0] // len(spec.gates)
+
+    def in_all(blocks: dict[str, Tensor], gates: tuple[str, ...], filled: float = 0.0) -> Tensor:
+        """Return the blocks of all those gates, (H, ...) each."""
+        like = next(iter(blocks.values()))
+        of_missing = {gate: torch.full_like(like, filled if gate in missing else 0.0) for gate in gates}
+        return torch.cat([blocks.get(gate, of_missing[gate]) for gate in gates])
+
+    def bias(own: Tensor | None, filled: float) -> Tensor:
+        if own is None:
+            own = weights.weight_hh.new_zeros(len(spec.gates) * H)
+        return in_all(spec.split_gates(own), every.gates, filled)
+
+    peephole = None
+    if weights.weight_ch is not None:
+        peephole = in_all(spec.split_peephole(weights.weight_ch), every.peephole_gates)
+    return weights._replace(
+        weight_ih=in_all(spec.split_gates(weights.weight_ih, 0), every.gates),
+        weight_hh=in_all(spec.split_gates(weights.weight_hh, 0), every.gates),
+        bias_ih=bias(weights.bias_ih, OPEN),
+        bias_hh=bias(weights.bias_hh, 0.0),
+        weight_ch=peephole,
+    )
 
 
 def state_dict_name(name: str, layer: int, direction: int) -> str:

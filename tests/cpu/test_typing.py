@@ -106,6 +106,7 @@ def test_a_subclass_passes_on_every_argument(kind):
         num_layers=2, bias=False, batch_first=True, dropout=0.5, bidirectional=True, proj_size=2, coupled=False,
         peephole="full", output_peephole="current", layer_norm=True, recurrent_dropout=0.3,
         recurrent_dropout_on="candidate", zoneout=(0.1, 0.2), weight_dropout=0.4, cell_clip=3.0, proj_clip=0.5,
+        input_gate=True, forget_gate=True, output_gate=True, input_activation="identity", output_activation="identity",
         forget_bias=None, strategy="stepwise", recompute=True,
     )  # fmt: skip
     module, plain = (cls(3, 4, device="meta", dtype=torch.float64, **options) for cls in (kind, LSTM))

@@ -67,7 +67,7 @@ class Case:
 
     @property
     def variant(self) -> dict:
-        return {name: getattr(self.spec, name) for name in ("coupled", "peephole", "output_peephole", "layer_norm")}
+        return self.spec.options
 
     @property
     def regularization(self) -> dict:
