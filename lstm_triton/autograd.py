@@ -302,8 +302,7 @@ class LSTMLayerFunction(torch.autograd.Function):
         if transforms.beyond_operators((*inputs, *given), hidden, ctx.recorder):
             x, h_0, c_0, *_ = inputs
             watched = not plain((*inputs, *given))
-            spec = ctx.call.spec
-            regularized = bool(ctx.call.rules) or spec.layer_norm or not spec.activated
+            regularized = bool(ctx.call.rules) or ctx.call.spec.layer_norm
             if routing.double_backward(ctx.call.engine, x.device, x.dtype, watched, regularized).name == "reference":
                 layers, order = (1, len(inputs[1])), order_of(ctx.call, x, h_0, c_0, lengths, resets, seed)
                 again = second_order.backward(given, inputs, needs, ctx.call, layers, order)

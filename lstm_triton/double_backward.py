@@ -168,7 +168,7 @@ class Direction:
     def unprojected(self) -> Tensor:
         """Return o tanh(c_t) of every step, (T, B, H)."""
         o = self.spec.split_gates(self.gates)["o"]
-        return (o * self.order.cells_written(self.cells).tanh()).to(o.dtype)
+        return (o * gemms.output_activation(self.order.cells_written(self.cells), self.spec)).to(o.dtype)
 
     def hidden_gradients(self, grad_output: Tensor | None, grad_h_n: Tensor | None) -> Tensor:
         """Return the gradient of every h_t (T, B, P), from those of the results: what the first backward pass had."""
@@ -360,5 +360,6 @@ def input_gradients(
 def unprojected_tangents(gates: Tensor, cells: Tensor, along: Tangents, spec: LSTMSpec, order: Order) -> Tensor:
     """Return the tangents of o tanh(c_t) of every step, (T, B, H)."""
     o, o_dot = spec.split_gates(gates)["o"], spec.split_gates(along.gates)["o"]
-    tanh_c, c_dot = order.cells_written(cells).tanh(), order.cells_written(along.cells)
-    return (o_dot * tanh_c + o * (1 - tanh_c * tanh_c) * c_dot).to(o.dtype)
+    y, c_dot = gemms.output_activation(order.cells_written(cells), spec), order.cells_written(along.cells)
+    y_dot = c_dot if spec.identity_output else (1 - y * y) * c_dot
+    return (o_dot * y + o * y_dot).to(o.dtype)

@@ -14,6 +14,7 @@ from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
 
 from lstm_triton.eager import factors, split_peephole
+from lstm_triton.gemms import output_activation
 
 
 def forward(
@@ -65,7 +66,10 @@ def forward(
         if spec.output_current:
             dots["o"].addcmul_(v_o, current)
     for gate, y in act.items():
-        dots[gate].mul_(1 - y * y if gate == "g" else y * (1 - y))
+        if gate != "g":
+            dots[gate].mul_(y * (1 - y))
+        elif not spec.identity_input:
+            dots[gate].mul_(1 - y * y)
     if a is not gates_dot:
         gates_dot.copy_(a)
 
@@ -81,8 +85,8 @@ def sources(
     act, dot = spec.split_gates(gates.to(dtype)), spec.split_gates(gates_dot.to(dtype))
     f, g, o = act["f"], act["g"], act["o"]
     dh = dh.to(dtype)
-    tanh_c = current.tanh()
-    slope = 1 - tanh_c * tanh_c
+    y = output_activation(current, spec)
+    slope = torch.ones_like(y) if spec.identity_output else 1 - y * y
 
     # The gradient of every c_t, as the first backward pass had it.
     every = torch.addcmul(d_cells, dh, o * slope) if d_cells is not None else dh * o * slope
@@ -95,17 +99,17 @@ def sources(
 
     of_gates = torch.empty_like(gates_dot)
     of = spec.split_gates(of_gates)
-    tanh_dot = slope * current_dot
-    by_o = tanh_dot * (o * (1 - o)) + tanh_c * (1 - 2 * o) * dot["o"]
-    by_c = slope * dot["o"] - 2 * o * tanh_c * tanh_dot
+    y_dot = slope * current_dot
+    by_o = y_dot * (o * (1 - o)) + y * (1 - 2 * o) * dot["o"]
+    by_c = dot["o"] if spec.identity_output else slope * dot["o"] - 2 * o * y * y_dot
     of_o, of_cells = dh * by_o, dh * by_c
     if dh_dot is not None:
         dh_dot = dh_dot.to(dtype)
-        of_o.addcmul_(dh_dot, tanh_c * (o * (1 - o)))
+        of_o.addcmul_(dh_dot, y * (o * (1 - o)))
         of_cells.addcmul_(dh_dot, o * slope)
     of["o"].copy_(of_o)
     i, i_dot = (1 - f, -dot["f"]) if spec.coupled else (act["i"], dot["i"])
-    of["g"].copy_(every * (i_dot * (1 - g * g) - 2 * i * g * dot["g"]))
+    of["g"].copy_(every * (i_dot if spec.identity_input else i_dot * (1 - g * g) - 2 * i * g * dot["g"]))
     read, read_dot = (previous - g, previous_dot - dot["g"]) if spec.coupled else (previous, previous_dot)
     of["f"].copy_(every * (read_dot * (f * (1 - f)) + read * (1 - 2 * f) * dot["f"]))
     if not spec.coupled:

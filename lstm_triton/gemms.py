@@ -151,4 +151,9 @@ def unprojected(gates: Tensor, cells: Tensor, w: LSTMWeights, spec: LSTMSpec, or
     c = computed_cells(gates, cells, spec, order)
     if w.weight_ln_c is not None:
         c = normalized(c, w.weight_ln_c, w.bias_ln_c)
-    return (spec.split_gates(gates)["o"] * (c if spec.identity_output else c.tanh())).to(gates.dtype)
+    return (spec.split_gates(gates)["o"] * output_activation(c, spec)).to(gates.dtype)
+
+
+def output_activation(c: Tensor, spec: LSTMSpec) -> Tensor:
+    """Return what o is multiplied with, from c~ (..., H): tanh(c~), or c~ itself."""
+    return c if spec.identity_output else c.tanh()

@@ -450,7 +450,7 @@ def double_backward(
 
     - engine: of the forward pass, that of a layer or "operator"
     - watched: whether something beside autograd looks at the tensors, or they are a batch or have tangents
-    - regularized: whether steps are regularised or normalised, or lack an activation
+    - regularized: whether steps are regularised or normalised
     """
     if regularized:
         return Choice("reference", "the kernels for second derivatives are of plain steps")

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.blocks import elementwise_blocks
 from lstm_triton_kernels.equations import (
     load_blocks,
     load_peephole,
+    output_activation,
     output_derivatives,
     output_gate,
     previous_cell_gradient,
@@ -55,7 +55,8 @@ def carried_rows(resets_ptr, t, row, B, HAS_RESETS: tl.constexpr):
 def cell_forward_kernel(
     preact_ptr, cells_ptr, hidden_ptr, gates_ptr, w_ch_ptr, resets_ptr, before_ptr, rules,
     B, H, t, hidden_t, previous, current, stride_ht, stride_hb, stride_bb,
-    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, SAVE_GATES: tl.constexpr,
+    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
+    IDENTITY_INPUT: tl.constexpr, IDENTITY_OUTPUT: tl.constexpr, SAVE_GATES: tl.constexpr,
     HAS_RESETS: tl.constexpr, UPDATE_CELL: tl.constexpr, UPDATE_HIDDEN: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +83,7 @@ def cell_forward_kernel(
 
     if UPDATE_CELL:
         a = load_blocks(preact_ptr + gate, H, tile_mask, F + 2)
-        i, f, g, c = next_computed_cell(a, v, c_previous, code, rules, COUPLED, DIAGONAL)
+        i, f, g, c = next_computed_cell(a, v, c_previous, code, rules, COUPLED, DIAGONAL, IDENTITY_INPUT)
         if rules.zoneout_c is None or not UPDATE_HIDDEN:
             tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c, mask=tile_mask)
         if SAVE_GATES:
@@ -96,7 +97,7 @@ def cell_forward_kernel(
             tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c_now, mask=tile_mask)
         a_o = tl.load(preact_ptr + gate + (F + 2) * H, mask=tile_mask, other=0.0)
         o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
-        h = o * tanh(c)
+        h = o * output_activation(c, IDENTITY_OUTPUT)
         if before_ptr is not None:
             h_previous = tl.load(before_ptr + row[:, None] * stride_bb + unit[None, :], mask=carried, other=0.0)
             h = zone(h, h_previous.to(h.dtype), code, rules.zoneout_h, DRAWN, ZONEOUT_H_BIT)
@@ -124,7 +125,8 @@ def load_cell_inputs(gates_ptr, cells_ptr, gate, state, B, H, previous, tile_mas
 def cell_backward_kernel(
     grad_output_ptr, dh_ptr, dc_ptr, gates_ptr, cells_ptr, d_gates_ptr, w_ch_ptr, resets_ptr, kept_ptr, of_o_ptr, rules,
     B, H, t, previous, current, stride_gt, stride_gb,
-    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr,
+    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
+    IDENTITY_INPUT: tl.constexpr, IDENTITY_OUTPUT: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr,
     HAS_RESETS: tl.constexpr, GRAD_HIDDEN: tl.constexpr, GRAD_CELL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +170,7 @@ def cell_backward_kernel(
         if GRAD_CELL:
             carried = carried_rows(resets_ptr, t, row, B, HAS_RESETS)[:, None] & tile_mask
             tl.store(kept_ptr + state, tl.where(carried, kept, 0.0), mask=tile_mask)
-    by_o, by_c = output_derivatives(o, c)
+    by_o, by_c = output_derivatives(o, c, IDENTITY_OUTPUT)
     d_o = dh * by_o
     if GRAD_HIDDEN:
         tl.store(d_gates_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=tile_mask)
@@ -186,7 +188,7 @@ def cell_backward_kernel(
                 gates_ptr, cells_ptr, gate, state, B, H, previous, tile_mask, carried, COUPLED
             )
         dc = clip_gradient(dc, c, rules.cell_clip)
-        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED)
+        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED, IDENTITY_INPUT)
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         store_gates(d_gates_ptr + gate, d_i, d_f, d_g, H, tile_mask, COUPLED)
         dc_previous = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
@@ -197,7 +199,10 @@ def cell_backward_kernel(
 
 def variant_constants(spec: LSTMSpec) -> dict[str, bool]:
     """Return the compile-time flags of the variant."""
-    return dict(COUPLED=spec.coupled, DIAGONAL=spec.diagonal, OUTPUT_CURRENT=spec.diagonal and spec.output_current)
+    return dict(
+        COUPLED=spec.coupled, DIAGONAL=spec.diagonal, OUTPUT_CURRENT=spec.diagonal and spec.output_current,
+        IDENTITY_INPUT=spec.identity_input, IDENTITY_OUTPUT=spec.identity_output,
+    )  # fmt: skip
 
 
 def cell_forward(

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.blocks import elementwise_blocks
 from lstm_triton_kernels.cell import carried_rows, variant_constants
 from lstm_triton_kernels.equations import (
     load_blocks,
     load_peephole,
+    output_activation,
     output_derivatives,
     store_gates,
 )
@@ -27,14 +27,19 @@ from lstm_triton_kernels.spec import LSTMSpec
 
 
 @triton.jit
-def next_cell_tangent(a_dot, v, i, f, g, c_previous, c_previous_dot, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr):
+def next_cell_tangent(
+    a_dot, v, i, f, g, c_previous, c_previous_dot, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr,
+    IDENTITY_INPUT: tl.constexpr,
+):  # fmt: skip
     """Return the tangents of i, f, g and c_t = f c_{t-1} + i g, from those of the pre-activations and of c_{t-1}."""
     F: tl.constexpr = 0 if COUPLED else 1
     a_f_dot = a_dot[F]
     if DIAGONAL:
         a_f_dot += v[F] * c_previous_dot
     f_dot = f * (1.0 - f) * a_f_dot
-    g_dot = (1.0 - g * g) * a_dot[F + 1]
+    g_dot = a_dot[F + 1]
+    if not IDENTITY_INPUT:
+        g_dot *= 1.0 - g * g
     if COUPLED:
         i_dot = -f_dot
     else:
@@ -46,18 +51,26 @@ def next_cell_tangent(a_dot, v, i, f, g, c_previous, c_previous_dot, COUPLED: tl
 
 
 @triton.jit
-def output_derivatives_tangent(o, c, o_dot, c_dot):
+def output_derivatives_tangent(o, c, o_dot, c_dot, IDENTITY_OUTPUT: tl.constexpr):
     """Return the tangents of what `output_derivatives` returns."""
-    tanh_c = tanh(c)
-    slope = 1.0 - tanh_c * tanh_c
-    by_o_dot = slope * c_dot * o * (1.0 - o) + tanh_c * (1.0 - 2.0 * o) * o_dot
-    return by_o_dot, slope * (o_dot - 2.0 * o * tanh_c * c_dot)
+    if IDENTITY_OUTPUT:
+        return c_dot * o * (1.0 - o) + c * (1.0 - 2.0 * o) * o_dot, o_dot
+    else:
+        tanh_c = output_activation(c, IDENTITY_OUTPUT)
+        slope = 1.0 - tanh_c * tanh_c
+        by_o_dot = slope * c_dot * o * (1.0 - o) + tanh_c * (1.0 - 2.0 * o) * o_dot
+        return by_o_dot, slope * (o_dot - 2.0 * o * tanh_c * c_dot)
 
 
 @triton.jit
-def cell_derivatives_tangent(i, f, g, c_previous, i_dot, f_dot, g_dot, c_previous_dot, COUPLED: tl.constexpr):
+def cell_derivatives_tangent(
+    i, f, g, c_previous, i_dot, f_dot, g_dot, c_previous_dot, COUPLED: tl.constexpr, IDENTITY_INPUT: tl.constexpr
+):
     """Return the tangents of what `cell_derivatives` returns."""
-    by_g_dot = i_dot * (1.0 - g * g) - 2.0 * i * g * g_dot
+    if IDENTITY_INPUT:
+        by_g_dot = i_dot
+    else:
+        by_g_dot = i_dot * (1.0 - g * g) - 2.0 * i * g * g_dot
     if COUPLED:
         by_f_dot = (c_previous_dot - g_dot) * f * (1.0 - f) + (c_previous - g) * (1.0 - 2.0 * f) * f_dot
         by_i_dot = by_f_dot
@@ -84,7 +97,8 @@ def load_gates(ptr, H, mask, ACC: tl.constexpr, COUPLED: tl.constexpr):
 def cell_tangents_kernel(
     preact_dot_ptr, gates_ptr, cells_ptr, gates_dot_ptr, cells_dot_ptr, hidden_dot_ptr, w_ch_ptr, resets_ptr,
     B, H, t, hidden_t, previous, current, stride_ht, stride_hb,
-    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, HAS_RESETS: tl.constexpr,
+    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
+    IDENTITY_INPUT: tl.constexpr, IDENTITY_OUTPUT: tl.constexpr, HAS_RESETS: tl.constexpr,
     UPDATE_CELL: tl.constexpr, UPDATE_HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """Compute the tangents of one step of `cell_forward_kernel`, from preact_dot (B, G·H), of the pre-activations.
@@ -113,7 +127,9 @@ def cell_tangents_kernel(
         i, f, g = load_gates(gates_ptr + saved, H, tile_mask, ACC, COUPLED)
         if COUPLED:
             i = 1.0 - f
-        i_dot, f_dot, g_dot, c_dot = next_cell_tangent(a_dot, v, i, f, g, c_previous, c_previous_dot, COUPLED, DIAGONAL)
+        i_dot, f_dot, g_dot, c_dot = next_cell_tangent(
+            a_dot, v, i, f, g, c_previous, c_previous_dot, COUPLED, DIAGONAL, IDENTITY_INPUT
+        )
         tl.store(cells_dot_ptr + slot_current, c_dot, mask=tile_mask)
         store_gates(gates_dot_ptr + saved, i_dot, f_dot, g_dot, H, tile_mask, COUPLED)
     else:
@@ -124,7 +140,8 @@ def cell_tangents_kernel(
         if DIAGONAL:
             a_o_dot += v[F + 1] * (c_dot if OUTPUT_CURRENT else c_previous_dot)
         o = tl.load(gates_ptr + saved + (F + 2) * H, mask=tile_mask, other=0.0).to(ACC)
-        by_o, by_c = output_derivatives(o, tl.load(cells_ptr + slot_current, mask=tile_mask, other=0.0))
+        c = tl.load(cells_ptr + slot_current, mask=tile_mask, other=0.0)
+        by_o, by_c = output_derivatives(o, c, IDENTITY_OUTPUT)
         h_out = hidden_dot_ptr + hidden_t.to(tl.int64) * stride_ht + row[:, None] * stride_hb + unit[None, :]
         tl.store(h_out, (by_o * a_o_dot + by_c * c_dot).to(hidden_dot_ptr.dtype.element_ty), mask=tile_mask)
         o_dot = o * (1.0 - o) * a_o_dot
@@ -135,7 +152,8 @@ def cell_tangents_kernel(
 def cell_sources_kernel(
     of_gates_ptr, of_cells_ptr, of_c_0_ptr, gates_ptr, gates_dot_ptr, cells_ptr, cells_dot_ptr, dh_ptr, dh_dot_ptr,
     d_cells_ptr, dc_ptr, resets_ptr, T, B, H, reverse,
-    COUPLED: tl.constexpr, HAS_DH_DOT: tl.constexpr, HAS_D_CELLS: tl.constexpr, HAS_RESETS: tl.constexpr,
+    COUPLED: tl.constexpr, IDENTITY_INPUT: tl.constexpr, IDENTITY_OUTPUT: tl.constexpr, HAS_DH_DOT: tl.constexpr,
+    HAS_D_CELLS: tl.constexpr, HAS_RESETS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """Compute what the tangents of a backward pass have beside its own products, of all steps: they are elementwise.
@@ -177,8 +195,8 @@ def cell_sources_kernel(
         o_dot = tl.load(gates_dot_ptr + saved + (F + 2) * H, mask=tile_mask, other=0.0).to(ACC)
         dh = tl.load(dh_ptr + step, mask=tile_mask, other=0.0).to(ACC)
 
-        by_o, by_c = output_derivatives(o, c)
-        by_o_dot, by_c_dot = output_derivatives_tangent(o, c, o_dot, c_dot)
+        by_o, by_c = output_derivatives(o, c, IDENTITY_OUTPUT)
+        by_o_dot, by_c_dot = output_derivatives_tangent(o, c, o_dot, c_dot, IDENTITY_OUTPUT)
         d_o_dot = dh * by_o_dot
         dc_dot = through_f + dh * by_c_dot
         if HAS_DH_DOT:
@@ -192,7 +210,7 @@ def cell_sources_kernel(
         if HAS_D_CELLS:
             dc += tl.load(d_cells_ptr + step, mask=tile_mask, other=0.0)
         by_i_dot, by_f_dot, by_g_dot = cell_derivatives_tangent(
-            i, f, g, c_previous, i_dot, f_dot, g_dot, c_previous_dot, COUPLED
+            i, f, g, c_previous, i_dot, f_dot, g_dot, c_previous_dot, COUPLED, IDENTITY_INPUT
         )
         store_gates(of_gates_ptr + saved, dc * by_i_dot, dc * by_f_dot, dc * by_g_dot, H, tile_mask, COUPLED)
         through_f = tl.where(carried, dc * f_dot, 0.0)
@@ -268,6 +286,8 @@ def cell_sources(
         H=H,
         reverse=int(reverse),
         COUPLED=spec.coupled,
+        IDENTITY_INPUT=spec.identity_input,
+        IDENTITY_OUTPUT=spec.identity_output,
         HAS_DH_DOT=dh_dot is not None,
         HAS_D_CELLS=d_cells is not None,
         HAS_RESETS=resets is not None,

@@ -12,14 +12,32 @@ from lstm_triton_kernels.activations import sigmoid, tanh
 
 
 @triton.jit
-def next_cell(a, v, c_previous, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr):
+def input_activation(a_g, IDENTITY_INPUT: tl.constexpr):
+    """Return g."""
+    if IDENTITY_INPUT:
+        return a_g
+    else:
+        return tanh(a_g)
+
+
+@triton.jit
+def output_activation(c, IDENTITY_OUTPUT: tl.constexpr):
+    """Return what o is multiplied with."""
+    if IDENTITY_OUTPUT:
+        return c
+    else:
+        return tanh(c)
+
+
+@triton.jit
+def next_cell(a, v, c_previous, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, IDENTITY_INPUT: tl.constexpr):
     """Return i, f, g and c_t = f c_{t-1} + i g."""
     F: tl.constexpr = 0 if COUPLED else 1
     a_f = a[F]
     if DIAGONAL:
         a_f += v[F] * c_previous
     f = sigmoid(a_f)
-    g = tanh(a[F + 1])
+    g = input_activation(a[F + 1], IDENTITY_INPUT)
     if COUPLED:
         i = 1.0 - f
     else:
@@ -39,19 +57,25 @@ def output_gate(a_o, v, c_previous, c, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: t
 
 
 @triton.jit
-def output_derivatives(o, c):
-    """Return, from h_t = o tanh(c_t), how h_t changes with o's pre-activation and with c_t."""
-    tanh_c = tanh(c)
-    return tanh_c * o * (1.0 - o), o * (1.0 - tanh_c * tanh_c)
+def output_derivatives(o, c, IDENTITY_OUTPUT: tl.constexpr):
+    """Return, from h_t = o tanh(c_t) or o c_t, how h_t changes with o's pre-activation and with c_t."""
+    if IDENTITY_OUTPUT:
+        return c * o * (1.0 - o), o
+    else:
+        tanh_c = tanh(c)
+        return tanh_c * o * (1.0 - o), o * (1.0 - tanh_c * tanh_c)
 
 
 @triton.jit
-def cell_derivatives(i, f, g, c_previous, COUPLED: tl.constexpr):
+def cell_derivatives(i, f, g, c_previous, COUPLED: tl.constexpr, IDENTITY_INPUT: tl.constexpr):
     """Return, from c_t = f c_{t-1} + i g, how c_t changes with the pre-activations of i, f and g.
 
     Coupled, i and f have one, that of f.
     """
-    by_g = i * (1.0 - g * g)
+    if IDENTITY_INPUT:
+        by_g = i
+    else:
+        by_g = i * (1.0 - g * g)
     if COUPLED:
         by_f = (c_previous - g) * f * (1.0 - f)
         by_i = by_f

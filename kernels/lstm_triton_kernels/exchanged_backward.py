@@ -119,7 +119,8 @@ def exchanged_backward_kernel(
     streamed_ptr, lengths_ptr, resets_ptr, error_ptr, rules, norm,
     T, B, rows, row_blocks, max_polls, pause,
     H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
-    OUTPUT_CURRENT: gl.constexpr, HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr,
+    OUTPUT_CURRENT: gl.constexpr, IDENTITY_INPUT: gl.constexpr, IDENTITY_OUTPUT: gl.constexpr,
+    HAS_GRAD_OUTPUT: gl.constexpr, HAS_GRAD_CELLS: gl.constexpr,
     HAS_GRAD_H_N: gl.constexpr, HAS_GRAD_C_N: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_RESETS: gl.constexpr,
     ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr, KEPT: gl.constexpr, PIECES: gl.constexpr,
     STREAMED: gl.constexpr, BEYOND_L2: gl.constexpr, PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr,
@@ -368,8 +369,8 @@ def exchanged_backward_kernel(
             y = n_c * gain_c
             if norm.shift_c is not None:
                 y += shift_c
-        by_o, by_c = output_derivatives(o, y)
-        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED)
+        by_o, by_c = output_derivatives(o, y, IDENTITY_OUTPUT)
+        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED, IDENTITY_INPUT)
 
         slot_ptr = exchange_ptr + n.to(gl.int64) * slot_stride + b.to(gl.int64) * block_stride
         dh = zero

@@ -23,8 +23,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lstm_triton_kernels.activations import tanh
-from lstm_triton_kernels.equations import load_peephole, next_cell, output_gate
+from lstm_triton_kernels.equations import load_peephole, next_cell, output_activation, output_gate
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
 from lstm_triton_kernels.row_statistics import STATISTICS_PAUSE, line_elements, publish_moments, read_pairs
@@ -108,7 +107,8 @@ def exchanged_forward_kernel(
     h_0_ptr, c_0_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, streamed_ptr, lengths_ptr, resets_ptr, error_ptr, rules,
     norm, T, B, rows, row_blocks, max_polls, pause,
     H: gl.constexpr, PROJECTION: gl.constexpr, COUPLED: gl.constexpr, DIAGONAL: gl.constexpr, FULL: gl.constexpr,
-    OUTPUT_CURRENT: gl.constexpr, SAVE_GATES: gl.constexpr, CELLS: gl.constexpr, HAS_LENGTHS: gl.constexpr,
+    OUTPUT_CURRENT: gl.constexpr, IDENTITY_INPUT: gl.constexpr, IDENTITY_OUTPUT: gl.constexpr,
+    SAVE_GATES: gl.constexpr, CELLS: gl.constexpr, HAS_LENGTHS: gl.constexpr,
     HAS_RESETS: gl.constexpr, ONE_BLOCK: gl.constexpr, PRECISION: gl.constexpr, CHUNKS: gl.constexpr,
     KEPT: gl.constexpr, PIECES: gl.constexpr, STREAMED: gl.constexpr, BEYOND_L2: gl.constexpr,
     PEEPHOLE_CHUNKS: gl.constexpr, PEEPHOLE_PIECES: gl.constexpr, PROJECTION_CHUNKS: gl.constexpr,
@@ -355,7 +355,7 @@ def exchanged_forward_kernel(
             sums = sums + (a[g].to(gl.float32) + products[g],)  # noqa: RUF005
 
         c_previous = c
-        i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL)
+        i, f, g, c = next_cell(sums, v, c_previous, COUPLED, DIAGONAL, IDENTITY_INPUT)
         if CODES_LATE:
             codes = load_step_codes(
                 codes_ptr, after, next_row, next_row_mask, next_length, unit, H, reverse, cells_stride, HAS_LENGTHS
@@ -382,7 +382,7 @@ def exchanged_forward_kernel(
             y = (c - mean[:, None]) * rstd[:, None] * gain_c
             if norm.shift_c is not None:
                 y += shift_c
-        h = o * tanh(y)
+        h = o * output_activation(y, IDENTITY_OUTPUT)
         if PROJECTION > 0:
             second_ptr = projection_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * projection_stride
             publish_operand(second_ptr + own_projection_place, h, c_mask, PRECISION)

@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.blocks import row_blocks
 from lstm_triton_kernels.cell import carried_rows, load_cell_inputs, variant_constants
 from lstm_triton_kernels.equations import (
     load_blocks,
     load_peephole,
+    output_activation,
     output_derivatives,
     output_gate,
     previous_cell_gradient,
@@ -92,7 +92,8 @@ def normalized_forward_kernel(
     product_ptr, preact_ptr, cells_ptr, computed_ptr, h_ptr, hidden_ptr, gates_ptr, w_ch_ptr, gain_ptr, gain_c_ptr,
     shift_c_ptr, resets_ptr, rules,
     B, H, t, hidden_t, h_t, previous, current, stride_ht, stride_hb, stride_rt, stride_rb,
-    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, SAVE_GATES: tl.constexpr,
+    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
+    IDENTITY_INPUT: tl.constexpr, IDENTITY_OUTPUT: tl.constexpr, SAVE_GATES: tl.constexpr,
     HAS_RESETS: tl.constexpr, UPDATE_CELL: tl.constexpr, UPDATE_HIDDEN: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +120,7 @@ def normalized_forward_kernel(
     if UPDATE_CELL:
         p = load_blocks(product_ptr + gate, H, tile_mask, F + 3)
         a = add_normalized(load_blocks(preact_ptr + gate, H, tile_mask, F + 3), p, gain_ptr, unit, tile_mask, H)
-        i, f, g, c = next_computed_cell(a, v, c_previous, code, rules, COUPLED, DIAGONAL)
+        i, f, g, c = next_computed_cell(a, v, c_previous, code, rules, COUPLED, DIAGONAL, IDENTITY_INPUT)
         a_o = a[F + 2]
         if SAVE_GATES:
             store_gates(gates_ptr + saved, i, f, g, H, tile_mask, COUPLED)
@@ -136,7 +137,7 @@ def normalized_forward_kernel(
         y = (c - mean_c) * rstd_c * load_row(gain_c_ptr, unit, H)
         if shift_c_ptr is not None:
             y += load_row(shift_c_ptr, unit, H)
-        h = o * tanh(y)
+        h = o * output_activation(y, IDENTITY_OUTPUT)
         if h_ptr is not None:
             h_in = h_ptr + h_t.to(tl.int64) * stride_ht + row[:, None] * stride_hb + unit[None, :]
             h_previous = tl.load(h_in, mask=carried, other=0.0).to(h.dtype)
@@ -154,7 +155,8 @@ def normalized_backward_kernel(
     grad_output_ptr, dh_ptr, kept_ptr, dc_ptr, computed_ptr, gates_ptr, cells_ptr, product_ptr, mean_ptr, rstd_ptr,
     d_gates_ptr, d_product_ptr, d_cell_ptr, w_ch_ptr, gain_ptr, gain_c_ptr, shift_c_ptr, resets_ptr, rules,
     B, H, t, previous, current, stride_gt, stride_gb,
-    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr,
+    COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
+    IDENTITY_INPUT: tl.constexpr, IDENTITY_OUTPUT: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr,
     HAS_RESETS: tl.constexpr, GRAD_HIDDEN: tl.constexpr, GRAD_CELL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +204,7 @@ def normalized_backward_kernel(
         y = n_c * gain_c
         if shift_c_ptr is not None:
             y += load_row(shift_c_ptr, unit, H)
-        by_o, by_y = output_derivatives(o, y)
+        by_o, by_y = output_derivatives(o, y, IDENTITY_OUTPUT)
         d_o, d_y = dh * by_o, dh * by_y
         tl.store(d_gates_ptr + gate + (F + 2) * H, d_o.to(d_gates_ptr.dtype.element_ty), mask=tile_mask)
         of_gain, of_shift = d_cell_ptr + state, d_cell_ptr + tl.full((), 1, tl.int64) * B * H + state
@@ -220,7 +222,7 @@ def normalized_backward_kernel(
 
     if GRAD_CELL:
         dc = clip_gradient(dc, c, rules.cell_clip)
-        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED)
+        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED, IDENTITY_INPUT)
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         store_gates(d_gates_ptr + gate, d_i, d_f, d_g, H, tile_mask, COUPLED)
         dc_previous = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)

@@ -55,6 +55,7 @@ def persistent_backward_kernel(
     grad_c_n_ptr, w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr, resets_ptr, counters_ptr, error_ptr, rules,
     T, B, H, P, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
+    IDENTITY_INPUT: tl.constexpr, IDENTITY_OUTPUT: tl.constexpr,
     HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_CELLS: tl.constexpr,
     HAS_GRAD_H_N: tl.constexpr, HAS_GRAD_C_N: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
     PROJECTED: tl.constexpr, ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, CHUNKS: tl.constexpr,
@@ -293,7 +294,7 @@ def persistent_backward_kernel(
                     d_hidden, P, row_mask[:, None], w_r, projection_counter, done + 1, pause, max_polls,
                     error_ptr, WAIT, PROJECTION_CHUNKS, PROJECTION_PIECES, PARTS, WARPS, BLOCK_B, BLOCK_U, BLOCK_K,
                 )  # fmt: skip
-        by_o, by_c = output_derivatives(o, c)
+        by_o, by_c = output_derivatives(o, c, IDENTITY_OUTPUT)
         d_o = dh * by_o
         dc += dh * by_c
         if CURRENT:
@@ -312,7 +313,7 @@ def persistent_backward_kernel(
         if DIAGONAL and OUTPUT_CURRENT:
             dc += v[Q - 1] * d_o
         dc = clip_gradient(dc, c, rules.cell_clip)
-        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED)
+        by_i, by_f, by_g = computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED, IDENTITY_INPUT)
         d_i, d_f, d_g = dc * by_i, dc * by_f, dc * by_g
         dc = previous_cell_gradient(dc, f, d_i, d_f, d_o, v, COUPLED, DIAGONAL, OUTPUT_CURRENT)
         if rules.zoneout_c is not None:

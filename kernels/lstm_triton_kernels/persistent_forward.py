@@ -35,8 +35,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lstm_triton_kernels.activations import tanh
-from lstm_triton_kernels.equations import load_peephole, output_gate
+from lstm_triton_kernels.equations import load_peephole, output_activation, output_gate
 from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
@@ -76,6 +75,7 @@ def persistent_forward_kernel(
     w_hh_ptr, w_hr_ptr, w_ch_ptr, lengths_ptr, resets_ptr, counters_ptr, error_ptr, rules,
     T, B, H, P, padded_H, padded_P, rows, row_blocks, max_polls, pause,
     COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, FULL: tl.constexpr, OUTPUT_CURRENT: tl.constexpr,
+    IDENTITY_INPUT: tl.constexpr, IDENTITY_OUTPUT: tl.constexpr,
     SAVE_GATES: tl.constexpr, CELLS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_RESETS: tl.constexpr,
     PROJECTED: tl.constexpr, ALONE: tl.constexpr, ONE_BLOCK: tl.constexpr, WAIT: tl.constexpr, CHUNKS: tl.constexpr,
     GROUP: tl.constexpr, PEEPHOLE_CHUNKS: tl.constexpr, PEEPHOLE_PIECES: tl.constexpr, PROJECTION_CHUNKS: tl.constexpr,
@@ -288,7 +288,7 @@ def persistent_forward_kernel(
 
         c_previous = c
         code = codes[0].to(tl.int32) if DRAWN else 0
-        i, f, g, c = next_computed_cell(sums, v, c_previous, code, rules, COUPLED, DIAGONAL)
+        i, f, g, c = next_computed_cell(sums, v, c_previous, code, rules, COUPLED, DIAGONAL, IDENTITY_INPUT)
         a_o = sums[G - 1]  # type: ignore[var-annotated]
         if CURRENT:
             if ALONE:
@@ -309,7 +309,7 @@ def persistent_forward_kernel(
                 )  # fmt: skip
                 a_o += of_c
         o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
-        h_now = o * tanh(c)
+        h_now = o * output_activation(c, IDENTITY_OUTPUT)
         c = zone(c, c_previous, code, rules.zoneout_c, DRAWN, ZONEOUT_C_BIT)
         if PROJECTED:
             if ALONE:

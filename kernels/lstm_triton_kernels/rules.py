@@ -94,17 +94,20 @@ def load_codes(codes_ptr, place, mask):
 
 
 @triton.jit
-def next_computed_cell(a, v, c_previous, code, rules, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr):
+def next_computed_cell(
+    a, v, c_previous, code, rules, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, IDENTITY_INPUT: tl.constexpr
+):
     """Return i, f, g and c~, as `equations.next_cell` returns i, f, g and c_t; g is without its mask."""
-    i, f, g, c = next_cell(a, v, c_previous, COUPLED, DIAGONAL)
+    i, f, g, c = next_cell(a, v, c_previous, COUPLED, DIAGONAL, IDENTITY_INPUT)
     return i, f, g, regularized_cell(i, f, g, c_previous, c, code, rules)
 
 
 @triton.jit
-def computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED: tl.constexpr):
+def computed_cell_derivatives(i, f, g, c_previous, code, rules, COUPLED: tl.constexpr, IDENTITY_INPUT: tl.constexpr):
     """Return how c~, before its clip, changes with the pre-activations of i, f and g: `equations.cell_derivatives`."""
-    by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED)
+    by_i, by_f, by_g = cell_derivatives(i, f, g, c_previous, COUPLED, IDENTITY_INPUT)
     if rules.candidate_scale is not None:
-        by_i, by_f, _ = cell_derivatives(i, f, drop_candidate(g, code, rules), c_previous, COUPLED)
+        dropped = drop_candidate(g, code, rules)
+        by_i, by_f, _ = cell_derivatives(i, f, dropped, c_previous, COUPLED, IDENTITY_INPUT)
         by_g = drop_candidate(by_g, code, rules)
     return by_i, by_f, by_g

@@ -393,6 +393,8 @@ def common_arguments(launch: Launch, plan: PersistentPlan) -> dict[str, Any]:
         DIAGONAL=layer.spec.diagonal,
         FULL=layer.spec.full,
         OUTPUT_CURRENT=layer.spec.output_current,
+        IDENTITY_INPUT=layer.spec.identity_input,
+        IDENTITY_OUTPUT=layer.spec.identity_output,
         CHUNKS=plan.chunks,
         **second_cuts(plan),
         WARPS=plan.num_warps,

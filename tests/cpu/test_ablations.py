@@ -9,6 +9,7 @@ from lstm_triton_kernels.spec import ABLATIONS, BY_NAME, OPEN, LSTMWeights
 
 import lstm_triton
 from lstm_triton import LSTM, CoupledLSTM, LSTMCell, LSTMSpec, PeepholeLSTM, functional, init
+from tests.support import double_backward
 from tests.support.gradcheck import first_order, second_order
 from tests.support.parity import Case, assert_parity, call_reference, odd_cases, random_inputs, regularized_cases
 
@@ -71,6 +72,14 @@ def test_torch_backend_matches_the_reference(case):
 @every_ablation
 def test_gradients_match_finite_differences(spec, check):
     check(spec, "layer", fast=True)
+
+
+SECOND = [case for spec in [*ABLATIONS[3:], *COMBINED[:2]] for case in double_backward.cases_of(spec)]
+
+
+@pytest.mark.parametrize("case", SECOND, ids=str)
+def test_second_gradients_are_the_references(case):
+    double_backward.assert_right(case, "torch", 1e-12)
 
 
 @pytest.mark.parametrize("dtype", SUPPORTED_DTYPES, ids=str)

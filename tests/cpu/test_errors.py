@@ -117,7 +117,9 @@ def test_unknown_variants(variant, message):
 
 
 def test_unknown_variant_name_lists_them():
-    with pytest.raises(ValueError, match=r"standard, diagonal.*coupled\+full\+current\+norm; .*no-input-gate.*, got 'gru'"):
+    with pytest.raises(
+        ValueError, match=r"standard, diagonal.*coupled\+full\+current\+norm; .*no-input-gate.*, got 'gru'"
+    ):
         LSTMSpec.parse("gru")
 
 
