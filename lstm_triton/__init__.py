@@ -11,6 +11,7 @@ from lstm_triton_kernels.watch import check_launches
 
 from lstm_triton import convert, foreign, functional
 from lstm_triton.captured import Captured
+from lstm_triton.gate_values import Gates
 from lstm_triton.modules import LSTM, CoupledLSTM, LSTMCell, PeepholeLSTM
 from lstm_triton.routing import backend
 from lstm_triton.session import Session
@@ -22,6 +23,7 @@ __all__ = [
     "VARIANTS",
     "Captured",
     "CoupledLSTM",
+    "Gates",
     "LSTMCell",
     "LSTMSpec",
     "PeepholeLSTM",

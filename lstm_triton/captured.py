@@ -64,9 +64,12 @@ class Captured:
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         return_cell_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[Any, ...]:
         """Return what the module returns: arguments, results and errors are those of `LSTM.forward`."""
         asked: dict[str, Any] = dict(lengths=lengths, resets=resets, return_cell_states=return_cell_states)
+        if return_gates is not False:  # for looking inside, which the module does
+            return self.module(input, hx, **asked, return_gates=return_gates)
         found = None
         if not torch.compiler.is_compiling() and why_as_usual(self.module, input, hx, **asked) is None:
             weights = self.module._current_weights()

@@ -25,7 +25,19 @@ from lstm_triton_kernels.watch import check_launches
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import aten, autograd, checks, parameters, regularization, routing, second_order, stack, transforms
+from lstm_triton import (
+    aten,
+    autograd,
+    checks,
+    gate_values,
+    parameters,
+    regularization,
+    routing,
+    second_order,
+    stack,
+    transforms,
+)
+from lstm_triton.gate_values import Gates
 from lstm_triton.layer import Call
 from lstm_triton.layout import Layout
 from lstm_triton.ragged import Packing, all_full, checked_lengths, without_waiting
@@ -192,6 +204,7 @@ def lstm(
     weights: Sequence[Tensor],
     *,
     return_cell_states: Literal[False] = False,
+    return_gates: Literal[False] = False,
     **options: Unpack[Options],
 ) -> tuple[TensorOrPacked, States]: ...
 @overload
@@ -201,8 +214,29 @@ def lstm(
     weights: Sequence[Tensor],
     *,
     return_cell_states: Literal[True],
+    return_gates: Literal[False] = False,
     **options: Unpack[Options],
 ) -> tuple[TensorOrPacked, States, TensorOrPacked]: ...
+@overload
+def lstm(
+    input: TensorOrPacked,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    *,
+    return_cell_states: Literal[False] = False,
+    return_gates: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[TensorOrPacked, States, Gates]: ...
+@overload
+def lstm(
+    input: TensorOrPacked,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    *,
+    return_cell_states: Literal[True],
+    return_gates: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[TensorOrPacked, States, TensorOrPacked, Gates]: ...
 @overload
 def lstm(
     input: Tensor | PackedSequence,
@@ -210,6 +244,7 @@ def lstm(
     weights: Sequence[Tensor],
     *,
     return_cell_states: bool = False,
+    return_gates: bool = False,
     **options: Unpack[Options],
 ) -> tuple[Any, ...]: ...
 def lstm(
@@ -244,11 +279,13 @@ def lstm(
     lengths: Lengths | None = None,
     resets: Tensor | None = None,
     return_cell_states: bool = False,
+    return_gates: bool = False,
 ) -> tuple[Any, ...]:
     """Compute a stack of LSTM layers over a whole sequence, as `lstm_triton.LSTM` does.
 
-    Returns (output, (h_n, c_n)); with `return_cell_states`, (output, (h_n, c_n), cell_states). Each step computes what
-    `lstm_cell` does; with a projection, h' = W_hr (o tanh(c')) (Sak et al. 2014).
+    Returns (output, (h_n, c_n)); with `return_cell_states`, (output, (h_n, c_n), cell_states), and with `return_gates`
+    the gates behind these. Each step computes what `lstm_cell` does; with a projection, h' = W_hr (o tanh(c')) (Sak et
+    al. 2014).
 
     - input: (T, B, I), with `batch_first` (B, T, I), unbatched (T, I), or a PackedSequence
     - hx: (h_0, c_0), of shapes (D·L, B, P) and (D·L, B, H), or without B for unbatched input; zeros if None
@@ -275,13 +312,16 @@ def lstm(
     - resets: bool, (T, B), with `batch_first` (B, T), unbatched (T,): where it is true, h and c are set to zero before
       that step, in each layer and direction. It marks the first step of an episode, and may be on any device. (The
       second direction comes from the next step, so that a mark does not separate it from the episode before)
-    - return_cell_states: whether to return the cell states of all steps
+    - return_cell_states, return_gates: whether to return the cell states and the gates of all steps
     - output: (T, B, D·P), laid out as the input is; h_n, c_n: of the shapes of h_0, c_0
     - cell_states: c_t of every step in the last layer, (T, B, D·H), laid out as the output is
+    - gates: `Gates(i, f, g, o)` of every step in the last layer, each like cell_states. They are computed from the
+      input, the output and the cell states, and have gradients. Coupled, i is 1 - f; a gate that is left out is 1; g is
+      without the dropout of `recurrent_dropout_on="candidate"`
 
     Types: float16, bfloat16, float32 or float64; on a CPU, for the standard and the coupled variant without `lengths`,
-    `resets` and cell states, complex64 and complex128 as well. All tensors have the same type; under autocast they are
-    converted to autocast's.
+    `resets`, cell states and gates, complex64 and complex128 as well. All tensors have the same type; under autocast
+    they are converted to autocast's.
 
     Raises ValueError or RuntimeError, as `torch.nn.LSTM` does, for sizes and types that do not fit and for T = 0;
     TypeError or ValueError for lengths and resets that do not fit; TypeError for a type that is not computed;
@@ -303,7 +343,7 @@ def lstm(
     L, D = num_layers, 2 if bidirectional else 1
     taken = take(
         input, hx, weights, spec, L, D, bias, batch_first, proj_size, strategy, lengths, resets, return_cell_states,
-        rules,
+        rules, return_gates,
     )  # fmt: skip
     layout, x, h_0, c_0, weights, order, autocast, question = taken
     engine = routing.route(*question).name
@@ -317,7 +357,7 @@ def lstm(
         weights = regularization.drop_weights(weights, names, weight_dropout)
     if spec.missing:
         weights, spec, bias = parameters.widened_stack(weights, spec, bias, proj_size > 0)
-    cell_states = None
+    cell_states = gates = None
     # Autocast would cast the arguments of PyTorch's operator once more: on CUDA to float16, whatever was asked for.
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         if engine == "operator" and (drop == 0 or x.device.type == "cpu"):
@@ -325,12 +365,17 @@ def lstm(
             x, h_n, c_n = aten.lstm(x, h_0, c_0, aten.standard_weights(weights, spec), options)
         else:
             values = () if rules == NONE else rules
-            call = Call(spec.name, bias, proj_size > 0, engine, False, recompute, return_cell_states, values)
+            states = return_cell_states or return_gates
+            call = Call(spec.name, bias, proj_size > 0, engine, False, recompute, states, values)
             groups = call.group(weights)
             layers = [groups[n : n + D] for n in range(0, L * D, D)]
-            x, h_n, c_n, cell_states = run_layers(x, h_0, c_0, layers, order, layout.packing, call, drop, training)
-    result = (layout.user_sequence(x), (layout.user_state(h_n), layout.user_state(c_n)))
-    return (*result, layout.user_sequence(cell_states)) if cell_states is not None and return_cell_states else result
+            x, h_n, c_n, cell_states, gates = run_layers(
+                x, h_0, c_0, layers, order, layout.packing, call, drop, training, return_gates
+            )
+    result: tuple[Any, ...] = (layout.user_sequence(x), (layout.user_state(h_n), layout.user_state(c_n)))
+    if cell_states is not None and return_cell_states:
+        result = (*result, layout.user_sequence(cell_states))
+    return result if gates is None else (*result, gates.map(layout.user_sequence))
 
 
 class Taken(NamedTuple):
@@ -354,11 +399,12 @@ class Taken(NamedTuple):
 def take(
     input: Tensor | PackedSequence, hx: States | None, weights: Sequence[Tensor], spec: LSTMSpec, L: int, D: int,
     bias: bool, batch_first: bool, proj_size: int, strategy: Strategy, lengths: Lengths | None, resets: Tensor | None,
-    return_cell_states: bool, rules: Rules = NONE,
+    return_cell_states: bool, rules: Rules = NONE, return_gates: bool = False,
 ) -> Taken:  # fmt: skip
     """Check and lay out the arguments of a call of `lstm`, which says what they are and what is raised."""
     routing.check_strategy(strategy, spec)
     checks.flag("return_cell_states", return_cell_states)
+    checks.flag("return_gates", return_gates)
     checks.not_sharded(weights, lambda: parameters.state_dict_names(spec, L, D == 2, bias, proj_size))
     I, H, P = parameters.stack_sizes(spec, L, D, bias, proj_size, tuple([w.shape for w in weights]))  # noqa: E741
 
@@ -373,9 +419,10 @@ def take(
         x, h_0, c_0, weights = x.to(dtype), h_0.to(dtype), c_0.to(dtype), [w.to(dtype) for w in weights]
     full = steps is not None and all_full(steps, layout.T)
     asked: tuple[str, ...] = ()
-    if steps is not None or resets is not None or return_cell_states:
+    if steps is not None or resets is not None or return_cell_states or return_gates:
         given = dict(resets=resets is not None, lengths=steps is not None and not (full and strategy == "auto"))
-        asked = tuple(name for name, there in (given | dict(return_cell_states=return_cell_states)).items() if there)
+        given |= dict(return_cell_states=return_cell_states, return_gates=return_gates)
+        asked = tuple(name for name, there in given.items() if there)
     if rules != NONE:
         asked += regularization.asked(rules)
     if full:
@@ -399,10 +446,10 @@ def take(
 
 def run_layers(
     x: Tensor, h_0: Tensor, c_0: Tensor, layers: Sequence[Sequence[LSTMWeights]], order: Order,
-    packing: Packing | None, call: Call, dropout: float, training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    packing: Packing | None, call: Call, dropout: float, training: bool, return_gates: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Gates | None]:  # fmt: skip
     """Compute a stack layer by layer, or by `stack.lstm` where that is asked for: output, h_n, c_n as in `lstm`, and
-    every c_t of the last layer if asked for.
+    every c_t of the last layer if asked for; and its gates, which needs every c_t.
 
     dropout: between layers; training: whether masks of regularised steps are drawn.
 
@@ -411,12 +458,12 @@ def run_layers(
     if packing is not None and call.engine != "operator":
         x, order = packing.pad(x), order._replace(lengths=packing.lengths)
     if len(layers) == 1:
-        return run_layer(x, h_0, c_0, layers[0], order, packing, call, training)
+        return run_layer(x, h_0, c_0, layers[0], order, packing, call, training, return_gates)
     if packing is None and not torch.compiler.is_compiling():
         how = stack.how_of(x, h_0, c_0, layers, order, call, dropout)
         if how is not None:
             x, h_n, c_n = stack.lstm(x, h_0, c_0, layers, order, how)
-            return x, h_n, c_n, x
+            return x, h_n, c_n, x, None
     D = len(layers[0])
     last_h, last_c = [], []
     for n, weights in enumerate(layers):
@@ -426,34 +473,44 @@ def run_layers(
             else:  # as many random numbers as `torch.nn.LSTM` draws
                 x = packing.pad(F.dropout(packing.pack(x), dropout))
         own = slice(n * D, (n + 1) * D)
-        of_layer = call if n == len(layers) - 1 else call._replace(states=False)
-        x, h_n, c_n, cell_states = run_layer(x, h_0[own], c_0[own], weights, order, packing, of_layer, training)
+        last = n == len(layers) - 1
+        of_layer = call if last else call._replace(states=False)
+        x, h_n, c_n, cell_states, gates = run_layer(
+            x, h_0[own], c_0[own], weights, order, packing, of_layer, training, return_gates and last
+        )
         last_h.append(h_n)
         last_c.append(c_n)
-    return x, torch.cat(last_h), torch.cat(last_c), cell_states
+    return x, torch.cat(last_h), torch.cat(last_c), cell_states, gates
 
 
 def run_layer(
     x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], order: Order, packing: Packing | None,
-    call: Call, training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    call: Call, training: bool, return_gates: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Gates | None]:  # fmt: skip
     """Compute one layer: output, h_n, c_n, and every c_t if that is asked for; else the fourth tensor has no meaning.
+    With return_gates, for which every c_t must be asked for, the gates.
 
     x (T, B, I), finite beyond a row's length, h_0 (D, B, P), c_0 (D, B, H).
     """
     if call.engine == "operator":
         options = aten.layer_options(weights)._replace(packing=packing)
         flat = aten.standard_weights(aten.flat_weights(weights), call.spec)
-        return (*aten.lstm(x, h_0, c_0, flat, options), x)
+        return (*aten.lstm(x, h_0, c_0, flat, options), x, None)
     seed = regularization.seed_for(Rules(*call.rules), training, x.device) if call.rules else None
     if call.engine != "reference":
-        return autograd.lstm_layer(x, h_0, c_0, weights, order, call, seed)
-    regularized = call.regularized(seed, x, h_0, c_0)
-    if order.T == 1 and not order.ragged and not call.states:
-        return (*second_order.single_step(x.squeeze(0), h_0, c_0, weights, call.spec, regularized), x)
-    order = order._replace(regularized=regularized)
-    compute = second_order.recomputed if call.recompute else second_order.forward
-    return compute(x, h_0, c_0, [weights], call.spec, order)
+        found = autograd.lstm_layer(x, h_0, c_0, weights, order, call, seed)
+        if not return_gates:
+            return (*found, None)
+    order = order._replace(regularized=call.regularized(seed, x, h_0, c_0))
+    if call.engine == "reference":
+        if order.T == 1 and not order.ragged and not call.states:
+            step = second_order.single_step(x.squeeze(0), h_0, c_0, weights, call.spec, order.regularized)
+            return (*step, x, None)
+        compute = second_order.recomputed if call.recompute else second_order.forward
+        found = compute(x, h_0, c_0, [weights], call.spec, order)
+    output, _, _, states = found
+    gates = gate_values.of_layer(x, h_0, c_0, output, states, weights, call.spec, order) if return_gates else None
+    return (*found, gates)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -25,6 +25,7 @@ from lstm_triton import checks, functional, init, regularization, routing
 from lstm_triton.captured import Captured
 from lstm_triton.explain import Explanation, explanation
 from lstm_triton.functional import Lengths, States, TensorOrPacked
+from lstm_triton.gate_values import Gates
 from lstm_triton.regularization import DroppedOn, Zoneout
 from lstm_triton.routing import Strategy
 from lstm_triton.session import Session
@@ -417,6 +418,7 @@ class LSTM(VariantModule, nn.RNNBase):
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         return_cell_states: Literal[False] = False,
+        return_gates: Literal[False] = False,
     ) -> tuple[TensorOrPacked, States]: ...
     @overload
     def forward(
@@ -427,7 +429,30 @@ class LSTM(VariantModule, nn.RNNBase):
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         return_cell_states: Literal[True],
+        return_gates: Literal[False] = False,
     ) -> tuple[TensorOrPacked, States, TensorOrPacked]: ...
+    @overload
+    def forward(
+        self,
+        input: TensorOrPacked,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+        return_cell_states: Literal[False] = False,
+        return_gates: Literal[True],
+    ) -> tuple[TensorOrPacked, States, Gates]: ...
+    @overload
+    def forward(
+        self,
+        input: TensorOrPacked,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+        return_cell_states: Literal[True],
+        return_gates: Literal[True],
+    ) -> tuple[TensorOrPacked, States, TensorOrPacked, Gates]: ...
     @overload
     def forward(
         self,
@@ -437,6 +462,7 @@ class LSTM(VariantModule, nn.RNNBase):
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         return_cell_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[Any, ...]: ...
     def forward(
         self,
@@ -446,23 +472,25 @@ class LSTM(VariantModule, nn.RNNBase):
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         return_cell_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[Any, ...]:
-        """Return (output, (h_n, c_n)); with return_cell_states, (output, (h_n, c_n), cell_states).
+        """Return (output, (h_n, c_n)); with return_cell_states, (output, (h_n, c_n), cell_states); gates come last.
 
         - input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence
         - hx: (h_0, c_0), of shapes (D·L, B, P) and (D·L, B, H), without B for unbatched input; zeros if None
         - lengths: (B,) integers from 1 to T, the number of steps of each row, instead of packing; beyond it the output
           is zero
         - resets: (T, B) bool, laid out as the input is: where it is true, h and c are set to zero before that step
-        - return_cell_states: whether to return the cell states of all steps
+        - return_cell_states, return_gates: whether to return the cell states and the gates of all steps
         - output: (T, B, D·P), laid out as the input is; h_n, c_n: of the shapes of h_0, c_0
         - cell_states: c_t of every step in the last layer, (T, B, D·H), laid out as the output is
+        - gates: `Gates(i, f, g, o)` of every step in the last layer, each like cell_states, with gradients
 
         Types and errors as of `functional.lstm`, which says more about each argument.
         """
         if isinstance(input, Proxy) or (hx is not None and traced(hx)):
             asked = dict(lengths=lengths, resets=resets, return_cell_states=return_cell_states)
-            return leaf(self, input, hx, **asked)
+            return leaf(self, input, hx, **asked, return_gates=return_gates)
         return functional.lstm(
             input,
             hx,
@@ -471,6 +499,7 @@ class LSTM(VariantModule, nn.RNNBase):
             lengths=lengths,
             resets=resets,
             return_cell_states=return_cell_states,
+            return_gates=return_gates,
         )
 
     if TYPE_CHECKING:
@@ -487,6 +516,7 @@ class LSTM(VariantModule, nn.RNNBase):
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         return_cell_states: bool = False,
+        return_gates: bool = False,
         gpu: str | None = None,
     ) -> Explanation:
         """Return what would compute this call, and why: print it, or take its `to_dict()`. Nothing is computed.
@@ -500,7 +530,7 @@ class LSTM(VariantModule, nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         taken = functional.take(
             input, hx, self._current_weights(), self.spec, self.num_layers, directions, self.bias, self.batch_first,
-            self.proj_size, self.strategy, lengths, resets, return_cell_states, self._rules(),
+            self.proj_size, self.strategy, lengths, resets, return_cell_states, self._rules(), return_gates,
         )  # fmt: skip
         layer = taken.question[0]._replace(spec=self.spec)
         return explanation(layer, *taken.question[1:], gpu=gpu, recompute=self.recompute)

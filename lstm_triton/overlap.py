@@ -59,6 +59,8 @@ def why_not(layer: Layer, asked: tuple[str, ...] = (), recompute: bool = False) 
         return "rows have lengths"
     if "return_cell_states" in asked:
         return "the cell states are returned"
+    if "return_gates" in asked:
+        return "the gates are returned"
     if regularized := [name for name in asked if name not in ("lengths", "resets", "return_cell_states")]:
         return f"{regularized[0]} is for layers one after another"
     if layer.spec.layer_norm:

@@ -21,6 +21,7 @@ PACKAGES = [Path(package.__file__).parent for package in (lstm_triton, lstm_trit
 PROGRAM = """
 import lstm_triton
 from lstm_triton import CoupledLSTM, LSTMCell, PeepholeLSTM, functional
+from lstm_triton.functional import Gates
 from lstm_triton.routing import Backend, Strategy
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -43,6 +44,10 @@ def results(x: Tensor, packed: PackedSequence, asked: bool) -> None:
     assert_type(functional.lstm(x, None, [x], num_layers=2), tuple[Tensor, States])
     assert_type(functional.lstm(packed, None, [x]), tuple[PackedSequence, States])
     assert_type(functional.lstm(x, None, [x], return_cell_states=True), tuple[Tensor, States, Tensor])
+    assert_type(lstm(x, return_gates=True), tuple[Tensor, States, Gates])
+    every = lstm(packed, return_cell_states=True, return_gates=True)
+    assert_type(every, tuple[PackedSequence, States, PackedSequence, Gates])
+    assert_type(functional.lstm(x, None, [x], return_gates=True), tuple[Tensor, States, Gates])
     output, *rest = lstm(x, return_cell_states=asked)
     output, (h_n, c_n) = lstm(x)
     output, (h_n, c_n), cell_states = lstm(x, return_cell_states=True)
@@ -136,7 +141,7 @@ def test_pytorchs_arguments_come_first_and_in_its_order(ours, theirs):
 
 
 def test_the_overloads_of_the_function_name_every_option():
-    in_order = [name for name in inspect.signature(functional.lstm).parameters if name != "return_cell_states"]
+    in_order = [name for name in inspect.signature(functional.lstm).parameters if not name.startswith("return_")]
     assert in_order == ["input", "hx", "weights", *functional.Options.__annotations__]
 
 

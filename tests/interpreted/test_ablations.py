@@ -7,6 +7,7 @@ import pytest
 import torch
 from lstm_triton_kernels.spec import ABLATIONS
 
+import lstm_triton
 from lstm_triton import LSTMSpec
 from tests.support import double_backward
 from tests.support.parity import RULES, Case, assert_parity, odd_cases, regularized_cases
@@ -57,3 +58,15 @@ def test_persistent_kernels_through_the_public_function():
     assert_parity(
         Case(IDENTITIES[2], T=4, B=5, I=3, H=9, dtype=torch.float32, strategy="persistent", resets=True), "triton"
     )
+
+
+@pytest.mark.parametrize("strategy", ["stepwise", "persistent"])
+def test_gates_are_returned_behind_the_kernels(strategy):
+    spec, asked = LSTMSpec(True, "full", "current", output_activation="identity"), dict(strategy=strategy)
+    lstm = lstm_triton.LSTM(3, 7, bidirectional=True, zoneout=(0.2, 0.3), **spec.options, **asked).eval()
+    x, lengths = torch.randn(4, 3, 3), torch.tensor([4, 2, 3])
+    with lstm_triton.backend("triton"):
+        *_, found = lstm(x, lengths=lengths, return_gates=True)
+    lstm.strategy = "auto"
+    *_, expected = lstm(x, lengths=lengths, return_gates=True)
+    torch.testing.assert_close(list(found), list(expected), rtol=1e-5, atol=1e-6)
