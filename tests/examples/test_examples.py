@@ -61,6 +61,13 @@ LINES = {
         "with resets accuracy",
         "without resets accuracy",
     ),
+    "look_inside": (
+        "of naming 0 it would be 0.33",
+        "2. The gates make the cell states and the output",
+        "remembers: the last cell state and the marked value have a correlation of",
+        "NFG, no forget gate  no-forget-gate      288",
+        "CIFG, i = 1 - f      coupled             288",
+    ),
 }
 
 
@@ -185,6 +192,19 @@ FAULTS = {
         "after(torch.nn.LSTMCell, 'forward', lambda hc, *_: (hc[0] * 1.001, hc[1]))",
         "LSTM with resets",
     ),
+    "gates of the step before": (
+        "look_inside",
+        """
+        change = lambda r, *_, **asked: (*r[:3], r[3].map(lambda t: t.roll(1, 0))) if asked else r
+        after(lstm_triton.LSTM, 'forward', change)
+        """,
+        "largest difference",
+    ),
+    "a memory of something else": (
+        "look_inside",
+        "after(torch, 'corrcoef', lambda r, *_: r * 0.5)",
+        "what it keeps, f:",
+    ),
     "a training that learns nothing": (
         "rl_resets",
         "torch.optim.Adam.step = lambda self: None",
@@ -205,6 +225,13 @@ def test_the_example_fails_with(fault, tmp_path):
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("AssertionError")
     assert last in "\n".join(done.stdout.rstrip().splitlines()[-5:])
+
+
+def test_the_gates_are_drawn_into_a_file(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = run("look_inside", tmp_path, "import sys\nsys.argv = ['', '--plot', 'gates.png']")
+    assert (done.returncode, done.stderr) == (0, "") and "drawn: gates.png" in done.stdout
+    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_triton_the_kernel_example_says_so_in_one_line(tmp_path):
