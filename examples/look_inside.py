@@ -78,7 +78,7 @@ def plot(path, x, marked, wanted, cells, gates, unit):
     figure.colorbar(image, ax=every)
     for axes in (shown, own):
         axes.axvline(int(marked[0]), color="grey", linewidth=0.8)
-        axes.legend(loc="upper right", ncols=5)
+        axes.legend(loc="lower right", ncols=5)
     figure.savefig(path, dpi=120)
 
 
@@ -107,10 +107,11 @@ assert max(largest) < 1e-5
 
 at_mark = torch.arange(T)[:, None] == marked
 after = torch.arange(T)[:, None] > marked
-alike = [torch.corrcoef(torch.stack([cells[-1, :, unit], wanted]))[0, 1].abs().item() for unit in range(H)]
+held = wanted.expand(T, B)[after]
+alike = [torch.corrcoef(torch.stack([cells[..., unit][after], held]))[0, 1].abs().item() for unit in range(H)]
 unit = max(range(H), key=alike.__getitem__)
 entering = (i * g)[..., unit].abs()
-print(f"3. Unit {unit} remembers: the last cell state and the marked value have a correlation of {alike[unit]:.2f}")
+print(f"3. Unit {unit} remembers: its cell states after the mark and the value have a correlation of {alike[unit]:.2f}")
 print(f"   what enters it, |i g|:  {entering[at_mark].mean():.2f} at the mark, {entering[after].mean():.2f} after it")
 print(f"   what it keeps, f:       {f[..., unit][after].mean():.2f} after the mark\n")
 assert alike[unit] > 0.8 and entering[at_mark].mean() > 2 * entering[after].mean() and f[..., unit][after].mean() > 0.6

@@ -64,7 +64,7 @@ LINES = {
     "look_inside": (
         "of naming 0 it would be 0.33",
         "2. The gates make the cell states and the output",
-        "remembers: the last cell state and the marked value have a correlation of",
+        "remembers: its cell states after the mark and the value have a correlation of",
         "NFG, no forget gate  no-forget-gate      288",
         "CIFG, i = 1 - f      coupled             288",
     ),
