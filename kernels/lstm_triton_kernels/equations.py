@@ -121,6 +121,13 @@ def load_blocks(ptr, H, mask, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def store_blocks(ptr, blocks, H, mask):
+    """Store a tuple of gate blocks, H elements apart, into the tile at ptr, in its type."""
+    for block in tl.static_range(len(blocks)):
+        tl.store(ptr + block * H, blocks[block].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def store_gates(ptr, i, f, g, H, mask, COUPLED: tl.constexpr):
     """Store the values of the gates i, f, g (coupled: f, g) into the blocks of the tile at ptr."""
     F: tl.constexpr = 0 if COUPLED else 1

@@ -62,8 +62,8 @@ def gate_preactivations_kernel(
 ):  # fmt: skip
     """Compute preact (B, G·H) = input side + W_hh h_{t-1} (+ V c_{t-1} for the gates that read it).
 
-    Input side: with HAS_X, W_ih x + b_ih + b_hh for x (B, I); else row t of gate_input (T, B, G·H). Where product
-    (B, G·H) is given, W_hh h_{t-1} is stored there and not added.
+    Input side: with HAS_X, W_ih x + b_ih + b_hh for x (B, I); else row t of gate_input (T, B, G·H), nothing where that
+    is None. Where product (B, G·H) is given, W_hh h_{t-1} is stored there and not added.
     h (., B, P) is read at index h_t, and multiplied with mask (B, P) unless that is None; cells (slots, B, H) at
     c_slot; w_ih (G·H, I), w_hh (G·H, P), w_ch (Q·H, H).
     Program: (row block, unit block, gate block).
@@ -81,8 +81,10 @@ def gate_preactivations_kernel(
         if HAS_BIAS:
             acc += tl.load(bias_ih_ptr + block + unit, mask=unit < H, other=0.0).to(ACC)[None, :]
             acc += tl.load(bias_hh_ptr + block + unit, mask=unit < H, other=0.0).to(ACC)[None, :]
-    else:
+    elif gate_input_ptr is not None:
         acc = tl.load(gate_input_ptr + t.to(tl.int64) * B * GATES * H + tile, mask=tile_mask, other=0.0).to(ACC)
+    else:
+        acc = tl.zeros((BLOCK_B, BLOCK_U), ACC)
 
     h_base = h_ptr + h_t.to(tl.int64) * stride_ht
     w_hh = w_hh_ptr + block * P
@@ -176,6 +178,51 @@ def gate_preactivations(
         HAS_BIAS=x is not None and weights.bias_ih is not None,
         FULL=spec.full,
         OUTPUT_CURRENT=spec.full and spec.output_current,
+        **blocks.constants(),
+        **product_constants(h.dtype, matmul_precision()),
+    )
+
+
+def recurrent_product(
+    preact: Tensor, gate_input: Tensor | None, h: Tensor, weight_hh: Tensor, t: int, h_index: int
+) -> None:
+    """Launch `gate_preactivations_kernel` for a cell of any blocks: preact = gate_input[t] + W_hh h[h_index].
+
+    - preact: (B, G·H), accumulator type, out; G: as many blocks of H rows as weight_hh has
+    - gate_input: (T, B, G·H), or None for the product alone
+    - h: (., B, H), rows may be strided; weight_hh: (G·H, H) of the same type; columns and all else contiguous
+    """
+    B, H = h.shape[-2:]
+    gates = weight_hh.shape[0] // H
+    blocks = product_blocks(B, H, h.dtype)
+    gate_preactivations_kernel[(*blocks.grid(B, H), gates)](
+        preact_ptr=preact,
+        product_ptr=None,
+        x_ptr=None,
+        w_ih_ptr=None,
+        bias_ih_ptr=None,
+        bias_hh_ptr=None,
+        gate_input_ptr=gate_input,
+        h_ptr=h,
+        w_hh_ptr=weight_hh,
+        cells_ptr=None,
+        w_ch_ptr=None,
+        mask_ptr=None,
+        B=B,
+        I=0,
+        H=H,
+        P=H,
+        t=t,
+        h_t=h_index,
+        c_slot=0,
+        stride_xb=0,
+        stride_ht=h.stride(0),
+        stride_hb=h.stride(1),
+        GATES=gates,
+        HAS_X=False,
+        HAS_BIAS=False,
+        FULL=False,
+        OUTPUT_CURRENT=False,
         **blocks.constants(),
         **product_constants(h.dtype, matmul_precision()),
     )
