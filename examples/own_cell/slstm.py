@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from lstm_triton_kernels.activations import sigmoid, tanh
+from lstm_triton_kernels.activations import log_sigmoid, sigmoid, tanh
 from lstm_triton_kernels.blocks import elementwise_blocks
 from lstm_triton_kernels.equations import load_blocks, store_blocks
 from lstm_triton_kernels.gates import recurrent_product
@@ -92,7 +92,7 @@ def next_state(a_i, a_f, a_z, c_previous, n_previous, m_previous, EXP_FORGET: tl
     if EXP_FORGET:
         log_f = a_f
     else:
-        log_f = tl.minimum(a_f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(a_f)))
+        log_f = log_sigmoid(a_f)
     m = tl.maximum(log_f + m_previous, a_i)
     i = tl.exp(a_i - m)
     f = tl.exp(log_f + m_previous - m)

@@ -23,6 +23,20 @@ def exp2_approx(x):
 
 
 @triton.jit
+def log2_approx(x):
+    """Return the binary logarithm of x > 0: to an absolute error of 2^-22 from 1/2 to 2, elsewhere to a relative one.
+
+    tl.log2 is a polynomial of many instructions.
+    """
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def reciprocal_approx(x):
     """Return 1 / x, to 1 unit in the last place; results below 2^-126 are 0, and 1 / 0 is infinity."""
     if INTERPRETED:

@@ -15,7 +15,8 @@ NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 def run(name, folder, fault=None):
     """Run an example in the folder, with a fault after the statements given, and return the finished process."""
-    path = ROOT / "examples" / f"{name}.py"
+    path = ROOT / "examples" / name
+    path = path if path.is_dir() else path.with_suffix(".py")
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LSTM_TRITON_BACKEND")}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))), "OMP_NUM_THREADS": "1"}
     command = [str(path)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from lstm_triton_kernels.activations import sigmoid, tanh
+from lstm_triton_kernels.activations import log_sigmoid, sigmoid, tanh
 
 
 @triton.jit
@@ -42,6 +42,26 @@ def test_infinities_and_nan():
     s, t = evaluate(x)
     assert torch.equal(s[:2], torch.tensor([1.0, 0.0])) and torch.equal(t[:2], torch.tensor([1.0, -1.0]))
     assert s[2].isnan() and t[2].isnan() and s[3] == 0.5 and t[3] == 0.0
+
+
+@triton.jit
+def apply_log_sigmoid(x_ptr, out_ptr, N: tl.constexpr):
+    n = tl.arange(0, N)
+    tl.store(out_ptr + n, log_sigmoid(tl.load(x_ptr + n)))
+
+
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 3e-7), (torch.float64, 1e-15)], ids=str)
+def test_the_logarithm_of_the_sigmoid_where_that_is_zero_and_where_it_is_one(dtype, allowed):
+    size = torch.logspace(-30, 4, 1024, dtype=torch.float64)
+    x = torch.cat([size, -size]).to(dtype)
+    found = torch.empty_like(x)
+    apply_log_sigmoid[(1,)](x, found, N=x.numel())
+    exact = torch.nn.functional.logsigmoid(x.double())
+    assert ((found.double() - exact).abs() <= allowed + torch.finfo(dtype).eps * exact.abs()).all()
+    ends = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0], dtype=dtype)
+    found = torch.empty_like(ends)
+    apply_log_sigmoid[(1,)](ends, found, N=4)
+    torch.testing.assert_close(found, torch.nn.functional.logsigmoid(ends), equal_nan=True, rtol=0, atol=allowed)
 
 
 def test_nan_and_infinity_in_the_input_flow_through():
