@@ -195,7 +195,8 @@ def recurrent_product(
     B, H = h.shape[-2:]
     gates = weight_hh.shape[0] // H
     blocks = product_blocks(B, H, h.dtype)
-    gate_preactivations_kernel[(*blocks.grid(B, H), gates)](
+    rows, parts = blocks.grid(B, H)
+    gate_preactivations_kernel[(rows, parts, gates)](
         preact_ptr=preact,
         product_ptr=None,
         x_ptr=None,
