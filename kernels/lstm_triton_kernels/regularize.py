@@ -73,7 +73,7 @@ class Rules(NamedTuple):
 
     def evaluated(self) -> Rules:
         """Return the rules without dropout, as they are where nothing is drawn."""
-        return self._replace(hidden_dropout=0.0, candidate_dropout=0.0)
+        return Rules(0.0, 0.0, *self[2:])  # of `_replace` the Dynamo of torch 2.11 makes what no operator takes
 
 
 NONE = Rules()
