@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 every_variant = pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
-B, T, I, H = 4, 7, 3, 5
+B, T, I, H = 4, 7, 3, 5  # noqa: E741
 
 
 @pytest.fixture

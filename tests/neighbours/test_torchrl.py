@@ -22,7 +22,7 @@ mask_to_lengths, LSTMWithResets = EXAMPLE["mask_to_lengths"], EXAMPLE["LSTMWithR
 
 every_variant = pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
 layers = pytest.mark.parametrize("L", [1, 2])
-B, T, I, H = 3, 7, 4, 5
+B, T, I, H = 3, 7, 4, 5  # noqa: E741
 NEXT = ("next", "h"), ("next", "c")
 KEYS = dict(in_keys=["x", "h", "c"], out_keys=["features", *NEXT])
 
