@@ -28,7 +28,7 @@ words=$$($$python -c "import $(NEEDS)" 2>&1) || { \
 	echo "make $@ needs a Python with $(NEEDS): $$python: $$(echo "$$words" | tail -n 1)" >&2; exit 1; }
 endef
 
-.PHONY: setup test test-cpu test-interpreted test-compiled test-emulated gpu-test gpu-sanitize gpu lint format demo bench report clean
+.PHONY: setup test test-cpu test-interpreted test-compiled test-neighbours test-emulated gpu-test gpu-sanitize gpu lint format demo bench report clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +52,16 @@ test-interpreted: setup
 # The emulator by itself; then the kernels as compiled for GPUs that are not there, some of them executed.
 test-compiled: setup
 	$(TEST) -n $(WORKERS) --maxschedchunk 1 -m "not long" tests/emulator tests/compiled
+
+# With the libraries of docs/neighbours.md, added to the environment: 270 MB, no other release of PyTorch or Triton.
+test-neighbours: $(VENV)/.neighbours
+	$(TEST) tests/neighbours
+	$(TEST) tests/cpu/test_docs.py -k neighbours
+
+$(VENV)/.neighbours: $(VENV)/.installed
+	$(BIN)/pip install $(PIP_WORDS) $(TORCH) $(TRITON) "$(NUMPY)" --editable ".[neighbours]"
+	$(BIN)/python -c "import lightning, opacus, sb3_contrib, torchrl"
+	@touch $@
 
 # What of that takes too long for every change: all cases that are executed, all planted faults.
 test-emulated: setup

@@ -194,6 +194,18 @@ def test_a_converted_model_is_quantized_as_torchs():
     torch.testing.assert_close(expected, theirs(TOKENS), rtol=0.1, atol=0.05)
 
 
+@every_variant
+def test_without_the_conversion_layers_and_cells_stay_in_floating_point(spec):
+    if not torch.backends.quantized.engine or torch.backends.quantized.engine == "none":
+        pytest.skip("no quantized engine")
+    model = Model(**variant(spec)).eval()
+    found = quantized(model)
+    assert type(found.head).__module__.startswith("torch.ao.nn.quantized.dynamic")
+    assert type(found.layer) is lstm_triton.LSTM and type(found.cell) is lstm_triton.LSTMCell
+    found.head = model.head
+    torch.testing.assert_close(found(TOKENS), model(TOKENS), rtol=0, atol=0)
+
+
 def test_a_variant_that_cannot_be_converted_says_so():
     with pytest.raises(ValueError, match=r"layer \(LSTM\) is of the variant 'coupled', which PyTorch does not have"):
         convert.to_torch(Model(coupled=True))

@@ -14,6 +14,7 @@ from lstm_triton import VARIANTS, convert
 pytest.importorskip("opacus")
 
 from opacus import GradSampleModule, PrivacyEngine
+from opacus.grad_sample import wrap_model
 from opacus.validators import ModuleValidator
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "neighbours" / "with_opacus.py"))
@@ -144,6 +145,23 @@ def test_converted_it_becomes_the_lstm_of_opacus():
     fixed = ModuleValidator.fix_and_validate(convert.to_torch(model))
     assert type(fixed.lstm).__name__ == "DPLSTM"
     torch.testing.assert_close(fixed(x), expected)
+    back = Model(OutputLSTM(I, H, batch_first=True))
+    assert back.load_state_dict(fixed.state_dict(), strict=False).missing_keys == []  # opacus has its own names, too
+    torch.testing.assert_close(back(x), expected)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["all at once", "one after another"])
+def test_norms_of_ghost_clipping_are_those_of_the_gradients_of_rows(known, request):
+    if known:
+        request.getfixturevalue("registered")
+    layer = layer_of(lstm_triton.LSTMSpec(peephole="full"), batch_first=True)
+    x = torch.randn(B, T, I, dtype=torch.float64)
+    hooked = wrap_model(layer, grad_sample_mode="ghost", batch_first=True, loss_reduction="sum", max_grad_norm=1.0)
+    loss_of(hooked(x)).backward()
+    found = {name: p._norm_sample for name, p in layer.named_parameters()}
+    hooked.remove_hooks()
+    expected = {name: gradient.flatten(1).norm(dim=1) for name, gradient in row_by_row(layer, x).items()}
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_step_of_private_training_is_that_of_clipped_gradients(registered):
