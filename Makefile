@@ -53,7 +53,7 @@ test-interpreted: setup
 test-compiled: setup
 	$(TEST) -n $(WORKERS) --maxschedchunk 1 -m "not long" tests/emulator tests/compiled
 
-# With the libraries of docs/neighbours.md, added to the environment: 270 MB, no other release of PyTorch or Triton.
+# With the libraries of docs/neighbours.md, added to the environment: 230 MB, no other release of PyTorch or Triton.
 test-neighbours: $(VENV)/.neighbours
 	$(TEST) tests/neighbours
 	$(TEST) tests/cpu/test_docs.py -k neighbours
