@@ -30,7 +30,7 @@ def check(spec: LSTMSpec, projection: bool, asked: Sequence[str]) -> None:
     elif spec.layer_norm:
         obstacle = "ONNX's LSTM node has no layer normalisation"
     elif not spec.activated:
-        obstacle = "an activation of ONNX's LSTM node is not exported, but tanh"
+        obstacle = "ONNX's LSTM node is exported with tanh alone, not with the identity"
     elif others := [name for name in asked if name != "lengths"]:
         obstacle = f"ONNX's LSTM node has no {others[0]}"
     if obstacle is not None:
