@@ -27,6 +27,7 @@ CASES = [
     (LSTMSpec(peephole="diagonal"), "fp16", 90, dict(resets=True)),
     (LSTMSpec(coupled=True, peephole="diagonal", output_peephole="current"), "fp32", 90, dict(projection=True)),
     (LSTMSpec(peephole="full", output_peephole="current"), "fp32", 90, dict()),
+    (LSTMSpec(input_activation="identity", output_activation="identity"), "fp32", 90, dict(projection=True)),
 ]
 
 
