@@ -40,7 +40,8 @@ def gradients_of_rows(lstm, activations, backprops):
     """Return parameter -> the gradients of all rows, (B, *shape), from one forward and one backward pass.
 
     The gradient of a weight is a sum over steps of products with the gradient of the gates, which is that of the gate
-    inputs: of the input to an LSTM whose W_ih is the identity. Here the sum is taken for each row.
+    inputs: of the input to an LSTM whose W_ih is the identity. Here the sum is taken for each row. (With TF32 that
+    product rounds the gate inputs once more.)
 
     - activations: [x], x (B, T, I); backprops: the gradient of the output, (B, T, D·H)
 
