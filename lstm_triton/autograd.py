@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from lstm_triton_kernels.order import Order
-from lstm_triton_kernels.regularize import Rules
 from lstm_triton_kernels.sizes import Layer, matmul_precision
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from lstm_triton_kernels.watch import check_launches
@@ -34,8 +33,8 @@ from lstm_triton import (
     layer,
     normalized,
     onnx_node,
-    regularization,
     routing,
+    scanned,
     second_order,
     transforms,
 )
@@ -137,11 +136,7 @@ def differentiable_layer(*arguments: Any) -> Any:
     given = Inputs(arguments)
     call = given.call
     if type(given.x) not in PLAIN and transforms.exporting_to_onnx() and not torch.jit.is_tracing():
-        asked = ("resets",) * (given.resets is not None) + ("return_cell_states",) * call.states
-        asked += regularization.asked(Rules(*call.rules)) if call.rules else ()
-        onnx_node.check(call.spec, call.projection, asked)
-        results = onnx_node.layer(given.x, given.h_0, given.c_0, call.group(given.weights), call.spec, given.lengths)
-        return *results, given.x.new_empty(0)
+        return layer_in_onnx(given)
     tensors = given.differentiable
     recorded = transforms.recorded(tensors) if transforms.active() else True in [t.requires_grad for t in tensors]
     if recorded and torch.is_grad_enabled():
@@ -150,6 +145,20 @@ def differentiable_layer(*arguments: Any) -> Any:
         return function.apply(call, given.lengths, given.resets, given.seed, *tensors)[:4]
     run = forward_pass if unwatched(tensors) else layer_forward
     return run(*arguments)[:4]
+
+
+def layer_in_onnx(given: Inputs) -> tuple[Tensor, ...]:
+    """Return the first four fields of `layer.LayerResult` for the exporter of ONNX: its LSTM node, or a scan.
+
+    Raises RuntimeError if masks are drawn.
+    """
+    call = given.call
+    routing.refuse_drawn_in_onnx(given.seed is not None)
+    tensors = (given.x, given.h_0, given.c_0, call.group(given.weights), call.spec)
+    if onnx_node.why_not_layer(call, given.x.dtype, given.resets) is None:
+        return *onnx_node.layer(*tensors, given.lengths), given.x.new_empty(0)
+    with torch.no_grad():
+        return scanned.layer(*tensors, given.order)
 
 
 def stack_by_kernels(

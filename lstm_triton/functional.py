@@ -30,9 +30,11 @@ from lstm_triton import (
     autograd,
     checks,
     gate_values,
+    onnx_torchscript,
     parameters,
     regularization,
     routing,
+    scanned,
     second_order,
     stack,
     transforms,
@@ -349,6 +351,8 @@ def lstm(
     engine = routing.route(*question).name
     if not engine.startswith("operator"):
         checks.computed_dtype(x.dtype)
+    if training and (weight_dropout or rules.random) and transforms.exporting_to_onnx():
+        routing.refuse_drawn_in_onnx(True)
     if order.lengths is not None:
         x = order.zero_beyond(x)
     drop = dropout if training and L > 1 else 0.0
@@ -409,6 +413,9 @@ def take(
     I, H, P = parameters.stack_sizes(spec, L, D, bias, proj_size, tuple([w.shape for w in weights]))  # noqa: E741
 
     checks.lstm_input(input)
+    packed = isinstance(input, PackedSequence)
+    # The exporter with dynamo=True knows not even the sizes of what was packed.
+    routing.refuse_packed_in_onnx(packed and not torch.jit.is_tracing() and transforms.exporting_to_onnx())
     data = input.data if isinstance(input, PackedSequence) else input
     dtype = autocast_dtype(data)
     sizes = (I, H, P)
@@ -428,7 +435,10 @@ def take(
     if full:
         steps = None
     if steps is not None and not transforms.exporting_to_onnx():  # an ONNX graph has no place for the check
-        steps = checked_lengths(steps, layout.T, x.device)
+        if transforms.exporting() and routing.requested() == "torch":  # nor has a program of PyTorch's operators alone
+            steps = steps.to(x.device, torch.int64).clamp(min=1).minimum(torch.tensor(layout.T))
+        else:
+            steps = checked_lengths(steps, layout.T, x.device)
     if resets is not None:
         resets = layout.steps(without_waiting(resets, x.device))
     order, packing = Order(layout.T, steps, resets), layout.packing
@@ -497,12 +507,16 @@ def run_layer(
         flat = aten.standard_weights(aten.flat_weights(weights), call.spec)
         return (*aten.lstm(x, h_0, c_0, flat, options), x, None)
     seed = regularization.seed_for(Rules(*call.rules), training, x.device) if call.rules else None
-    if call.engine != "reference":
+    if call.engine not in ("reference", "scan", "onnx"):
         found = autograd.lstm_layer(x, h_0, c_0, weights, order, call, seed)
         if not return_gates:
             return (*found, None)
     order = order._replace(regularized=call.regularized(seed, x, h_0, c_0))
-    if call.engine == "reference":
+    if call.engine == "scan":
+        found = scanned.layer(x, h_0, c_0, weights, call.spec, order)
+    elif call.engine == "onnx":
+        found = onnx_torchscript.layer(x, h_0, c_0, weights, order, call)
+    elif call.engine == "reference":
         if order.T == 1 and not order.ragged and not call.states:
             step = second_order.single_step(x.squeeze(0), h_0, c_0, weights, call.spec, order.regularized)
             return (*step, x, None)

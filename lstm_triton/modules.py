@@ -467,8 +467,7 @@ class LSTM(VariantModule, nn.RNNBase):
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: States | None = None,
-        *,
+        hx: States | None = None,  # what follows are keywords; but the older exporter of ONNX gives them by position
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         return_cell_states: bool = False,
@@ -488,6 +487,9 @@ class LSTM(VariantModule, nn.RNNBase):
 
         Types and errors as of `functional.lstm`, which says more about each argument.
         """
+        if torch.jit.is_tracing():  # the older exporter of ONNX makes tensors of the defaults
+            flags = (return_cell_states, return_gates)
+            return_cell_states, return_gates = (bool(flag) if isinstance(flag, Tensor) else flag for flag in flags)
         if isinstance(input, Proxy) or (hx is not None and traced(hx)):
             asked = dict(lengths=lengths, resets=resets, return_cell_states=return_cell_states)
             return leaf(self, input, hx, **asked, return_gates=return_gates)

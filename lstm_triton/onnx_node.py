@@ -1,45 +1,78 @@
-"""A layer as ONNX's own LSTM node, for torch.onnx.export with dynamo=True: any number of steps and rows.
+"""A layer as ONNX's own LSTM node, for torch.onnx.export: any number of steps and rows.
 
 The node (https://onnx.ai/onnx/operators/onnx__LSTM.html) has diagonal peepholes whose output gate reads c_t, and the
-lengths of rows. Coupled gates are those of a standard LSTM with other weights, see `aten.standard_weights`.
+lengths of rows. Coupled gates are those of a standard LSTM with other weights, see `aten.standard_weights`: the node's
+own attribute `input_forget` leaves to the runtime which of both gates is computed from the other (onnxruntime computes
+f = 1 - i). Its attribute `clip` is no cell_clip: it bounds what the activations read, not the cell state.
 
 Shapes: T time steps, B batch rows, I input features, H hidden units, D directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lstm_triton_kernels.regularize import Rules
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
 
+from lstm_triton import regularization
 
-def check(spec: LSTMSpec, projection: bool, asked: Sequence[str]) -> None:
-    """Raise RuntimeError with the reason, and a way out where there is one, for a layer that is no such node.
+if TYPE_CHECKING:
+    from lstm_triton.layer import Call
 
-    asked: names of arguments of the call that `torch.nn.LSTM` does not have.
+NODE_DTYPES = (torch.float32, torch.float16)
+"""The types of the node: onnxruntime has no kernel of it in float64, and ONNX has none in bfloat16 before opset 22."""
+
+
+def why_not(spec: LSTMSpec, projection: bool, dtype: torch.dtype, asked: Sequence[str]) -> str | None:
+    """Return what keeps a layer from being such a node; None if nothing does.
+
+    asked: names of arguments and options of the call that `torch.nn.LSTM` does not have.
     """
     obstacle = None
     if spec.full:
         obstacle = "ONNX's LSTM node has no full peepholes"
     elif spec.diagonal and not spec.output_current:
-        obstacle = "the output gate of ONNX's LSTM node reads c_t: train with output_peephole='current'"
+        obstacle = "the output gate of ONNX's LSTM node reads c_t"
     elif projection:
         obstacle = "ONNX's LSTM node has no projection"
     elif spec.layer_norm:
         obstacle = "ONNX's LSTM node has no layer normalisation"
     elif not spec.activated:
         obstacle = "ONNX's LSTM node is exported with tanh alone, not with the identity"
+    elif dtype not in NODE_DTYPES:
+        obstacle = f"onnxruntime does not compute the node in {dtype}"
     elif others := [name for name in asked if name != "lengths"]:
         obstacle = f"ONNX's LSTM node has no {others[0]}"
-    if obstacle is not None:
-        raise RuntimeError(f"this LSTM ({spec.name}) cannot be exported to ONNX: {obstacle}")
+    return obstacle
+
+
+def why_not_layer(call: Call, dtype: torch.dtype, resets: Tensor | None) -> str | None:
+    """Return what keeps a layer of that call from being such a node, as `why_not`."""
+    asked = ("resets",) * (resets is not None) + ("return_cell_states",) * call.states
+    asked += regularization.asked(Rules(*call.rules)) if call.rules else ()
+    return why_not(call.spec, call.projection, dtype, asked)
+
+
+Add = Callable[[Sequence[Tensor | None], dict[str, Any], Sequence[Sequence[int]]], Sequence[Tensor]]
+"""(inputs, attributes, shapes of the results) -> results: what adds a node to the graph."""
+
+
+def by_dynamo(
+    inputs: Sequence[Tensor | None], attributes: dict[str, Any], shapes: Sequence[Sequence[int]]
+) -> Sequence[Tensor]:
+    """Add the node to what the exporter with dynamo=True traces: an `Add`."""
+    dtypes = (inputs[0].dtype,) * len(shapes)  # type: ignore[union-attr]
+    return torch.onnx.ops.symbolic_multi_out("LSTM", inputs, attributes, dtypes=dtypes, shapes=shapes, version=None)
 
 
 def layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, lengths: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[LSTMWeights], spec: LSTMSpec, lengths: Tensor | None,
+    add: Add = by_dynamo,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the node: x (T, B, I), h_0 and c_0 (D, B, H), lengths (B,) -> output (T, B, D·H), h_n, c_n (D, B, H)."""
     T, B, _ = x.shape
     D, _, H = c_0.shape
@@ -60,14 +93,8 @@ def layer(
         if spec.peephole
         else None,
     )
-    output, h_n, c_n = torch.onnx.ops.symbolic_multi_out(
-        "LSTM",
-        inputs,
-        dict(hidden_size=H, direction="bidirectional" if D == 2 else "forward"),
-        dtypes=(x.dtype,) * 3,
-        shapes=((T, D, B, H), (D, B, H), (D, B, H)),
-        version=None,
-    )
+    attributes = dict(hidden_size=H, direction="bidirectional" if D == 2 else "forward")
+    output, h_n, c_n = add(inputs, attributes, ((T, D, B, H), (D, B, H), (D, B, H)))
     return output.transpose(1, 2).flatten(2), h_n, c_n
 
 

@@ -38,9 +38,20 @@ def cell(
     x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec, regularized: Regularized = UNREGULARIZED
 ) -> tuple[Tensor, Tensor]:
     """One step. x (B, I), h (B, P), c (B, H) -> h (B, P), c (B, H); regularized: of this step."""
+    return update(input_side(x, weights), h, c, weights, spec, regularized)
+
+
+def input_side(x: Tensor, weights: LSTMWeights) -> Tensor:
+    """Return what the input contributes to the gates: x (..., I) -> (..., G·H)."""
+    return product(x, weights.weight_ih, weights.bias_ih, weights.weight_ln_ih)
+
+
+def update(
+    gates: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec, regularized: Regularized = UNREGULARIZED
+) -> tuple[Tensor, Tensor]:
+    """One step from the input side of its gates (B, G·H): h (B, P), c (B, H) -> h (B, P), c (B, H)."""
     a = spec.split_gates(
-        product(x, weights.weight_ih, weights.bias_ih, weights.weight_ln_ih)
-        + product(regularized.drop_hidden(h), weights.weight_hh, weights.bias_hh, weights.weight_ln_hh)
+        gates + product(regularized.drop_hidden(h), weights.weight_hh, weights.bias_hh, weights.weight_ln_hh)
     )
     v = spec.split_peephole(weights.weight_ch) if weights.weight_ch is not None else {}
     full = spec.full
@@ -65,14 +76,14 @@ def cell(
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
-    """Return W x + b, or with a gain (G·H,) the product normalised: x (B, I) -> (B, G·H)."""
+    """Return W x + b, or with a gain (G·H,) the product normalised: x (..., I) -> (..., G·H)."""
     if gain is None:
         return F.linear(x, weight, bias)
     return normalized(F.linear(x, weight), gain, bias)
 
 
 def normalized(x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
-    """Return x (B, N) with each row normalised, times the gain (N,), plus the shift (N,); without a gain x itself."""
+    """Return x (..., N) with each row normalised, times the gain (N,), plus the shift (N,); without a gain x itself."""
     return x if gain is None else F.layer_norm(x, gain.shape, gain, shift, NORM_EPS)
 
 

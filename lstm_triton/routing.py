@@ -8,6 +8,8 @@ The engines:
 - "operator": PyTorch's own LSTM operator (cuDNN on CUDA)
 - "eager": the steps in PyTorch's own operators
 - "reference": the reference, for what differentiates in ways that none of the others are made for
+- "scan": the reference's steps in PyTorch's `scan`, for exported programs
+- "onnx": the reference's steps in ONNX's operators, for the exporter of ONNX that is based on TorchScript
 
 `decide` is a pure function of facts; `route` gathers them in this process: the backend that was asked for, the device,
 the transform at work. (Not named `backends`: torch.compile skips every file with `triton/backends` in its
@@ -372,25 +374,39 @@ def _route(
     if found.name == "eager" and layer.T == 1 and not asked and not packed:
         return Choice("reference", found.reason)  # a single step has nothing to prepare for others
     if found.name == "eager" and layer.spec.layer_norm:
-        return Choice("reference", found.reason)
+        scan = transforms.exporting() and not packed  # the reference would fix the number of steps in a program
+        return Choice("scan" if scan else "reference", found.reason)
     return found
 
 
 def for_onnx(layer: Layer, asked: tuple[str, ...], packed: bool) -> Choice:
-    """Return the engine whose layers become ONNX's LSTM nodes. Raises RuntimeError with a way out where they cannot.
+    """Return the engine of a call that an exporter of ONNX traces. Raises RuntimeError with a way out for packed rows.
 
-    The exporter with dynamo=True translates a layer's operator by `onnx_node`; the older one knows PyTorch's own.
+    The exporter with dynamo=True translates a layer's operator, as `autograd.layer_in_onnx` says; the older one knows
+    PyTorch's own, also of packed rows, and for all else there is the engine "onnx".
     """
-    onnx_node.check(layer.spec, layer.P > 0, asked)
     traced = torch.jit.is_tracing()
-    if traced and (layer.spec.peephole or "lengths" in asked):
-        raise RuntimeError(
-            f"this LSTM ({layer.spec.name}) cannot be exported to ONNX by TorchScript, which has no peepholes or "
-            "lengths: use torch.onnx.export(..., dynamo=True)"
-        )
-    if packed and not traced:
+    node = onnx_node.why_not(layer.spec, layer.P > 0, layer.dtype, asked) is None
+    operator = traced and node and why_not_in_operator(layer.spec) is None and "lengths" not in asked
+    refuse_packed_in_onnx(packed and not operator)
+    if operator:
+        return Choice("operator", "the exporter knows it")
+    return Choice("onnx" if traced else "kernels", "what stands for it in ONNX is made of its layers")
+
+
+def refuse_packed_in_onnx(packed: bool) -> None:
+    """Raise RuntimeError if the rows of a call that is exported to ONNX are packed."""
+    if packed:
         raise RuntimeError("a PackedSequence cannot be exported to ONNX: give a padded input and lengths")
-    return Choice("operator" if traced else "kernels", "ONNX has a node for it")
+
+
+def refuse_drawn_in_onnx(drawn: bool) -> None:
+    """Raise RuntimeError if a call that is exported to ONNX draws masks for its steps or its weights."""
+    if drawn:
+        raise RuntimeError(
+            "an LSTM that draws random masks in training (recurrent_dropout, zoneout, weight_dropout) cannot be "
+            "exported to ONNX: call model.eval() before"
+        )
 
 
 def when_compiled(found: Choice, facts: Facts, device: torch.device, packed: bool) -> Choice:
@@ -399,17 +415,21 @@ def when_compiled(found: Choice, facts: Facts, device: torch.device, packed: boo
     An exported program holds PyTorch's operator as that of `torch.nn.LSTM` does, so that it needs nothing of this
     library; but of a number of steps that is not fixed that would fix it. In a compiled graph the operator stands
     inside of one of this library: "operator inside". Of a packing it would read the batch sizes while it is traced.
+    With backend "torch" nothing of this library may stand in an exported program: what is left is PyTorch's `scan`.
     """
     layer = facts.layer
     if found.name == "kernels" and facts.cudnn_may and not packed:
         sizes = (layer.spec.name, layer.D, layer.H, layer.P, layer.training)
         if cudnn_when_compiled(device, layer.dtype, *sizes):
             found = Choice("operator", "faster by estimate")
+    alone = transforms.exporting() and facts.backend == "torch" and not packed
     if found.name != "operator":
-        return found
+        return Choice("scan", "a program of PyTorch's operators alone") if alone and found.name == "eager" else found
     in_place = transforms.exporting() and not torch.compiler.is_dynamo_compiling() and not packed
     if in_place and isinstance(layer.T, int):
         return found
+    if alone:
+        return Choice("scan", "a program of PyTorch's operators alone, of any number of steps")
     if not packed and not transforms.unfit_for_operators():
         return Choice("operator inside", found.reason)
     if facts.strategy == "cudnn":

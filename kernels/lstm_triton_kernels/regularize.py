@@ -86,8 +86,8 @@ def keep_scale(rate: float) -> float:
 
 
 def float32(value: float) -> float:
-    """Return the nearest number that float32 has; what torch.compile traces is rounded when it runs (`Call`)."""
-    if torch.compiler.is_compiling():
+    """Return the nearest number that float32 has; what Dynamo traces is rounded when it runs (`Call`)."""
+    if torch.compiler.is_dynamo_compiling():
         return value
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded

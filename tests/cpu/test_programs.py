@@ -1,17 +1,12 @@
-"""Programs that leave this process: ONNX by both exporters, exported programs in files, AOTInductor."""
+"""Programs that leave this process: exported programs in files, AOTInductor. (ONNX: test_onnx.py.)"""
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch.export import Dim
@@ -25,7 +20,9 @@ COUPLED = dict(coupled=True, num_layers=2, bidirectional=True, bias=False)
 CURRENT = dict(peephole="diagonal", output_peephole="current", bidirectional=True)
 COUPLED_CURRENT = dict(CURRENT, coupled=True)
 DIAGONAL = dict(peephole="diagonal", num_layers=2)
-FULL = dict(peephole="full")
+FULL = dict(peephole="full", output_peephole="current", layer_norm=True, bidirectional=True, dtype=torch.float64)
+RAGGED = dict(COUPLED_CURRENT, lengths=True, num_layers=2, dtype=torch.float64)
+LIMITED = dict(DIAGONAL, proj_size=2, cell_clip=0.2, proj_clip=0.1, zoneout=(0.1, 0.2), dtype=torch.float64)
 SIZES = [(5, 2), (8, 4), (1, 1)]
 """T and B: of the example that is exported, and of later calls."""
 
@@ -44,8 +41,13 @@ class Model(torch.nn.Module):
 def example(model, n=0):
     """The arguments of the n-th call."""
     T, B = SIZES[n]
-    x, lengths = torch.randn(T, B, 3), torch.randint(1, T + 1, (B,))
+    x, lengths = torch.randn(T, B, 3, dtype=model.lstm.weight_ih_l0.dtype), torch.randint(1, T + 1, (B,))
     return (x, lengths) if model.takes_lengths else (x,)
+
+
+def calls(model, dynamic):
+    """The arguments of the calls of a program."""
+    return [example(model, n) for n in range(len(SIZES) if dynamic else 1)]
 
 
 def shapes(model, dynamic):
@@ -53,71 +55,6 @@ def shapes(model, dynamic):
     steps, rows = Dim("T", min=1), Dim("B", min=1)
     of_each = ({0: steps, 1: rows}, {0: rows}) if model.takes_lengths else ({0: steps, 1: rows},)
     return of_each if dynamic else None
-
-
-def exported_to_onnx(model, by, dynamic):
-    """The bytes of the ONNX model: `by` "dynamo", "dynamo from a program" or "TorchScript"."""
-    file, arguments = io.BytesIO(), example(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if by == "TorchScript":
-            names = ["x", "lengths"][: len(arguments)]
-            axes = {"x": {0: "T", 1: "B"}, "lengths": {0: "B"}} if dynamic else None
-            axes = axes and {name: axes[name] for name in names}
-            torch.onnx.export(model, arguments, file, dynamo=False, input_names=names, dynamic_axes=axes)
-            return file.getvalue()
-        dynamic_shapes = shapes(model, dynamic)
-        if by == "dynamo":
-            program = torch.onnx.export(model, arguments, dynamo=True, dynamic_shapes=dynamic_shapes)
-        else:
-            program = torch.export.export(model, arguments, dynamic_shapes=dynamic_shapes)
-            program = torch.onnx.export(program, dynamo=True)
-        program.save(file)
-    return file.getvalue()
-
-
-ONNX = [
-    (options, by, dynamic)
-    for options in (STANDARD, COUPLED)
-    for by in ("dynamo", "dynamo from a program", "TorchScript")
-    for dynamic in (False, True)
-]
-ONNX += [(options, "dynamo", True) for options in (CURRENT, COUPLED_CURRENT, COUPLED_CURRENT | dict(lengths=True))]
-ONNX += [(CURRENT, "dynamo from a program", True), (STANDARD | dict(lengths=True), "dynamo", False)]
-
-
-@pytest.mark.parametrize("options, by, dynamic", ONNX, ids=str)
-def test_an_onnx_model_computes_the_same(options, by, dynamic):
-    model = Model(**options).eval()
-    session = onnxruntime.InferenceSession(exported_to_onnx(model, by, dynamic))
-    names = [given.name for given in session.get_inputs()]
-    for n in range(len(SIZES) if dynamic else 1):
-        arguments = example(model, n)
-        with torch.no_grad():
-            expected = model(*arguments)
-        found = session.run(None, dict(zip(names, [t.numpy() for t in arguments], strict=True)))
-        for actual, wanted in zip(found, expected, strict=True):
-            np.testing.assert_allclose(actual, wanted.numpy(), atol=1e-5)
-
-
-REFUSED = {
-    "a peephole on c_{t-1}": (DIAGONAL, "dynamo", "reads c_t: train with output_peephole='current'"),
-    "a full peephole": (FULL, "dynamo", "has no full peepholes"),
-    "a projection": (dict(proj_size=2), "dynamo", "has no projection"),
-    "a peephole by TorchScript": (CURRENT, "TorchScript", r"use torch.onnx.export\(..., dynamo=True\)"),
-    "lengths by TorchScript": (dict(lengths=True), "TorchScript", r"use torch.onnx.export\(..., dynamo=True\)"),
-    "a peephole of a program": (DIAGONAL, "dynamo from a program", "reads c_t: train with output_peephole='current'"),
-}
-
-
-@pytest.mark.parametrize("options, by, words", REFUSED.values(), ids=REFUSED)
-def test_what_onnx_does_not_have_is_refused_with_a_way_out(options, by, words):
-    with pytest.raises(RuntimeError) as raised:
-        exported_to_onnx(Model(**options).eval(), by, True)
-    cause: BaseException = raised.value
-    while cause.__cause__ is not None:  # the exporter wraps what it meets
-        cause = cause.__cause__
-    assert isinstance(cause, RuntimeError) and re.search(words, str(cause))
 
 
 ELSEWHERE = """
@@ -129,19 +66,31 @@ if kind.startswith("exported"):
     run = torch.export.load(program).module()
 else:
     run = torch._inductor.aoti_load_package(program)
-with torch.no_grad():
-    for arguments, expected in torch.load(calls):
-        for a, b in zip(run(*arguments), expected, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+for arguments, expected, gradients in torch.load(calls):
+    with torch.set_grad_enabled(gradients is not None):
+        found = run(*arguments)
+    if gradients is not None:
+        of_weights = torch.autograd.grad(sum(t.square().sum() for t in found), list(run.parameters()))
+        found, expected = (*found, *of_weights), (*expected, *gradients)
+    tolerance = 1e-5 if found[0].dtype == torch.float32 else 1e-12
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 assert ("lstm_triton" in sys.modules) == kind.endswith("with the library")
 print("the same")
 """
 
 
-def run_elsewhere(kind, program, model, number, folder):
-    """Run a program that is in a file in a new process, on `number` calls."""
-    calls = [(arguments := example(model, n), model(*arguments)) for n in range(number)]
-    torch.save(calls, folder / "calls.pt")
+def expected(model, arguments):
+    """The arguments, the results, and the gradients of their squares by the weights where these require gradients."""
+    results, gradients = model(*arguments), None
+    if any(weight.requires_grad for weight in model.parameters()):
+        gradients = torch.autograd.grad(sum(t.square().sum() for t in results), list(model.parameters()))
+    return arguments, tuple(t.detach() for t in results), gradients
+
+
+def run_elsewhere(kind, program, model, calls, folder):
+    """Run a program that is in a file in a new process, on these calls."""
+    torch.save([expected(model, arguments) for arguments in calls], folder / "calls.pt")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
     command = [sys.executable, "-c", ELSEWHERE, kind, str(program), str(folder / "calls.pt")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -162,7 +111,7 @@ def test_an_exported_program_runs_in_another_process(options, dynamic, needs, tm
     model = Model(**options).eval().requires_grad_(False)
     program = torch.export.export(model, example(model), dynamic_shapes=shapes(model, dynamic))
     torch.export.save(program, tmp_path / "program.pt2")
-    run_elsewhere(f"exported{needs}", tmp_path / "program.pt2", model, len(SIZES) if dynamic else 1, tmp_path)
+    run_elsewhere(f"exported{needs}", tmp_path / "program.pt2", model, calls(model, dynamic), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -172,4 +121,36 @@ def test_a_program_compiled_ahead_of_time_runs_in_another_process(options, dynam
     model = Model(**options).eval().requires_grad_(False)
     program = torch.export.export(model, example(model), dynamic_shapes=shapes(model, dynamic))
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
-    run_elsewhere(f"compiled{needs}", package, model, len(SIZES) if dynamic else 1, tmp_path)
+    run_elsewhere(f"compiled{needs}", package, model, calls(model, dynamic), tmp_path)
+
+
+OF_PYTORCH = [(FULL, True), (RAGGED, True), (LIMITED, False), (STANDARD | dict(dtype=torch.float64), True)]
+
+
+@pytest.mark.parametrize("options, dynamic", OF_PYTORCH, ids=str)
+def test_a_program_of_pytorchs_operators_runs_without_the_library_and_has_gradients(options, dynamic, tmp_path):
+    model = Model(**options).eval()
+    with lstm_triton.backend("torch"):
+        program = torch.export.export(model, example(model), dynamic_shapes=shapes(model, dynamic))
+    assert not [node for node in program.graph.nodes if "lstm_triton" in str(node.target)]
+    torch.export.save(program, tmp_path / "program.pt2")
+    run_elsewhere("exported", tmp_path / "program.pt2", model, calls(model, dynamic), tmp_path)
+
+
+def test_a_program_of_pytorchs_operators_can_be_compiled_ahead_of_time_for_any_number_of_steps(tmp_path):
+    model = Model(peephole="full").eval().requires_grad_(False)
+    with lstm_triton.backend("torch"):
+        program = torch.export.export(model, (torch.randn(5, 2, 3),), dynamic_shapes=({0: Dim("T", min=1)},))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+    run_elsewhere("compiled", package, model, [(torch.randn(T, 2, 3),) for T in (5, 1, 9)], tmp_path)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_program_of_pytorchs_operators_counts_lengths_out_of_range_as_the_nearest(strict):
+    model = Model(peephole="diagonal", lengths=True)
+    with lstm_triton.backend("torch"):
+        program = torch.export.export(model, example(model), dynamic_shapes=shapes(model, True), strict=strict)
+    x = torch.randn(4, 3, 3)
+    found, wanted = program.module()(x, torch.tensor([0, 9, 3])), model(x, torch.tensor([1, 4, 3]))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
