@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 # Interpreted and compiled kernels need separate processes: TRITON_INTERPRET is read when a kernel is decorated.
-test: test-cpu test-interpreted test-compiled
+test: test-cpu test-interpreted test-compiled test-neighbours
 
 test-cpu: setup
 	$(TEST) -n $(WORKERS) --dist loadgroup tests/cpu tests/examples tests/gpu
