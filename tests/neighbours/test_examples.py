@@ -28,7 +28,7 @@ LINES = {
     "sb3": (
         "largest difference of a parameter from torch.nn.LSTM's",
         "largest relative difference of the log-probabilities",
-        "after 3072 steps of training",
+        "after 2048 steps of training",
     ),
 }
 
