@@ -100,13 +100,19 @@ def layer(
 
 def gates(stacked: Tensor, spec: LSTMSpec) -> Tensor:
     """Rows in the gate blocks i, f, g, o (coupled: f, g, o) in ONNX's order i, o, f, c, where c is our g."""
-    block = spec.split_gates(stacked, 0)
+    block = blocks(stacked, spec.gates)
     i = -block["f"] if spec.coupled else block["i"]
     return torch.cat([i, block["o"], block["f"], block["g"]])
 
 
 def peepholes(weight_ch: Tensor, spec: LSTMSpec) -> Tensor:
     """Diagonal peepholes in ONNX's order i, o, f."""
-    block = spec.split_peephole(weight_ch)
+    block = blocks(weight_ch, spec.peephole_gates)
     i = -block["f"] if spec.coupled else block["i"]
     return torch.cat([i, block["o"], block["f"]])
+
+
+def blocks(stacked: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return equal blocks of rows by name. The exporter computes slices of a parameter beforehand, but no Split."""
+    H = stacked.shape[0] // len(names)
+    return {name: stacked.narrow(0, n * H, H) for n, name in enumerate(names)}

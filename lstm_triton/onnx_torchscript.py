@@ -182,8 +182,7 @@ class Symbol:
 
 def linear(x: Symbol, weight: Symbol, bias: Symbol | None = None) -> Symbol:
     """Return x W^T + b."""
-    product = x.node("MatMul", x, weight.node("Transpose", weight, perm_i=[1, 0]))
-    return product if bias is None else product + bias
+    return x.node("Gemm", x, weight, *(() if bias is None else (bias,)), transB_i=1)
 
 
 def layer_norm(x: Symbol, shape: None, weight: Symbol, bias: Symbol | None, eps: float) -> Symbol:

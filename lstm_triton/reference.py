@@ -24,7 +24,7 @@ Regularised steps (dropout within the recurrence, zoneout, clipping) are in `lst
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,8 @@ def cell(
     x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec, regularized: Regularized = UNREGULARIZED
 ) -> tuple[Tensor, Tensor]:
     """One step. x (B, I), h (B, P), c (B, H) -> h (B, P), c (B, H); regularized: of this step."""
-    return update(input_side(x, weights), h, c, weights, spec, regularized)
+    v = spec.split_peephole(weights.weight_ch) if weights.weight_ch is not None else {}
+    return update(input_side(x, weights), h, c, weights, v, spec, regularized)
 
 
 def input_side(x: Tensor, weights: LSTMWeights) -> Tensor:
@@ -47,13 +48,16 @@ def input_side(x: Tensor, weights: LSTMWeights) -> Tensor:
 
 
 def update(
-    gates: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, spec: LSTMSpec, regularized: Regularized = UNREGULARIZED
-) -> tuple[Tensor, Tensor]:
-    """One step from the input side of its gates (B, G·H): h (B, P), c (B, H) -> h (B, P), c (B, H)."""
+    gates: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights, v: Mapping[str, Tensor], spec: LSTMSpec,
+    regularized: Regularized = UNREGULARIZED,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step from the input side of its gates (B, G·H): h (B, P), c (B, H) -> h (B, P), c (B, H).
+
+    v: the blocks of the peephole by gate, in place of `weights.weight_ch`.
+    """
     a = spec.split_gates(
         gates + product(regularized.drop_hidden(h), weights.weight_hh, weights.bias_hh, weights.weight_ln_hh)
     )
-    v = spec.split_peephole(weights.weight_ch) if weights.weight_ch is not None else {}
     full = spec.full
 
     def gate(name: str, c_read: Tensor) -> Tensor:

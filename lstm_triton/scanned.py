@@ -79,19 +79,26 @@ def direction(
     sequences = {name: values for name, values in of_steps.items() if values is not None}
     if order.reverse:
         sequences = {name: values.flip(0) for name, values in sequences.items()}
-    recurrent = weights._asdict() | dict.fromkeys(("weight_ih", "bias_ih", "weight_ln_ih"))
-    recurrent["hidden"] = regularized.hidden
-    constants = {name: value for name, value in recurrent.items() if value is not None}
+    # What a step reads of the parameters; the blocks of a peephole apart, so that no step divides it, and not as views
+    # of one tensor, which PyTorch's operator does not take.
+    H, blocks = c_0.shape[1], {}
+    if weights.weight_ch is not None:
+        for n, gate in enumerate(spec.peephole_gates):
+            blocks[f"weight_ch_{gate}"] = weights.weight_ch.narrow(0, n * H, H).clone()
+    of_input = dict.fromkeys(("weight_ih", "bias_ih", "weight_ln_ih", "weight_ch"))
+    of_all = weights._asdict() | of_input | blocks | dict(hidden=regularized.hidden)
+    constants = {name: value for name, value in of_all.items() if value is not None}
 
     def step(h: Tensor, c: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute one step from what belongs to it of the sequences, and the constants."""
         now = dict(zip((*sequences, *constants), rest, strict=True))
         own = regularized._replace(codes=now.get("codes"), hidden=now.get("hidden"))
         w = LSTMWeights(*(now.get(name) for name in LSTMWeights._fields))  # type: ignore[arg-type]
+        v = {gate: now[f"weight_ch_{gate}"] for gate in spec.peephole_gates}
         kept_h, kept_c = h, c
         if "begun" in now:
             h, c = (state.masked_fill(now["begun"], 0) for state in (h, c))
-        h, c = reference.update(now["gates"], h, c, w, spec, own)
+        h, c = reference.update(now["gates"], h, c, w, v, spec, own)
         output, state = h, c
         if "beyond" in now:
             output, state = (result.masked_fill(now["beyond"], 0) for result in (h, c))

@@ -69,6 +69,14 @@ LINES = {
         "NFG, no forget gate  no-forget-gate      288",
         "CIFG, i = 1 - f      coupled             288",
     ),
+    "export_onnx": (
+        "standard: 2 LSTM",
+        "textbook peepholes: 1 LSTM",
+        "peepholes on c_{t-1}: 1 Scan",
+        "full peepholes, normalised: 1 Scan",
+        "T=25, B=1: largest difference",
+        "Every output and state agrees to 1e-5.",
+    ),
 }
 
 
@@ -206,6 +214,11 @@ FAULTS = {
         "after(torch, 'corrcoef', lambda r, *_: r * 0.5)",
         "what it keeps, f:",
     ),
+    "a graph of another model": (
+        "export_onnx",
+        "after(torch.onnx, 'export', lambda program, lstm, *_, **__: (lstm.weight_hh_l0.data.mul_(1.01), program)[1])",
+        "T=10, B=4: largest difference",
+    ),
     "a training that learns nothing": (
         "rl_resets",
         "torch.optim.Adam.step = lambda self: None",
@@ -239,3 +252,10 @@ def test_without_triton_the_kernel_example_says_so_in_one_line(tmp_path):
     done = run("kernel_on_a_laptop", tmp_path, "import importlib.util\nimportlib.util.find_spec = lambda name: None")
     assert done.returncode == 1 and done.stdout == ""
     assert "triton is not installed" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_without_onnxruntime_the_export_example_says_what_to_install(tmp_path):
+    missing = "import importlib.util\nimportlib.util.find_spec = lambda name: None"
+    done = run("export_onnx", tmp_path, f"import torch, lstm_triton\n{missing}")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == ("this example needs onnxscript and onnxruntime: pip install onnxscript onnxruntime\n")
