@@ -501,5 +501,7 @@ def cell(layer: Layer, device: torch.device, plain: bool) -> Choice:
         cuda = device.type == "cuda"
         if layer.dtype in (SUPPORTED_DTYPES if cuda else CPU_DTYPES) and not (cuda and transforms.forward_mode()):
             return Choice("operator", "PyTorch's own cell is the quickest for a single step")
+    if transforms.exporting_to_onnx():
+        return Choice("reference", "of a single step ONNX has the operators")
     found = _route(layer, device, asked=("cells",))
     return Choice("reference", found.reason) if found.name == "eager" else found

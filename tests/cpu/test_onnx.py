@@ -198,6 +198,21 @@ def test_an_onnx_model_of_an_older_opset_computes_the_same(by):
     compare(model, model_bytes, SIZES)
 
 
+@pytest.mark.parametrize("by", ["dynamo", "TorchScript"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(coupled=True, peephole="full", layer_norm=True, zoneout=(0.1, 0.2), cell_clip=0.3)],
+    ids=str,
+)
+def test_a_cell_computes_the_same_in_onnxruntime(options, by):
+    cell = lstm_triton.LSTMCell(3, 4, **options).eval()
+    states = (torch.randn(2, 4), torch.randn(2, 4))
+    model_bytes = exported(cell, (torch.randn(2, 3), states), by, ({0: Dim("B", min=1)}, ({0: Dim("B", min=1)},) * 2))
+    arguments = (torch.randn(5, 3), (torch.randn(5, 4), torch.randn(5, 4)))
+    for actual, wanted in zip(run(model_bytes, arguments), cell(*arguments), strict=True):
+        np.testing.assert_allclose(actual, wanted.detach().numpy(), atol=1e-6)
+
+
 class Packed(torch.nn.Module):
     """An LSTM of an input that it packs."""
 
