@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from lstm_triton_kernels.spec import NORMALIZED, VARIANTS, LSTMSpec
+from lstm_triton_kernels.spec import ABLATIONS, NORMALIZED, VARIANTS, LSTMSpec
 from torch.export import Dim
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -32,22 +32,18 @@ BOTH = dict(num_layers=2, bidirectional=True)
 class Model(torch.nn.Module):
     """An LSTM whose arguments and results are in one tuple; `asked` names the arguments beside the input."""
 
-    def __init__(self, spec=None, asked=(), cells=False, **options):
+    def __init__(self, spec=None, asked=(), cells=False, gates=False, **options):
         super().__init__()
-        variant = {} if spec is None else vars_of(spec)
+        variant = {} if spec is None else spec.options
         self.lstm, self.asked, self.cells = lstm_triton.LSTM(3, 4, **variant, **options), asked, cells
+        self.gates = gates
 
     def forward(self, x, *rest):
         given = dict(zip(self.asked, rest, strict=True))
         hx = given.pop(STATES, None)
-        output, states, *cells = self.lstm(x, hx, return_cell_states=self.cells, **given)
-        return output, *states, *cells
-
-
-def vars_of(spec):
-    """The options of a variant."""
-    names = ("coupled", "peephole", "output_peephole", "layer_norm")
-    return {name: getattr(spec, name) for name in names}
+        output, states, *more = self.lstm(x, hx, return_cell_states=self.cells, return_gates=self.gates, **given)
+        gates = more.pop() if self.gates else ()
+        return output, *states, *more, *gates
 
 
 def example(model, T, B):
@@ -160,11 +156,18 @@ DYNAMO = [(*case, "dynamo", "Scan") for case in IN_TURN[1:] + SCAN] + [(*case, "
 DYNAMO += [(LSTMSpec(True, "diagonal", "current"), BOTH, "program", "LSTM")]
 DYNAMO += [(LSTMSpec(True, "full", layer_norm=True), OPTIONS[2], by, "Scan") for by in ("program", "PyTorch's program")]
 DYNAMO += [(LSTMSpec(), OPTIONS[4], "PyTorch's program", "Scan")]
+NO_FORGET = LSTMSpec(peephole="diagonal", output_peephole="current", forget_gate=False)
+IDENTITY = LSTMSpec(input_activation="identity", output_activation="identity")
+DYNAMO += [(NO_FORGET, dict(bias=False), "dynamo", "LSTM"), (IDENTITY, OPTIONS[4], "dynamo", "Scan")]
+DYNAMO += [(LSTMSpec(True, "diagonal"), dict(gates=True, asked=(RESETS,)), "dynamo", "Scan")]
 EVERY = [
-    (spec, OPTIONS[(n + shift) % len(OPTIONS)]) for n, spec in enumerate((*VARIANTS, *NORMALIZED)) for shift in (0, 3)
+    (spec, OPTIONS[(n + shift) % len(OPTIONS)])
+    for n, spec in enumerate((*VARIANTS, *NORMALIZED, *ABLATIONS))
+    for shift in (0, 3)
 ]
 TORCHSCRIPT = [(*case, "TorchScript", None) for case in EVERY] + [(*case, "TorchScript", "LSTM") for case in NODE]
 TORCHSCRIPT += [(*case, "TorchScript", "Loop") for case in SCAN]
+TORCHSCRIPT += [(LSTMSpec(True, "diagonal"), dict(gates=True, cells=True), "TorchScript", "Loop")]
 TORCHSCRIPT += [(LSTMSpec(True, "full"), dict(asked=(STATES, LENGTHS, RESETS), **BOTH), "TorchScript", "Loop")]
 
 
