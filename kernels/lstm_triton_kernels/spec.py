@@ -88,6 +88,7 @@ class LSTMSpec:
     - gates: the gate blocks in the order in which they are stacked in the weights
     - peephole_gates: those that read the cell state, in the order of `weight_ch`
     - previous_gates: those that read c_{t-1}
+    - missing: the gates that are the constant 1: of i, f and o
 
     Raises ValueError for an unknown value, and with the reason for options that contradict each other; TypeError for a
     flag that is no bool.
@@ -106,6 +107,7 @@ class LSTMSpec:
     gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
     peephole_gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
     previous_gates: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    missing: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for flag in FLAGS:
@@ -119,10 +121,10 @@ class LSTMSpec:
         for name in ("input_activation", "output_activation"):
             if getattr(self, name) not in ACTIVATIONS:
                 raise ValueError(f"{name} must be 'tanh' or 'identity', got {getattr(self, name)!r}")
-        contradiction = self._contradiction()
+        missing = tuple(name[0] for name in GATE_OPTIONS if not getattr(self, name))
+        contradiction = self._contradiction(missing)
         if contradiction is not None:
             raise ValueError(contradiction)
-        missing = self.missing
         gates = tuple(
             gate for gate in ("i", "f", "g", "o") if gate not in missing and not (self.coupled and gate == "i")
         )
@@ -134,13 +136,12 @@ class LSTMSpec:
         parts += ["identity-output"] * (self.output_activation == "identity")
         parts += ["norm"] * self.layer_norm
         name = "+".join(part for part in parts if part) or "standard"
-        settled = dict(name=name, gates=gates, peephole_gates=reading, previous_gates=previous)
+        settled = dict(name=name, gates=gates, peephole_gates=reading, previous_gates=previous, missing=missing)
         for attribute, value in settled.items():
             object.__setattr__(self, attribute, value)
 
-    def _contradiction(self) -> str | None:
+    def _contradiction(self, missing: tuple[str, ...]) -> str | None:
         """Return why these options, each a known one, are no variant; None if they are."""
-        missing = self.missing
         if self.output_current and self.peephole is None:
             return "output_peephole='current' needs a peephole: choose peephole='diagonal' or 'full', got peephole=None"
         if self.coupled and "i" in missing:
@@ -154,11 +155,6 @@ class LSTMSpec:
         if self.layer_norm and missing:
             return "layer_norm=True normalises the products over the blocks of all gates: none can be left out"
         return None
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """The gates that are the constant 1: of i, f and o."""
-        return tuple(name[0] for name in GATE_OPTIONS if not getattr(self, name))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -212,15 +208,25 @@ class LSTMSpec:
         input_activation: Activation = "tanh", output_activation: Activation = "tanh",
     ) -> LSTMSpec:  # fmt: skip
         """Return the variant with these options, without building it again. Raises as the class does."""
-        flags = (coupled, layer_norm, input_gate, forget_gate, output_gate)
-        names = (output_peephole, input_activation, output_activation)
-        options = (coupled, peephole, output_peephole, *flags[1:], *names[1:])
-        known = [isinstance(flag, bool) for flag in flags] + [isinstance(name, str) for name in names]
-        if False not in known and isinstance(peephole, (str, type(None))):
+        options = (
+            coupled, peephole, output_peephole, layer_norm, input_gate, forget_gate, output_gate, input_activation,
+            output_activation,
+        )  # fmt: skip
+        try:
             found = BY_OPTIONS.get(options)
-            if found is not None:
-                return found
-        return cls(coupled, peephole, output_peephole, *flags[1:], *names[1:])
+        except TypeError:  # an option cannot be hashed: none that there is
+            found = None
+        # True and 1 are the same key. (One by one: every step of a cell asks.)
+        if (
+            found is not None
+            and coupled is found.coupled
+            and layer_norm is found.layer_norm
+            and input_gate is found.input_gate
+            and forget_gate is found.forget_gate
+            and output_gate is found.output_gate
+        ):
+            return found
+        return cls(*options)
 
     @classmethod
     def parse(cls, name: str) -> LSTMSpec:
