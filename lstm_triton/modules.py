@@ -21,7 +21,7 @@ from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_triton import checks, functional, init, regularization, routing
+from lstm_triton import checks, functional, init, regularization, routing, transforms
 from lstm_triton.captured import Captured
 from lstm_triton.explain import Explanation, explanation
 from lstm_triton.functional import Lengths, States, TensorOrPacked
@@ -467,7 +467,8 @@ class LSTM(VariantModule, nn.RNNBase):
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: States | None = None,  # what follows are keywords; but the older exporter of ONNX gives them by position
+        hx: States | None = None,
+        *more: Any,
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         return_cell_states: bool = False,
@@ -487,9 +488,8 @@ class LSTM(VariantModule, nn.RNNBase):
 
         Types and errors as of `functional.lstm`, which says more about each argument.
         """
-        if torch.jit.is_tracing():  # the older exporter of ONNX makes tensors of the defaults
-            flags = (return_cell_states, return_gates)
-            return_cell_states, return_gates = (bool(flag) if isinstance(flag, Tensor) else flag for flag in flags)
+        if more:
+            lengths, resets, return_cell_states, return_gates = by_position(more)
         if isinstance(input, Proxy) or (hx is not None and traced(hx)):
             asked = dict(lengths=lengths, resets=resets, return_cell_states=return_cell_states)
             return leaf(self, input, hx, **asked, return_gates=return_gates)
@@ -696,6 +696,16 @@ class LSTM(VariantModule, nn.RNNBase):
         how = f", strategy={self.strategy!r}" if self.strategy != "auto" else ""
         how += ", recompute=True" if self.recompute else ""
         return f"{self.input_size}, {self.hidden_size}{options}{self._variant_repr()}{how}, {LIBRARY}"
+
+
+def by_position(more: tuple[Any, ...]) -> tuple[Lengths | None, Tensor | None, bool, bool]:
+    """Return the keywords of `LSTM.forward` as the older exporter of ONNX gives them: in order, the bools as tensors.
+
+    Elsewhere raises TypeError, as Python does for an argument too many.
+    """
+    if len(more) == 4 and torch.jit.is_tracing() and transforms.exporting_to_onnx():
+        return more[0], more[1], bool(more[2]), bool(more[3])
+    raise TypeError(f"LSTM.forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given")
 
 
 def gone() -> None:

@@ -51,8 +51,8 @@ def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
 
 def all_full(lengths: Tensor, T: int) -> bool:
     """Return whether lengths that stand on the host, where they can be looked at for nothing, are all T."""
-    looked_at = lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms.active()
-    return looked_at and bool((lengths == T).all())
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms.active()
+    return lengths.device.type == "cpu" and not traced and bool((lengths == T).all())
 
 
 class Packing:

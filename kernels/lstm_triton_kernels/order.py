@@ -111,7 +111,7 @@ class Order(NamedTuple):
     def _ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return where the last step of each row in time stands, as indices of a sequence."""
         assert self.lengths is not None
-        return self.lengths - 1, torch.arange(len(self.lengths), device=like.device)
+        return self.lengths - 1, torch.arange(self.lengths.shape[0], device=like.device)
 
     def add_to_last(self, sequence: Tensor | None, last: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return a sequence (T, B, F) of that type plus `last` (B, F) at each row's last step, zero beyond its length.

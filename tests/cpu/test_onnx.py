@@ -35,15 +35,13 @@ class Model(torch.nn.Module):
     def __init__(self, spec=None, asked=(), cells=False, gates=False, **options):
         super().__init__()
         variant = {} if spec is None else spec.options
-        self.lstm, self.asked, self.cells = lstm_triton.LSTM(3, 4, **variant, **options), asked, cells
-        self.gates = gates
+        self.lstm, self.asked = lstm_triton.LSTM(3, 4, **variant, **options), asked
+        self.returned = dict(return_cell_states=cells, return_gates=gates)
 
     def forward(self, x, *rest):
         given = dict(zip(self.asked, rest, strict=True))
         hx = given.pop(STATES, None)
-        output, states, *more = self.lstm(x, hx, return_cell_states=self.cells, return_gates=self.gates, **given)
-        gates = more.pop() if self.gates else ()
-        return output, *states, *more, *gates
+        return tuple(tensors(self.lstm(x, hx, **self.returned, **given)))
 
 
 def example(model, T, B):
@@ -150,16 +148,17 @@ NODE = [
     (LSTMSpec(True, "diagonal", "current"), dict(asked=(STATES, LENGTHS), bias=False, **BOTH)),
     (LSTMSpec(False, "diagonal", "current"), dict()),
     (LSTMSpec(), dict(dtype=torch.float16)),
+    (LSTMSpec(False, "diagonal", "current", input_gate=False), dict(bidirectional=True)),
 ]
-SCAN = [(LSTMSpec(), dict(dtype=torch.float64)), (LSTMSpec(peephole="full"), dict(dtype=torch.float16))]
+SCAN = [
+    (LSTMSpec(), dict(dtype=torch.float64)),
+    (LSTMSpec(peephole="full"), dict(dtype=torch.float16)),
+    (LSTMSpec(input_activation="identity", output_activation="identity", forget_gate=False), dict(asked=(LENGTHS,))),
+]
 DYNAMO = [(*case, "dynamo", "Scan") for case in IN_TURN[1:] + SCAN] + [(*case, "dynamo", "LSTM") for case in NODE]
 DYNAMO += [(LSTMSpec(True, "diagonal", "current"), BOTH, "program", "LSTM")]
 DYNAMO += [(LSTMSpec(True, "full", layer_norm=True), OPTIONS[2], by, "Scan") for by in ("program", "PyTorch's program")]
 DYNAMO += [(LSTMSpec(), OPTIONS[4], "PyTorch's program", "Scan")]
-NO_FORGET = LSTMSpec(peephole="diagonal", output_peephole="current", forget_gate=False)
-IDENTITY = LSTMSpec(input_activation="identity", output_activation="identity")
-DYNAMO += [(NO_FORGET, dict(bias=False), "dynamo", "LSTM"), (IDENTITY, OPTIONS[4], "dynamo", "Scan")]
-DYNAMO += [(LSTMSpec(True, "diagonal"), dict(gates=True, asked=(RESETS,)), "dynamo", "Scan")]
 EVERY = [
     (spec, OPTIONS[(n + shift) % len(OPTIONS)])
     for n, spec in enumerate((*VARIANTS, *NORMALIZED, *ABLATIONS))
@@ -167,8 +166,9 @@ EVERY = [
 ]
 TORCHSCRIPT = [(*case, "TorchScript", None) for case in EVERY] + [(*case, "TorchScript", "LSTM") for case in NODE]
 TORCHSCRIPT += [(*case, "TorchScript", "Loop") for case in SCAN]
-TORCHSCRIPT += [(LSTMSpec(True, "diagonal"), dict(gates=True, cells=True), "TorchScript", "Loop")]
-TORCHSCRIPT += [(LSTMSpec(True, "full"), dict(asked=(STATES, LENGTHS, RESETS), **BOTH), "TorchScript", "Loop")]
+EVERYTHING = dict(asked=(STATES, LENGTHS, RESETS), gates=True)
+TORCHSCRIPT += [(LSTMSpec(True, "full"), EVERYTHING | BOTH, "TorchScript", "Loop")]
+DYNAMO += [(LSTMSpec(True, "diagonal", "current"), EVERYTHING | dict(bidirectional=True), "dynamo", "Scan")]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,25 @@ def test_a_module_by_itself_can_be_exported_and_its_sizes_fixed_and_its_input_un
     output, h_n, c_n = run(exported(lstm, (x,), by, None), (x,))
     for actual, wanted in zip((output, h_n, c_n), tensors(lstm(x)), strict=True):
         np.testing.assert_allclose(actual, wanted.detach().numpy(), atol=1e-6)
+
+
+def test_the_older_exporter_gives_keywords_to_a_module_by_itself():
+    lstm, file = lstm_triton.LSTM(3, 4, peephole="full").eval(), io.BytesIO()
+    x, lengths = torch.randn(5, 2, 3), torch.tensor([5, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(lstm, (x,), file, dynamo=False, kwargs=dict(lengths=lengths, return_cell_states=True))
+    found = run(file.getvalue(), (x, lengths))
+    wanted = tensors(lstm(x, lengths=lengths, return_cell_states=True))
+    for actual, expected in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(actual, expected.detach().numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["dynamo", "TorchScript"])
+def test_lengths_that_are_full_in_the_example_are_read_later(by):
+    model = Model(LSTMSpec(peephole="diagonal"), asked=(LENGTHS,)).eval()
+    model_bytes = exported(model, (torch.randn(5, 2, 3), torch.tensor([5, 5])), by, dynamic(model))
+    compare(model, model_bytes, SIZES)
 
 
 @pytest.mark.parametrize("by", ["dynamo", "TorchScript"])
