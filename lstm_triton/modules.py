@@ -488,11 +488,11 @@ class LSTM(VariantModule, nn.RNNBase):
 
         Types and errors as of `functional.lstm`, which says more about each argument.
         """
-        if more:
-            lengths, resets, return_cell_states, return_gates = by_position(more)
         if isinstance(input, Proxy) or (hx is not None and traced(hx)):
             asked = dict(lengths=lengths, resets=resets, return_cell_states=return_cell_states)
             return leaf(self, input, hx, **asked, return_gates=return_gates)
+        if more:
+            lengths, resets, return_cell_states, return_gates = by_position(more)
         return functional.lstm(
             input,
             hx,
