@@ -13,7 +13,7 @@ import pytest
 import torch
 from lstm_triton_kernels.spec import ABLATIONS, NORMALIZED, VARIANTS, LSTMSpec
 from torch.export import Dim
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_triton
 from lstm_triton import onnx_node
@@ -243,10 +243,21 @@ class Packed(torch.nn.Module):
         self.lstm = lstm_triton.LSTM(3, 4, **options)
 
     def forward(self, x, lengths):
-        return self.lstm(pack_padded_sequence(x, lengths))[0].data
+        return pad_packed_sequence(self.lstm(pack_padded_sequence(x, lengths))[0])[0]
 
 
 WITH_LENGTHS = (torch.randn(5, 2, 3), torch.tensor([5, 2]))
+
+
+@pytest.mark.parametrize("coupled", [False, True], ids=["standard", "coupled"])
+def test_the_older_exporter_takes_packed_rows_as_many_as_in_the_example(coupled):
+    model = Packed(coupled=coupled).eval()
+    model_bytes = exported(model, WITH_LENGTHS, "TorchScript", ({0: Dim("T"), 1: Dim("B")}, {0: Dim("B")}))
+    for arguments in (WITH_LENGTHS, (torch.randn(7, 2, 3), torch.tensor([7, 4]))):
+        (actual,) = run(model_bytes, arguments)
+        np.testing.assert_allclose(actual, model(*arguments).detach().numpy(), atol=1e-6)
+
+
 DRAWN = r"draws random masks in training.*call model.eval\(\) before"
 TRAINING = dict(training=torch.onnx.TrainingMode.PRESERVE)
 PACKED = "a PackedSequence cannot be exported to ONNX: give a padded input and lengths"
