@@ -55,7 +55,7 @@ def main():
     warnings.simplefilter("ignore", FutureWarning)
     torch.manual_seed(0)
     for name, options in MODELS.items():
-        lstm = lstm_triton.LSTM(8, 16, **options).eval()
+        lstm = lstm_triton.LSTM(8, 16, **options).eval().requires_grad_(False)
         model, file = exported(lstm), io.BytesIO()
         model.save(file)
         session = onnxruntime.InferenceSession(file.getvalue())

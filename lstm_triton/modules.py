@@ -468,7 +468,7 @@ class LSTM(VariantModule, nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: States | None = None,
-        *more: Any,
+        *,
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
         return_cell_states: bool = False,
@@ -491,8 +491,6 @@ class LSTM(VariantModule, nn.RNNBase):
         if isinstance(input, Proxy) or (hx is not None and traced(hx)):
             asked = dict(lengths=lengths, resets=resets, return_cell_states=return_cell_states)
             return leaf(self, input, hx, **asked, return_gates=return_gates)
-        if more:
-            lengths, resets, return_cell_states, return_gates = by_position(more)
         return functional.lstm(
             input,
             hx,
@@ -509,6 +507,18 @@ class LSTM(VariantModule, nn.RNNBase):
         @typed_as(forward)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             """Call `forward`, and the hooks."""
+
+    def _slow_forward(self, *input: Any, **options: Any) -> Any:
+        """Call `forward` while torch.jit traces, which alone calls this.
+
+        The older exporter of ONNX gives the keywords of a module by itself by position, the bools as tensors.
+        """
+        keywords = ("lengths", "resets", "return_cell_states", "return_gates")
+        if len(input) == 2 + len(keywords) and transforms.exporting_to_onnx():
+            lengths, resets, *flags = input[2:]
+            options = dict(zip(keywords, (lengths, resets, *map(bool, flags)), strict=True))
+            input = input[:2]
+        return super()._slow_forward(*input, **options)
 
     def explain(
         self,
@@ -696,16 +706,6 @@ class LSTM(VariantModule, nn.RNNBase):
         how = f", strategy={self.strategy!r}" if self.strategy != "auto" else ""
         how += ", recompute=True" if self.recompute else ""
         return f"{self.input_size}, {self.hidden_size}{options}{self._variant_repr()}{how}, {LIBRARY}"
-
-
-def by_position(more: tuple[Any, ...]) -> tuple[Lengths | None, Tensor | None, bool, bool]:
-    """Return the keywords of `LSTM.forward` as the older exporter of ONNX gives them: in order, the bools as tensors.
-
-    Elsewhere raises TypeError, as Python does for an argument too many.
-    """
-    if len(more) == 4 and torch.jit.is_tracing() and transforms.exporting_to_onnx():
-        return more[0], more[1], bool(more[2]), bool(more[3])
-    raise TypeError(f"LSTM.forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given")
 
 
 def gone() -> None:

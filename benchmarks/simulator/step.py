@@ -34,8 +34,8 @@ ONCE = {"load_last"}
 """Loads that are masked off in all steps but a row's last: what is simulated is another step."""
 EQUATIONS = {
     "next_cell", "output_gate", "output_derivatives", "cell_derivatives", "previous_cell_gradient",
-    "input_activation", "output_activation", "tanh", "sigmoid",
-    "exp2_approx", "reciprocal_approx", "drop_candidate", "clip", "clip_gradient", "zone", "zone_gradients",
+    "activation", "tanh", "sigmoid", "exp2_approx", "reciprocal_approx", "drop_candidate", "clip", "clip_gradient",
+    "zone", "zone_gradients",
     "regularized_cell", "next_computed_cell", "computed_cell_derivatives", "computed_cell",
 }  # fmt: skip
 STORES = {"exchange_store", "exchange_arrive", "publish", "arrive", "publish_operand", "publish_state", "publish_gates"}

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lstm_triton_kernels.blocks import elementwise_blocks
 from lstm_triton_kernels.equations import (
+    activation,
     load_blocks,
     load_peephole,
-    output_activation,
     output_derivatives,
     output_gate,
     previous_cell_gradient,
@@ -97,7 +97,7 @@ def cell_forward_kernel(
             tl.store(cells_ptr + current.to(tl.int64) * B * H + state, c_now, mask=tile_mask)
         a_o = tl.load(preact_ptr + gate + (F + 2) * H, mask=tile_mask, other=0.0)
         o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
-        h = o * output_activation(c, IDENTITY_OUTPUT)
+        h = o * activation(c, IDENTITY_OUTPUT)
         if before_ptr is not None:
             h_previous = tl.load(before_ptr + row[:, None] * stride_bb + unit[None, :], mask=carried, other=0.0)
             h = zone(h, h_previous.to(h.dtype), code, rules.zoneout_h, DRAWN, ZONEOUT_H_BIT)

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lstm_triton_kernels.activations import tanh
 from lstm_triton_kernels.blocks import elementwise_blocks
 from lstm_triton_kernels.cell import carried_rows, variant_constants
 from lstm_triton_kernels.equations import (
     load_blocks,
     load_peephole,
-    output_activation,
     output_derivatives,
     store_gates,
 )
@@ -56,7 +56,7 @@ def output_derivatives_tangent(o, c, o_dot, c_dot, IDENTITY_OUTPUT: tl.constexpr
     if IDENTITY_OUTPUT:
         return c_dot * o * (1.0 - o) + c * (1.0 - 2.0 * o) * o_dot, o_dot
     else:
-        tanh_c = output_activation(c, IDENTITY_OUTPUT)
+        tanh_c = tanh(c)
         slope = 1.0 - tanh_c * tanh_c
         by_o_dot = slope * c_dot * o * (1.0 - o) + tanh_c * (1.0 - 2.0 * o) * o_dot
         return by_o_dot, slope * (o_dot - 2.0 * o * tanh_c * c_dot)

@@ -12,21 +12,12 @@ from lstm_triton_kernels.activations import sigmoid, tanh
 
 
 @triton.jit
-def input_activation(a_g, IDENTITY_INPUT: tl.constexpr):
-    """Return g."""
-    if IDENTITY_INPUT:
-        return a_g
+def activation(x, IDENTITY: tl.constexpr):
+    """Return the activation of g, or of c~ where o is multiplied with it: tanh(x), or x itself."""
+    if IDENTITY:
+        return x
     else:
-        return tanh(a_g)
-
-
-@triton.jit
-def output_activation(c, IDENTITY_OUTPUT: tl.constexpr):
-    """Return what o is multiplied with."""
-    if IDENTITY_OUTPUT:
-        return c
-    else:
-        return tanh(c)
+        return tanh(x)
 
 
 @triton.jit
@@ -37,7 +28,7 @@ def next_cell(a, v, c_previous, COUPLED: tl.constexpr, DIAGONAL: tl.constexpr, I
     if DIAGONAL:
         a_f += v[F] * c_previous
     f = sigmoid(a_f)
-    g = input_activation(a[F + 1], IDENTITY_INPUT)
+    g = activation(a[F + 1], IDENTITY_INPUT)
     if COUPLED:
         i = 1.0 - f
     else:

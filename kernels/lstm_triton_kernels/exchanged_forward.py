@@ -23,7 +23,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lstm_triton_kernels.equations import load_peephole, next_cell, output_activation, output_gate
+from lstm_triton_kernels.equations import activation, load_peephole, next_cell, output_gate
 from lstm_triton_kernels.inline_ptx import round_to_tf32
 from lstm_triton_kernels.polling import lane_elements, read_places, slot_place, slot_rows
 from lstm_triton_kernels.row_statistics import STATISTICS_PAUSE, line_elements, publish_moments, read_pairs
@@ -382,7 +382,7 @@ def exchanged_forward_kernel(
             y = (c - mean[:, None]) * rstd[:, None] * gain_c
             if norm.shift_c is not None:
                 y += shift_c
-        h = o * output_activation(y, IDENTITY_OUTPUT)
+        h = o * activation(y, IDENTITY_OUTPUT)
         if PROJECTION > 0:
             second_ptr = projection_exchange_ptr + (n.to(gl.int64) * row_blocks + b) * projection_stride
             publish_operand(second_ptr + own_projection_place, h, c_mask, PRECISION)

@@ -23,9 +23,9 @@ from torch import Tensor
 from lstm_triton_kernels.blocks import row_blocks
 from lstm_triton_kernels.cell import carried_rows, load_cell_inputs, variant_constants
 from lstm_triton_kernels.equations import (
+    activation,
     load_blocks,
     load_peephole,
-    output_activation,
     output_derivatives,
     output_gate,
     previous_cell_gradient,
@@ -137,7 +137,7 @@ def normalized_forward_kernel(
         y = (c - mean_c) * rstd_c * load_row(gain_c_ptr, unit, H)
         if shift_c_ptr is not None:
             y += load_row(shift_c_ptr, unit, H)
-        h = o * output_activation(y, IDENTITY_OUTPUT)
+        h = o * activation(y, IDENTITY_OUTPUT)
         if h_ptr is not None:
             h_in = h_ptr + h_t.to(tl.int64) * stride_ht + row[:, None] * stride_hb + unit[None, :]
             h_previous = tl.load(h_in, mask=carried, other=0.0).to(h.dtype)

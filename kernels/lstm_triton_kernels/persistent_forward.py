@@ -35,7 +35,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lstm_triton_kernels.equations import load_peephole, output_activation, output_gate
+from lstm_triton_kernels.equations import activation, load_peephole, output_gate
 from lstm_triton_kernels.resident import (
     as_right,
     chunk_pointers,
@@ -309,7 +309,7 @@ def persistent_forward_kernel(
                 )  # fmt: skip
                 a_o += of_c
         o = output_gate(a_o, v, c_previous, c, DIAGONAL, OUTPUT_CURRENT)
-        h_now = o * output_activation(c, IDENTITY_OUTPUT)
+        h_now = o * activation(c, IDENTITY_OUTPUT)
         c = zone(c, c_previous, code, rules.zoneout_c, DRAWN, ZONEOUT_C_BIT)
         if PROJECTED:
             if ALONE:

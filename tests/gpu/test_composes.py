@@ -503,3 +503,33 @@ def test_a_step_of_the_standard_cell_is_pytorchs_own(dtype):
         names = [name for name, _ in ours.named_parameters()]
         few = torch.randn(2, I, device=DEVICE, dtype=dtype, requires_grad=True)
         assert torch.autograd.gradgradcheck(step, (few, *ours.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["T fixed", "any T"])
+def test_a_program_of_pytorchs_operators_computes_the_same_on_the_gpu(dynamic):
+    kind = dict(device="cuda", dtype=torch.float64)
+    lstm = lstm_triton.LSTM(5, 8, peephole="full", layer_norm=True, bidirectional=True, **kind)
+    steps = {0: torch.export.Dim("T", min=1)} if dynamic else None
+    with lstm_triton.backend("torch"):
+        program = torch.export.export(lstm, (torch.randn(7, 3, 5, **kind),), dynamic_shapes=(steps,))
+    assert not [node for node in program.graph.nodes if "lstm_triton" in str(node.target)]
+    run = program.module()
+    x = torch.randn(4 if dynamic else 7, 3, 5, **kind)
+    found, expected = tensors(run(x)), tensors(lstm(x))
+    gradients = [torch.autograd.grad(loss(r), m.parameters()) for r, m in ((found, run), (expected, lstm))]
+    for a, b in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(peephole="full"), dict(zoneout=(0.1, 0.2))], ids=str)
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_a_module_on_the_gpu_is_exported_to_onnx(cell, options):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    module = (lstm_triton.LSTMCell if cell else lstm_triton.LSTM)(5, 8, device="cuda", **options).eval()
+    x = torch.randn(*((3, 5) if cell else (7, 3, 5)), device="cuda")
+    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    found = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})
+    for actual, wanted in zip(found, tensors(module(x)), strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), wanted.detach().cpu(), rtol=1e-3, atol=1e-3)
