@@ -22,7 +22,7 @@ LINES = {
     "torchrl": ("1. LSTMModule: ", "2. LSTMWithResets: ", "3. Gradients by both, of one window"),
     "lightning": (
         "the LSTM computed in {torch.bfloat16}, its parameters are torch.float32",
-        "LSTM(6, 24, batch_first=True, peephole='diagonal', zoneout=(0.05, 0.1)): largest difference",
+        "LSTM(6, 24, batch_first=True, peephole='diagonal', zoneout=(0.05, 0.1), lstm_triton): largest difference",
         "epochs 3 to 5",
     ),
     "sb3": (
