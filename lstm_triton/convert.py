@@ -423,7 +423,5 @@ def skeleton(cls: type[nn.Module], like: nn.Module, spec: LSTMSpec | None = None
     options = ["input_size", "hidden_size", "bias"]
     if issubclass(cls, (nn.LSTM, LSTM)):
         options += ["num_layers", "bidirectional", "proj_size"]
-    variant: dict[str, Any] = {}
-    if spec is not None and issubclass(cls, (LSTM, LSTMCell)):
-        variant = dict(coupled=spec.coupled, peephole=spec.peephole, output_peephole=spec.output_peephole)
+    variant = spec.options if spec is not None and issubclass(cls, (LSTM, LSTMCell)) else {}
     return cls(**{option: getattr(like, option) for option in options}, **variant, device="meta")

@@ -52,10 +52,7 @@ class ForeignLSTM:
             proj_size=0 if first.weight_hr is None else first.weight_hr.shape[0],
             device=first.weight_ih.device,
             dtype=first.weight_ih.dtype,
-            coupled=self.spec.coupled,
-            peephole=self.spec.peephole,
-            output_peephole=self.spec.output_peephole,
-            layer_norm=self.spec.layer_norm,
+            **self.spec.options,
             **self.more,
         )
 

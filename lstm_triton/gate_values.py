@@ -21,6 +21,7 @@ from lstm_triton_kernels.sizes import accumulator_dtype
 from lstm_triton_kernels.spec import LSTMSpec, LSTMWeights
 from torch import Tensor
 
+from lstm_triton import reference
 from lstm_triton.layer_norm import normalized
 
 
@@ -68,27 +69,10 @@ def of_direction(
     dtype = accumulator_dtype(x.dtype)
     h = order.hidden_read(output, h_0)
     c = order._replace(regularized=UNREGULARIZED).hidden_read(states, c_0)
-    a = spec.split_gates(
-        product(x, w.weight_ih, w.bias_ih, w.weight_ln_ih) + product(h, w.weight_hh, w.bias_hh, w.weight_ln_hh)
-    )
-    v = spec.split_peephole(w.weight_ch) if w.weight_ch is not None else {}
-
-    def gate(name: str, read: Tensor) -> Tensor:
-        pre = a[name].to(dtype)
-        if name in v:
-            pre = pre + (F.linear(read, v[name]) if spec.full else v[name] * read)
-        return torch.sigmoid(pre)
-
-    f = gate("f", c)
-    i = 1 - f if spec.coupled else gate("i", c)
-    g = a["g"].to(dtype) if spec.identity_input else torch.tanh(a["g"].to(dtype))
-    read = c
-    if spec.output_current:
-        read = states
-        if order.regularized.rules.zoneout_c:  # c~, which zoneout has not passed through
-            regularized = order.regularized
-            read = regularized.clip_cell(f * c + i * regularized.drop_candidate(g)).to(x.dtype)
-    return Gates(i, f, g, gate("o", read)).map(lambda t: t.to(x.dtype))
+    a = product(x, w.weight_ih, w.bias_ih, w.weight_ln_ih) + product(h, w.weight_hh, w.bias_hh, w.weight_ln_hh)
+    v = {} if w.weight_ch is None else spec.split_peephole(w.weight_ch.to(dtype))
+    *gates, _ = reference.activated(a.to(dtype), c.to(dtype), v, spec, order.regularized)
+    return Gates(*gates).map(lambda t: t.to(x.dtype))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:

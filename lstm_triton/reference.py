@@ -55,28 +55,37 @@ def update(
 
     v: the blocks of the peephole by gate, in place of `weights.weight_ch`.
     """
-    a = spec.split_gates(
-        gates + product(regularized.drop_hidden(h), weights.weight_hh, weights.bias_hh, weights.weight_ln_hh)
-    )
-    full = spec.full
+    a = gates + product(regularized.drop_hidden(h), weights.weight_hh, weights.bias_hh, weights.weight_ln_hh)
+    *_, o, c_next = activated(a, c, v, spec, regularized)
+    y = normalized(c_next, weights.weight_ln_c, weights.bias_ln_c)
+    h_next = o * (y if spec.identity_output else torch.tanh(y))
+    if weights.weight_hr is not None:
+        h_next = regularized.clip_hidden(F.linear(h_next, weights.weight_hr))
+    return regularized.zone_hidden(h_next, h), regularized.zone_cell(c_next, c)
+
+
+def activated(
+    gates: Tensor, c: Tensor, v: Mapping[str, Tensor], spec: LSTMSpec, regularized: Regularized = UNREGULARIZED
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gates i, f, g and o, g before its dropout, and c_t before zoneout, (..., H) each.
+
+    gates: pre-activations (..., G·H) without what they read of cell states; c: c_{t-1} (..., H); v: as of `update`. Of
+    one step, or of any number of steps whose c_{t-1} is known.
+    """
+    a = spec.split_gates(gates)
 
     def gate(name: str, c_read: Tensor) -> Tensor:
         if name in spec.missing:
             return torch.ones_like(c_read)
         if not v:
             return torch.sigmoid(a[name])
-        return torch.sigmoid(a[name] + (F.linear(c_read, v[name]) if full else v[name] * c_read))
+        return torch.sigmoid(a[name] + (F.linear(c_read, v[name]) if spec.full else v[name] * c_read))
 
     f = gate("f", c)
     i = 1 - f if spec.coupled else gate("i", c)
-    g = regularized.drop_candidate(a["g"] if spec.identity_input else torch.tanh(a["g"]))
-    c_next = regularized.clip_cell(f * c + i * g)
-    o = gate("o", c_next if spec.output_current else c)
-    y = normalized(c_next, weights.weight_ln_c, weights.bias_ln_c)
-    h_next = o * (y if spec.identity_output else torch.tanh(y))
-    if weights.weight_hr is not None:
-        h_next = regularized.clip_hidden(F.linear(h_next, weights.weight_hr))
-    return regularized.zone_hidden(h_next, h), regularized.zone_cell(c_next, c)
+    g = a["g"] if spec.identity_input else torch.tanh(a["g"])
+    c_next = regularized.clip_cell(f * c + i * regularized.drop_candidate(g))
+    return i, f, g, gate("o", c_next if spec.output_current else c), c_next
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:

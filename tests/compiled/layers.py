@@ -295,3 +295,18 @@ def run(case: Case, emulation: Emulation | None = None) -> Outcome:
     outcome.findings = [str(finding) for finding in emulation.findings]
     outcome.seconds = time.time() - start
     return outcome
+
+
+def run_without_a_program(case: Case, backward: bool) -> Outcome:
+    """Execute a case, one pass of which is launched without its last program; the others stop after three polls."""
+    whole, launched = sequence_persistent.grid, []
+
+    def grid(plan: PersistentPlan, device: torch.device, lanes: int) -> tuple[int, ...]:
+        launched.append(plan)
+        parts, *rest = whole(plan, device, lanes)
+        return (parts - (len(launched) - 1 == backward), *rest)
+
+    emulation = case.emulation()
+    emulation.max_polls = 3
+    with mock.patch.object(sequence_persistent, "grid", grid):
+        return run(case, emulation)

@@ -12,7 +12,7 @@ if INTERPRETED:
 from dataclasses import replace
 
 import torch
-from lstm_triton_kernels import sequence_persistent, tensor_core_plan, watch
+from lstm_triton_kernels import tensor_core_plan, watch
 from lstm_triton_kernels.regularize import NONE, Rules
 
 from benchmarks.micro import float32_matmuls
@@ -133,20 +133,9 @@ def test_a_nan_with_the_bits_of_what_is_unpublished_is_not_waited_for(dtype):
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "tf32", "fp32"])
-def test_a_launch_that_lacks_a_program_ends_and_says_so(dtype, backward, monkeypatch):
+def test_a_launch_that_lacks_a_program_ends_and_says_so(dtype, backward):
     """The others stop waiting after so many polls."""
-    case, whole = replace(WAITING, dtype=dtype), sequence_persistent.grid
-    seen = []
-
-    def grid(plan, device, lanes):
-        seen.append(plan)
-        parts, *rest = whole(plan, device, lanes)
-        return (parts - (len(seen) - 1 == backward), *rest)
-
-    monkeypatch.setattr(sequence_persistent, "grid", grid)
-    emulation = case.emulation()
-    emulation.max_polls = 3
-    outcome = layers.run(case, emulation)
+    outcome = layers.run_without_a_program(replace(WAITING, dtype=dtype), backward)
     assert "timed out" in outcome.why and f"the {'backward' if backward else 'forward'} pass of 72 units" in outcome.why
 
 

@@ -9,7 +9,7 @@ if INTERPRETED:
     pytest.skip("compiles kernels: needs a process without TRITON_INTERPRET", allow_module_level=True)
 
 import torch
-from lstm_triton_kernels import gates, normalized_cell, sequence_normalized, sequence_persistent, watch
+from lstm_triton_kernels import gates, normalized_cell, sequence_normalized, watch
 from lstm_triton_kernels.order import Order
 from lstm_triton_kernels.regularize import NONE, Rules, drawn
 from lstm_triton_kernels.spec import NORMALIZED
@@ -104,19 +104,9 @@ def test_a_nan_stays_in_its_row():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_launch_that_lacks_a_program_ends_and_says_so(backward, monkeypatch):
+def test_a_launch_that_lacks_a_program_ends_and_says_so(backward):
     """The others stop waiting after so many polls, in each exchange."""
-    case, whole, seen = Case("norm", "bf16", 2, 5, 72, wait="data"), sequence_persistent.grid, []
-
-    def grid(plan, device, lanes):
-        seen.append(plan)
-        parts, *rest = whole(plan, device, lanes)
-        return (parts - (len(seen) - 1 == backward), *rest)
-
-    monkeypatch.setattr(sequence_persistent, "grid", grid)
-    emulation = case.emulation()
-    emulation.max_polls = 3
-    outcome = layers.run(case, emulation)
+    outcome = layers.run_without_a_program(Case("norm", "bf16", 2, 5, 72, wait="data"), backward)
     assert "timed out" in outcome.why and f"the {'backward' if backward else 'forward'} pass of 72 units" in outcome.why
 
 
